@@ -1,0 +1,185 @@
+"""Masks and losses: pure functions on tensors.  [reading time: 8 minutes]
+
+SoftCon [1] trains a student on two views of a scene: its query q_i must find the teacher's key k_i
+of the same scene among the keys of all scenes (hard, InfoNCE [2]), and its similarity to every
+other key should follow how much the two scenes' land-cover labels overlap (soft).
+
+[1] Wang, Albrecht, Zhu 2024, Multi-label guided soft contrastive learning
+[2] van den Oord et al. 2018, CPC; He et al. 2020, MoCo; Chen, Xie, He 2021, MoCo v3
+
+Letters: N queries of this rank, M keys of all ranks, D width, C classes, tau temperature.
+"""
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+# ------------------------------------------------------------------------------ gather over ranks
+
+
+class Gather(torch.autograd.Function):
+    """Rows of all ranks, in rank order; the gradient of a row is summed over the ranks that used it.
+
+    DDP then divides parameter gradients by the number of ranks, which makes W ranks with B/W rows
+    each equal one rank with B rows.  (dist.all_gather alone drops the gradient.)
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, x.contiguous())
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(x):
+    """(B/W, ...) on each of W ranks -> (B, ...) on all; x itself without torch.distributed."""
+    return Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+
+
+# ---------------------------------------------------------------------------------------- SoftCon
+
+
+def has_labels(y):
+    """(N,C) multi-hot -> (N,) bool: does the scene carry any label?"""
+    return (y > 0).any(1)
+
+
+def label_similarity(y1, y2):
+    """Cosine of multi-hot label vectors, |A and B| / sqrt(|A| |B|): (N,C), (M,C) -> (N,M) in [0,1].
+
+    With one label per scene this is class equality.  A row without labels gives 0 everywhere, which
+    is no statement about the scene: `has_labels` tells it apart.
+    """
+    return cosine(y1.float(), y2.float())
+
+
+def cosine(a, b):
+    """(N,D), (M,D) -> (N,M) in [-1,1], at least in float32; a zero row gives 0."""
+    a, b = (x if x.dtype == torch.float64 else x.float() for x in (a, b))
+    return F.normalize(a) @ F.normalize(b).T
+
+
+def info_nce(q, k, tau, offset=0):
+    """Hard contrast [1, figure; 2]: mean_i -log( exp(q_i.k_i/tau) / sum_j exp(q_i.k_j/tau) ).
+
+    q (N,D), k (M,D), normalised here; the positive of row i is key i + offset.  Constant features
+    give log(M).  One key makes the loss 0 whatever the features are: ValueError.
+    """
+    if len(k) < 2:
+        raise ValueError("contrastive learning needs a global batch of at least 2")
+    return F.cross_entropy(cosine(q, k) / tau, torch.arange(len(q), device=q.device) + offset)
+
+
+SOFT_TAU = {"ce": 0.2, "bce": 1.0, "bce_mean": 1.0}       # nothing is public: ours
+
+
+def soft_contrastive(q, k, yq, yk, form="ce", tau=None, rows=None):
+    """Soft contrast: similarity c_ij = q_i.k_j follows label similarity s_ij.  q (N,D), k (M,D),
+    normalised here, yq (N,C), yk (M,C) multi-hot.  Three readings, as the formula is not public:
+
+        ce        mean_i  sum_j  -s_ij / (sum_l s_il)  log softmax_j(c_ij / tau)
+        bce       mean_i  sum_j  BCE(sigmoid(c_ij / tau), s_ij)
+        bce_mean  mean_i  mean_j BCE(sigmoid(c_ij / tau), s_ij)
+
+    Rows and columns without labels leave the term.  mean_i is over the labelled rows, `rows` of them
+    (default: those given); with none the term is 0.  A labelled row that shares no class with any
+    key adds 0 to ce.  tau=None takes SOFT_TAU[form].
+    """
+    valid_q, valid_k, s = has_labels(yq), has_labels(yk), label_similarity(yq, yk)
+    logits = cosine(q, k) / (tau or SOFT_TAU[form])                              # (N, M)
+    if form == "ce":
+        target = s / s.sum(1, keepdim=True).clamp_min(1e-12)
+        terms = -target * logits.masked_fill(~valid_k, -1e4).log_softmax(1)
+    else:
+        terms = F.binary_cross_entropy_with_logits(logits, s.to(logits), reduction="none")
+        terms = terms * (valid_q[:, None] & valid_k)
+        terms = terms / valid_k.sum().clamp_min(1) if form == "bce_mean" else terms
+    rows = valid_q.sum() if rows is None else rows
+    return terms.sum() / (rows + (rows == 0))
+
+
+def softcon_loss(q, k, yq, yk, tau=0.2, weight=0.5, form="ce", soft_tau=None):
+    """L = InfoNCE + weight * soft, for this rank's queries against the keys of all ranks.
+
+    q (N,D) student, k (N,D) teacher, yq and yk (N,C) the labels of the two views: two seasons of one
+    scene, so s_ii is what their labels say and not always 1.  Returns (L, InfoNCE, soft).
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    k, yk = gather(k), gather(yk)                                                # (M,D), (M,C)
+    hard = info_nce(q, k, tau, offset=rank * len(q))
+    # DDP averages the ranks' losses: dividing by (labelled rows anywhere) / ranks instead of the
+    # labelled rows here turns that average into the mean over all labelled rows
+    rows = has_labels(gather(yq)).sum() * len(q) / len(k)
+    soft = soft_contrastive(q, k, yq, yk, form, soft_tau, rows)
+    return hard + weight * soft, hard, soft
+
+
+# ------------------------------------------------------------------------------------------ masks
+
+
+def block_mask(batch, grid, ratio, generator=None, blocks=16):
+    """Block-wise Siamese mask [1, figure]: which patches the student keeps, (batch, n) sorted.
+
+    `blocks` rectangles an image (at least 4 patches, aspect log-uniform in [0.3, 1/0.3], as DINOv2
+    draws them) cover it one after another until round(ratio * N) patches are gone; the one that
+    overshoots is cut, so that every row keeps equally many and the batch stays a rectangle.
+    """
+    h, w = grid
+    N, n_mask = h * w, round(ratio * h * w)
+    if not 0 <= n_mask < N:
+        raise ValueError(f"mask ratio {ratio} leaves no patch of a {h} x {w} grid")
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(batch, blocks, generator=generator)
+    area = uniform(min(4, N), max(4, n_mask / 2))
+    aspect = uniform(math.log(0.3), -math.log(0.3)).exp()
+    bh = (area * aspect).sqrt().round().clamp(1, h)                              # (batch, blocks)
+    bw = (area / aspect).sqrt().round().clamp(1, w)
+    top, left = ((uniform(0, n) - b / 2).round() for n, b in ((h, bh), (w, bw)))  # may overhang
+    y, x = torch.arange(h)[:, None], torch.arange(w)
+    a = [v[..., None, None] for v in (top, left, bh, bw)]
+    inside = (y >= a[0]) & (y < a[0] + a[2]) & (x >= a[1]) & (x < a[1] + a[3])   # (b, blocks, h, w)
+    inside = torch.cat([inside, torch.ones(batch, 1, h, w, dtype=torch.bool)], 1).flatten(2)
+    first = inside.byte().argmax(1)                                              # (batch, N)
+    order = (first * N + torch.arange(N)).argsort(1)                             # covered first
+    return order[:, n_mask:].sort(1).values
+
+
+def blank_patches(x, keep, patch_size):
+    """x (B,C,H,W) with every patch that is not kept set to 0.5, the middle of the input range.
+
+    For backbones that cannot drop tokens (ResNet).
+    """
+    B, _, H, W = x.shape
+    h, w = H // patch_size, W // patch_size
+    mask = torch.zeros(B, h * w, dtype=torch.bool, device=x.device).scatter_(1, keep, True)
+    mask = mask.reshape(B, 1, h, w).repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
+    return torch.where(mask, x, 0.5)
+
+
+# ------------------------------------------------------------------------------- what the log says
+
+
+@torch.no_grad()
+def collapse(features):
+    """(B,D) -> (std, rank): mean over dimensions of the std of L2-normalised features, times
+    sqrt(D) (1 for isotropic noise, 0 when all scenes look alike), and the effective rank, the
+    exponential of the entropy of the normalised singular values of the centred features."""
+    z = F.normalize(features.float())
+    z = z - z.mean(0)
+    p = torch.linalg.svdvals(z)
+    p = p / p.sum().clamp_min(1e-12)
+    return float(z.std(0).mean() * z.shape[1] ** 0.5), float((-(p * (p + 1e-12).log()).sum()).exp())
+
+
+def soft_share(q, hard, soft, weight):
+    """Share of the gradient norm at the embeddings q that comes from the soft term, in [0,1]."""
+    norms = [torch.autograd.grad(x, q, retain_graph=True)[0].norm() for x in (hard, weight * soft)]
+    return float(norms[1] / (norms[0] + norms[1]).clamp_min(1e-12))

@@ -1,0 +1,483 @@
+"""Backbones, heads, and getting weights in and out.  [reading time: 15 minutes]
+
+Two families, written out once each: a ResNet with torchvision's parameter names and a ViT with
+DINOv2's, so that a checkpoint trained here loads into those code bases without a converter, and
+theirs load here.  The first layer takes any number of channels (2 for Sentinel-1, 12 or 13 for
+Sentinel-2, 3 for RGB); everything after it does not know what a satellite is.
+
+    build(arch, in_chans) -> module          load_pretrained(module, path)     python model.py FILE
+    build_from(path)      -> module          export_backbone(module)
+
+[1] He et al. 2016, Deep residual learning; the stride sits on the 3x3 as in torchvision (v1.5)
+[2] Dosovitskiy et al. 2021, ViT; Oquab et al. 2023, DINOv2 (LayerScale, SwiGLU, position table)
+[3] Chen, Xie, He 2021, MoCo v3: projector and predictor
+
+Letters: B batch, C channels, H W pixels, P patch side, N = (H/P)(W/P) patches, D width, R registers.
+"""
+import math
+import re
+import sys
+from collections import OrderedDict
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+# ------------------------------------------------------------------------------------- ResNet [1]
+
+
+class AllReduce(torch.autograd.Function):
+    """Sum over ranks, forward and backward: every rank's loss depends on every rank's input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AllReduce.forward(ctx, grad)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm over the global batch of (B,C) or (B,C,H,W), on any device.
+
+    On one rank this is PyTorch's own kernel.  On several, mean and variance are those of all ranks'
+    rows (nn.SyncBatchNorm does the same but refuses the CPU), so W ranks with B/W rows compute what
+    one rank with B rows computes; every rank must hold equally many rows.
+    """
+
+    def _check_input_dim(self, x):
+        pass                                                     # (B,C) is as welcome as (B,C,H,W)
+
+    def forward(self, x):
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if world == 1 or not self.training:
+            return super().forward(x)
+        rows = x.float().transpose(1, -1)                                    # (B, ..., C)
+        dims, count = tuple(range(x.dim() - 1)), x.numel() // x.shape[1] * world
+        mean = AllReduce.apply(rows.mean(dims)) / world                      # (C,)
+        rows = rows - mean
+        var = AllReduce.apply(rows.square().mean(dims)) / world              # (C,)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        rows = rows * (var + self.eps).rsqrt()
+        rows = rows if self.weight is None else rows * self.weight + self.bias
+        return rows.transpose(1, -1).to(x.dtype)
+
+
+class Block(nn.Module):
+    """Residual block: two 3x3 (ResNet-18) or 1x1, 3x3, 1x1 with four times the width (ResNet-50)."""
+
+    def __init__(self, c_in, c, stride, bottleneck):
+        super().__init__()
+        shapes = ([(c_in, c, 1, 1), (c, c, 3, stride), (c, 4 * c, 1, 1)] if bottleneck else
+                  [(c_in, c, 3, stride), (c, c, 3, 1)])                      # (in, out, kernel, stride)
+        for i, (a, b, k, s) in enumerate(shapes, 1):
+            self.add_module(f"conv{i}", nn.Conv2d(a, b, k, s, k // 2, bias=False))
+            self.add_module(f"bn{i}", BatchNorm(b))
+        self.depth, self.downsample = len(shapes), None
+        if stride != 1 or c_in != b:
+            self.downsample = nn.Sequential(nn.Conv2d(c_in, b, 1, stride, bias=False), BatchNorm(b))
+
+    def forward(self, x):
+        y = x
+        for i in range(1, self.depth + 1):
+            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
+            y = F.relu(y) if i < self.depth else y
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet(nn.Module):
+    """torchvision's ResNet without `fc`; forward gives the pooled features (B, embed_dim)."""
+
+    def __init__(self, depths, bottleneck, in_chans):
+        super().__init__()
+        self.in_chans, self.embed_dim = in_chans, 512 * (4 if bottleneck else 1)
+        self.conv1 = nn.Conv2d(in_chans, 64, 7, 2, 3, bias=False)
+        self.bn1 = BatchNorm(64)
+        c_in = 64
+        for i, depth in enumerate(depths):
+            layer, c_mid = nn.Sequential(), 64 * 2 ** i
+            for j in range(depth):
+                layer.append(Block(c_in, c_mid, 2 if i and not j else 1, bottleneck))
+                c_in = c_mid * (4 if bottleneck else 1)
+            self.add_module(f"layer{i + 1}", layer)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        check_channels(self, x)
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)          # (B, 64, H/4, W/4)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))           # (B, D, H/32, W/32)
+        return x.mean((2, 3))                                               # (B, D)
+
+
+# ---------------------------------------------------------------------------------------- ViT [2]
+
+
+def take(x, index):
+    """Rows of x (B,N,D) named by index (B,n): (B,n,D)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)      # (B, N, 3, h, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # 3 x (B, h, N, d)
+        x = F.scaled_dot_product_attention(q, k, v)                          # (B, h, N, d)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))                 # (B, N, D)
+
+
+def mlp(dim):
+    layers = {"fc1": nn.Linear(dim, 4 * dim), "act": nn.GELU(), "fc2": nn.Linear(4 * dim, dim)}
+    return nn.Sequential(OrderedDict(layers))
+
+
+class SwiGLU(nn.Module):
+    """DINOv2-giant's MLP: hidden width 8/3 D, rounded up to a multiple of 8."""
+
+    def __init__(self, dim):
+        super().__init__()
+        hidden = (int(4 * dim * 2 / 3) + 7) // 8 * 8
+        self.w12, self.w3 = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        gate, value = self.w12(x).chunk(2, -1)
+        return self.w3(F.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    """Starts at 1, a plain residual branch; DINOv2's trained values replace it when loaded."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class ViTBlock(nn.Module):
+    def __init__(self, dim, heads, swiglu, layerscale, drop_path):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn, self.mlp = Attention(dim, heads), (SwiGLU if swiglu else mlp)(dim)
+        self.ls1 = LayerScale(dim) if layerscale else nn.Identity()
+        self.ls2 = LayerScale(dim) if layerscale else nn.Identity()
+        self.drop_path = drop_path
+
+    def residual(self, x, branch):
+        """x + branch(x); in training only a random (1 - drop_path) of the samples pays for it."""
+        if not self.training or self.drop_path == 0:
+            return x + branch(x)
+        B = x.shape[0]
+        kept = torch.randperm(B, device=x.device)[:max(1, int(B * (1 - self.drop_path)))]
+        return x.index_add(0, kept, branch(x[kept]).to(x.dtype), alpha=B / len(kept))
+
+    def forward(self, x):
+        x = self.residual(x, lambda x: self.ls1(self.attn(self.norm1(x))))
+        return self.residual(x, lambda x: self.ls2(self.mlp(self.norm2(x))))
+
+
+class ViT(nn.Module):
+    """DINOv2's vision transformer; forward gives the CLS token after the final norm (B, embed_dim)."""
+
+    def __init__(self, dim, depth, heads, in_chans, img_size, patch_size, registers, drop_path,
+                 swiglu=False, layerscale=True):
+        super().__init__()
+        self.in_chans, self.embed_dim, self.patch_size = in_chans, dim, patch_size
+        self.registers, self.img_size = registers, img_size
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 1e-6)
+        grid = check_grid(img_size, img_size, patch_size)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], dim))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if registers:
+            self.register_tokens = nn.Parameter(torch.randn(1, registers, dim) * 1e-6)
+        if layerscale:                         # DINOv2's files carry it; dropped tokens never need it
+            self.mask_token = nn.Parameter(torch.zeros(1, dim), requires_grad=False)
+        proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": proj})             # upstream key; used in embed()
+        args = dim, heads, swiglu, layerscale, drop_path
+        self.blocks = nn.ModuleList([ViTBlock(*args) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                nn.init.zeros_(m.bias)
+
+    def embed(self, x, keep=None):
+        """Pixels (B,C,H,W) to tokens (B, 1+R+n, D); only the n kept patches are ever computed.
+
+        A stride-P convolution is one matrix product per patch: cutting the patches first and
+        multiplying after lets the dropped ones cost nothing.
+        """
+        check_channels(self, x)
+        (B, C, H, W), P = x.shape, self.patch_size
+        h, w = check_grid(H, W, P)
+        x = x.reshape(B, C, h, P, w, P).permute(0, 2, 4, 1, 3, 5)            # (B, h, w, C, P, P)
+        x = x.reshape(B, h * w, C * P * P)                                   # (B, N, CPP)
+        pos = resample_positions(self.pos_embed, h, w, antialias=self.registers > 0)
+        patch_pos = pos[:, 1:].expand(B, -1, -1)                             # (B, N, D)
+        if keep is not None:
+            x, patch_pos = take(x, keep), take(patch_pos, keep)              # (B, n, ...)
+        proj = self.patch_embed["proj"]
+        x = F.linear(x, proj.weight.flatten(1), proj.bias) + patch_pos       # (B, n, D)
+        first = [(self.cls_token + pos[:, :1]).expand(B, -1, -1)]            # (B, 1, D)
+        if self.registers:
+            first.append(self.register_tokens.expand(B, -1, -1))             # (B, R, D), no position
+        return torch.cat([*first, x], 1)                                     # (B, 1+R+n, D)
+
+    def tokens(self, x, keep=None):
+        """(B,C,H,W), keep (B,n) patch indices or None -> (B, 1+R+n, D) after the final norm."""
+        x = self.embed(x, keep)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, x, keep=None):
+        return self.tokens(x, keep)[:, 0]
+
+    def last_blocks(self, x, n):
+        """The last n blocks' outputs, final norm applied: [(cls (B,D), patches (B,N,D)), ...]."""
+        x, outputs = self.embed(x), []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i >= len(self.blocks) - n:
+                y = self.norm(x)
+                outputs.append((y[:, 0], y[:, 1 + self.registers:]))
+        return outputs
+
+
+def resample_positions(pos, h, w, antialias):
+    """Position table (1, 1+M*M, D) to (1, 1+h*w, D), exactly as DINOv2 does.
+
+    Its models without registers were trained with the scale nudged by 0.1 pixel and no
+    antialiasing, those with registers the other way round. [dinov2, interpolate_pos_encoding]
+    """
+    M = math.isqrt(pos.shape[1] - 1)
+    if (h, w) == (M, M):
+        return pos
+    grid = pos[:, 1:].float().reshape(1, M, M, -1).permute(0, 3, 1, 2)       # (1, D, M, M)
+    to = dict(size=(h, w)) if antialias else dict(scale_factor=((h + 0.1) / M, (w + 0.1) / M))
+    grid = F.interpolate(grid, mode="bicubic", antialias=antialias, **to)    # (1, D, h, w)
+    assert grid.shape[-2:] == (h, w)
+    return torch.cat([pos[:, :1], grid.flatten(2).transpose(1, 2).to(pos.dtype)], 1)
+
+
+def check_grid(H, W, P):
+    if H % P or W % P:
+        raise ValueError(f"image size {H} x {W} is not divisible by patch size {P}")
+    return H // P, W // P
+
+
+def check_channels(model, x):
+    if x.shape[1] != model.in_chans:
+        raise ValueError(f"input has {x.shape[1]} channels, the model takes {model.in_chans}")
+
+
+# ------------------------------------------------------------------------- architectures and heads
+
+RESNETS = {"resnet18": ((2, 2, 2, 2), False), "resnet50": ((3, 4, 6, 3), True)}
+VITS = {"vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6), "vit_base": (768, 12, 12),
+        "vit_large": (1024, 24, 16), "vit_giant2": (1536, 40, 24), "vit_pera_g": (1024, 40, 16)}
+
+
+def build(arch, in_chans, img_size=224, patch_size=14, registers=0, drop_path=0.0, layerscale=None):
+    """A backbone with random weights: (B,C,H,W) -> (B, embed_dim), `.embed_dim`, `.in_chans`.
+
+    vit_giant2 is DINOv2's (SwiGLU); vit_pera_g is PerA's "ViT-g" (no LayerScale, patch 16).
+    `.spec` holds the arguments: build(**model.spec) is the same architecture again.
+    Raises ValueError for an unknown arch or an img_size that patch_size does not divide.
+    """
+    spec = dict(locals())
+    if arch in RESNETS:
+        model = ResNet(*RESNETS[arch], in_chans)
+    elif arch in VITS:
+        layerscale = arch != "vit_pera_g" if layerscale is None else layerscale
+        model = ViT(*VITS[arch], in_chans, img_size, patch_size, registers, drop_path,
+                    arch == "vit_giant2", layerscale)
+    else:
+        raise ValueError(f"unknown arch {arch!r}; choose from {', '.join([*RESNETS, *VITS])}")
+    model.spec = spec
+    return model
+
+
+def head(widths, affine=True):
+    """MoCo v3's MLP [3]: Linear without bias, BN, ReLU, ..., Linear, BN (the last with or without
+    scale and shift)."""
+    layers = []
+    for i, (a, b) in enumerate(zip(widths, widths[1:])):
+        last = i == len(widths) - 2
+        layers += [nn.Linear(a, b, bias=False), BatchNorm(b, affine=affine or not last)]
+        layers += [] if last else [nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class Branch(nn.Module):
+    """One side of SoftCon: backbone -> projector (D, hidden, hidden, out) [-> predictor].
+
+    The student has a predictor (out, hidden, out), the teacher has none.  forward gives the
+    embedding z (B, out) and the features under it (B, D), which are what a user keeps.
+    """
+
+    def __init__(self, backbone, hidden=4096, out=256, predictor=False):
+        super().__init__()
+        self.backbone = backbone
+        self.projector = head([backbone.embed_dim, hidden, hidden, out], affine=False)
+        self.predictor = head([out, hidden, out]) if predictor else nn.Identity()
+
+    def forward(self, x, keep=None):
+        features = self.backbone(x) if keep is None else self.backbone(x, keep)   # (B, D)
+        return self.predictor(self.projector(features)), features                 # (B, out), (B, D)
+
+
+@torch.no_grad()
+def ema_update(teacher, student, momentum):
+    """teacher <- momentum * teacher + (1 - momentum) * student, for every parameter the two share.
+
+    Buffers stay: the teacher's batch norms count their own batches, as in MoCo v3.
+    """
+    source = dict(student.named_parameters())
+    pairs = [(t, source[name]) for name, t in teacher.named_parameters()]
+    torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - momentum)
+
+
+# ----------------------------------------------------------------------------- weights in and out
+
+ANCHORS = "patch_embed.proj.weight", "layer1.0.conv1.weight"   # every ViT, every ResNet has one
+RGB_BANDS = {12: (3, 2, 1), 13: (3, 2, 1), 3: (0, 1, 2)}       # where R, G, B sit: B4, B3, B2
+
+
+def read_weights(path, which="teacher"):
+    """Any checkpoint file -> (backbone tensors under upstream keys, keys left out).
+
+    Goes by keys, never by file name, and never unpickles code.  Training files hold the backbone
+    twice; `which` names the copy wanted where both are there.  Raises ValueError, naming the file.
+    """
+    try:
+        blob = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:                 # torch.load raises half a dozen kinds
+        code = "GLOBAL" in str(error) or "Unsupported" in str(error)
+        why = "refused, it wants to run code" if code else "damaged, or not a PyTorch checkpoint"
+        raise ValueError(f"{path}: {why}") from None
+    flat = {}
+
+    def flatten(prefix, node):
+        for key, value in node.items():
+            if isinstance(value, torch.Tensor):
+                flat[f"{prefix}{key}"] = value
+            elif isinstance(value, dict):
+                flatten(f"{prefix}{key}.", value)
+    flatten("", blob if isinstance(blob, dict) else {})
+    prefixes = [key.removesuffix(a) for key in flat for a in ANCHORS if key.endswith(a)]
+    if not prefixes:
+        raise ValueError(f"{path}: no ViT or ResNet backbone in it ({len(flat)} tensors)")
+    prefix = min(prefixes, key=lambda p: (which not in p, prefixes.index(p)))
+    state = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
+    return state, [k for k in flat if not k.startswith(prefix)]
+
+
+def build_from(path):
+    """The backbone in a file, loaded: architecture, channels, patch and size read off the tensors."""
+    state, _ = read_weights(path)
+    if "conv1.weight" in state:
+        arch = "resnet50" if "layer1.0.conv3.weight" in state else "resnet18"
+        model = build(arch, state["conv1.weight"].shape[1])
+    else:
+        dim, in_chans, patch, _ = state[ANCHORS[0]].shape
+        depth = 1 + max(int(k.split(".")[1]) for k in state if re.match(r"blocks\.\d+\.", k))
+        arch = next((a for a, v in VITS.items() if v[:2] == (dim, depth)), None)
+        if arch is None:
+            raise ValueError(f"{path}: a ViT {dim} wide and {depth} deep is not one of {[*VITS]}")
+        registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+        model = build(arch, in_chans, math.isqrt(state["pos_embed"].shape[1] - 1) * patch, patch,
+                      registers, layerscale="blocks.0.ls1.gamma" in state)
+    load_pretrained(model, path, quiet=True)
+    return model
+
+
+def adapt_input(weight, fresh, adapt):
+    """First-layer weight (D, C_file, k, k) for fresh.shape[1] channels.
+
+    random: the fresh initialisation, as SoftCon does.  mean: the average over the file's channels in
+    every band, rescaled by C_file / C so that the output keeps its size.  rgb: copied to the bands
+    that are red, green and blue (B4, B3, B2), fresh elsewhere.
+    """
+    C = fresh.shape[1]
+    if adapt == "mean":
+        return weight.mean(1, keepdim=True).expand_as(fresh) * (weight.shape[1] / C)
+    if adapt == "rgb":
+        if weight.shape[1] != 3 or C not in RGB_BANDS:
+            raise ValueError(f"adapt=rgb goes from 3 channels to 12 or 13, not {weight.shape[1]} to {C}")
+        fresh = fresh.clone()
+        fresh[:, RGB_BANDS[C]] = weight
+        return fresh
+    if adapt != "random":
+        raise ValueError(f"unknown adapt {adapt!r}; choose random, mean or rgb")
+    return fresh
+
+
+@torch.no_grad()
+def load_pretrained(model, path, adapt="random", quiet=False):
+    """Fill `model` from a checkpoint file; returns and prints what happened to every tensor.
+
+    {"loaded", "resampled" (position table), "adapted" (input layer), "fresh" (kept its random
+    start), "ignored" (in the file, not in the model)} -> lists of names.  A tensor of the model that
+    the file lacks, other than the mask token, or of another shape, is a ValueError naming it.
+    """
+    state, rest = read_weights(path)
+    report = {k: [] for k in ("loaded", "resampled", "adapted", "fresh")}
+    report["ignored"] = rest + [k for k in state if k not in model.state_dict()]
+    filled = {}
+    for name, own in model.state_dict().items():
+        new, verdict = state.get(name), "loaded"
+        if new is None:
+            if name != "mask_token" and not name.endswith("num_batches_tracked"):
+                raise ValueError(f"{path}: has no tensor {name}, which the model needs")
+            new, verdict = own, "fresh"
+        elif name == "pos_embed" and new.shape != own.shape and new.shape[2] == own.shape[2]:
+            side = math.isqrt(own.shape[1] - 1)
+            new, verdict = resample_positions(new, side, side, model.registers > 0), "resampled"
+        elif name in ("conv1.weight", ANCHORS[0]) and new.shape[1] != own.shape[1]:
+            if (new.shape[0], *new.shape[2:]) == (own.shape[0], *own.shape[2:]):
+                new = adapt_input(new, own, adapt)
+                verdict = "fresh" if adapt == "random" else "adapted"
+        if new.shape != own.shape:
+            raise ValueError(f"{path}: {name} is {tuple(new.shape)}, the model's is "
+                             f"{tuple(own.shape)}")
+        filled[name] = new
+        report[verdict].append(name)
+    model.load_state_dict(filled)
+    if not quiet:
+        print(f"{path}: " + ", ".join(f"{len(v)} {k}" for k, v in report.items()))
+        for verdict in ("resampled", "adapted", "fresh"):
+            for name in report[verdict]:
+                print(f"  {verdict}: {name} {tuple(filled[name].shape)}")
+    return report
+
+
+def export_backbone(model):
+    """The state dict to publish: upstream keys and nothing else, on the CPU, contiguous."""
+    return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+
+
+if __name__ == "__main__":
+    try:
+        found = build_from(sys.argv[1])
+    except (IndexError, ValueError) as error:
+        sys.exit(f"usage: python model.py FILE: {error}")
+    size = sum(p.numel() for p in found.parameters())
+    print(f"{type(found).__name__}, {found.in_chans} channels, {found.embed_dim} wide, {size:,} parameters")

@@ -1,0 +1,28 @@
+"""Fixtures shared by the tests: the repository on the path, one small toy world, one small run."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+torch.set_num_threads(2)
+
+import data  # noqa: E402
+
+SMALL = ["--img-size", "24", "--patch-size", "6", "--hidden", "32", "--batch-size", "8", "--epochs",
+         "4", "--log-every", "1", "--save-every", "100", "--workers", "0"]
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """60 scenes of 24 px."""
+    return data.make_toy(str(tmp_path_factory.mktemp("toy") / "world"), 60, 24, seed=1)
+
+
+@pytest.fixture
+def labels(toy):
+    return f"{toy}/ssl4eo_multilabel.json"

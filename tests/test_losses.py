@@ -1,0 +1,187 @@
+"""Claims about losses.py, each against a double loop in float64 written from the equations."""
+import math
+
+import pytest
+import torch
+
+import losses
+
+torch.manual_seed(0)
+N, M, D, C = 7, 11, 5, 9
+
+
+def example(seed=0, n=N, m=M):
+    g = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(n, D, generator=g).double(), torch.randn(m, D, generator=g).double()
+    yq, yk = (torch.rand(r, C, generator=g) < 0.3 for r in (n, m))
+    yq[2], yk[4] = False, False                                    # unlabelled
+    return q, k, yq.to(torch.uint8), yk.to(torch.uint8)
+
+
+def cos(a, b):
+    return float((a * b).sum() / (a.norm() * b.norm()))
+
+
+def similarity(a, b):
+    both, na, nb = int((a & b).sum()), int(a.sum()), int(b.sum())
+    return both / math.sqrt(na * nb) if na and nb else 0.0
+
+
+def soft_reference(q, k, yq, yk, form, tau):
+    total, rows = 0.0, 0
+    columns = [j for j in range(len(k)) if yk[j].sum()]
+    for i in range(len(q)):
+        if not yq[i].sum():
+            continue
+        rows += 1
+        s = {j: similarity(yq[i], yk[j]) for j in columns}
+        z = {j: cos(q[i], k[j]) / tau for j in columns}
+        if form == "ce":
+            if sum(s.values()) == 0:
+                continue
+            normaliser = math.log(sum(math.exp(v) for v in z.values()))
+            total -= sum(s[j] / sum(s.values()) * (z[j] - normaliser) for j in columns)
+        else:
+            p = {j: 1 / (1 + math.exp(-z[j])) for j in columns}
+            row = -sum(s[j] * math.log(p[j]) + (1 - s[j]) * math.log(1 - p[j]) for j in columns)
+            total += row / len(columns) if form == "bce_mean" else row
+    return total / rows
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_label_similarity_is_shared_classes_over_root_of_sizes(seed):
+    _, _, yq, yk = example(seed)
+    s = losses.label_similarity(yq, yk)
+    for i in range(N):
+        for j in range(M):
+            assert abs(float(s[i, j]) - similarity(yq[i], yk[j])) < 1e-6
+
+
+def test_single_labels_reduce_the_soft_target_to_class_equality():
+    a, b = torch.randint(C, (20,)), torch.randint(C, (30,))
+    eye = torch.eye(C)
+    assert torch.equal(losses.label_similarity(eye[a], eye[b]), (a[:, None] == b).float())
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+def test_info_nce_equals_a_double_loop(offset):
+    q, k, _, _ = example()
+    want = 0.0
+    for i in range(N):
+        z = [cos(q[i], k[j]) / 0.2 for j in range(M)]
+        want -= (z[i + offset] - math.log(sum(map(math.exp, z)))) / N
+    assert abs(float(losses.info_nce(q, k, 0.2, offset)) - want) < 1e-12
+
+
+@pytest.mark.parametrize("keys", [2, 11, 256])
+def test_constant_features_give_info_nce_the_log_of_the_number_of_keys(keys):
+    value = losses.info_nce(torch.ones(2, D), torch.ones(keys, D), 0.2)
+    assert abs(float(value) - math.log(keys)) < 1e-5
+
+
+@pytest.mark.parametrize("form", losses.SOFT_TAU)
+@pytest.mark.parametrize("tau", [0.1, 1.0])
+def test_soft_term_equals_a_double_loop(form, tau):
+    for seed in range(4):
+        q, k, yq, yk = example(seed)
+        value = float(losses.soft_contrastive(q, k, yq, yk, form, tau))
+        assert abs(value - soft_reference(q, k, yq, yk, form, tau)) < 1e-6
+
+
+def test_softcon_loss_is_info_nce_plus_weight_times_soft():
+    q, k, yq, yk = example(n=M)
+    loss, hard, soft = losses.softcon_loss(q, k, yq, yk, 0.2, 0.7, "bce", 0.5)
+    want = losses.info_nce(q, k, 0.2) + 0.7 * losses.soft_contrastive(q, k, yq, yk, "bce", 0.5)
+    assert abs(float(loss - want)) < 1e-12 and abs(float(hard + 0.7 * soft - loss)) < 1e-12
+
+
+@pytest.mark.parametrize("form", losses.SOFT_TAU)
+def test_unlabelled_rows_and_columns_leave_the_soft_term_and_stay_in_info_nce(form):
+    q, k, yq, yk = example()
+    other_q, other_k = q.clone(), k.clone()
+    other_q[2], other_k[4] = -q[2], -k[4]
+    for new_q, new_k in ((other_q, k), (q, other_k)):
+        assert torch.equal(losses.soft_contrastive(q, k, yq, yk, form),
+                           losses.soft_contrastive(new_q, new_k, yq, yk, form))
+        assert losses.info_nce(q, k, 0.2) != losses.info_nce(new_q, new_k, 0.2)
+
+
+@pytest.mark.parametrize("form", losses.SOFT_TAU)
+def test_without_any_label_the_soft_term_is_zero_and_has_a_zero_gradient(form):
+    q, k, yq, yk = example()
+    q.requires_grad_()
+    for a, b in ((yq * 0, yk), (yq, yk * 0), (yq * 0, yk * 0)):
+        value = losses.soft_contrastive(q, k, a, b, form)
+        assert float(value.detach()) == 0 and not torch.autograd.grad(value, q)[0].any()
+
+
+def test_the_soft_diagonal_is_what_the_two_seasons_say():
+    y1, y2 = torch.tensor([[1, 1, 0], [0, 0, 1]]), torch.tensor([[1, 0, 0], [1, 1, 0]])
+    assert torch.allclose(losses.label_similarity(y1, y2).diagonal(), torch.tensor([0.5 ** 0.5, 0]))
+
+
+def test_permuting_the_batch_changes_nothing():
+    q, k, yq, yk = example(n=M)
+    p = torch.randperm(M)
+    a = losses.softcon_loss(q, k, yq, yk)
+    b = losses.softcon_loss(q[p], k[p], yq[p], yk[p])
+    assert all(torch.allclose(u, v, atol=1e-10) for u, v in zip(a, b))
+
+
+def test_identical_labels_pull_every_pair_alike():
+    q, k, _, _ = example()
+    value = losses.soft_contrastive(q, k, torch.ones(N, C), torch.ones(M, C), "ce", 0.2)
+    log_p = (losses.cosine(q, k) / 0.2).log_softmax(1)
+    assert torch.allclose(value, -log_p.mean(), atol=1e-6)
+
+
+def test_one_key_is_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        losses.info_nce(torch.ones(1, D), torch.ones(1, D), 0.2)
+
+
+@pytest.mark.parametrize("grid", [(16, 16), (8, 8), (7, 5), (2, 3)])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.6])
+def test_block_mask_keeps_the_exact_number_sorted_distinct_and_reproducible(grid, ratio):
+    g = torch.Generator().manual_seed(3)
+    keep = losses.block_mask(50, grid, ratio, g)
+    n = grid[0] * grid[1]
+    assert keep.shape == (50, n - round(ratio * n)) and keep.min() >= 0 and keep.max() < n
+    assert (keep.diff(dim=1) > 0).all()
+    assert torch.equal(keep, losses.block_mask(50, grid, ratio, g.manual_seed(3)))
+    assert ratio == 0 or (keep != keep[0]).any()
+
+
+def test_block_mask_is_made_of_blocks():
+    """Masked patches have masked neighbours far more often than the ratio says."""
+    keep = losses.block_mask(200, (16, 16), 0.3, torch.Generator().manual_seed(0))
+    mask = torch.ones(200, 256).scatter_(1, keep, 0).reshape(200, 16, 16)
+    beside = (mask[:, 1:] * mask[:, :-1]).sum() / mask[:, :-1].sum()
+    assert beside > 0.6
+    assert mask.mean(0).min() > 0.05                               # and every place gets its turn
+
+
+def test_block_mask_refuses_to_mask_everything():
+    with pytest.raises(ValueError, match="mask ratio 1.0"):
+        losses.block_mask(2, (4, 4), 1.0)
+
+
+def test_blank_patches_greys_the_masked_cells_and_leaves_the_others():
+    x = torch.rand(1, 2, 4, 4)
+    y = losses.blank_patches(x, torch.tensor([[0, 3]]), 2)
+    assert torch.equal(y[..., :2, :2], x[..., :2, :2]) and torch.equal(y[..., 2:, 2:], x[..., 2:, 2:])
+    assert (y[..., :2, 2:] == 0.5).all() and (y[..., 2:, :2] == 0.5).all()
+
+
+def test_collapse_tells_constant_from_spread_features():
+    std, rank = losses.collapse(torch.ones(64, 32))
+    assert std < 1e-6 and rank < 1.01
+    std, rank = losses.collapse(torch.randn(512, 32))
+    assert 0.9 < std < 1.1 and rank > 28
+    std, rank = losses.collapse(torch.randn(512, 1) * torch.randn(32))
+    assert rank < 1.1
+
+
+def test_soft_share_is_the_ratio_of_gradient_norms():
+    q = torch.randn(4, 3, requires_grad=True)
+    assert abs(losses.soft_share(q, q.sum(), q.sum(), 3.0) - 0.75) < 1e-6
