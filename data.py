@@ -356,13 +356,13 @@ def textures(rng, size):
         a = rng.uniform(0, np.pi)
         return np.sin(2 * np.pi * (x * np.cos(a) + y * np.sin(a)) / period + bend)
     parcels = np.sign(smooth(rng, size, 4))                          # fields, each with its own rows
-    rows = np.where(parcels > 0, waves(rng.uniform(3, 4.5), 0), waves(rng.uniform(3, 4.5), 0))
-    block = rng.integers(4, 7)
+    rows = np.where(parcels > 0, waves(rng.uniform(4, 6), 0), waves(rng.uniform(4, 6), 0))
+    block = rng.integers(5, 8)
     houses = rng.standard_normal((size, size)).astype(np.float32)
     houses = np.kron(houses[::block, ::block], np.ones((block, block)))[:size, :size]
     streets = (x % block < 1) | (y % block < 1)
     t = [smooth(rng, size, 1), smooth(rng, size, 1.2), smooth(rng, size, 5),
-         np.sign(smooth(rng, size, 2)), rows, smooth(rng, size, 0.6) > 1.3,
+         np.sign(smooth(rng, size, 2.5)), rows, smooth(rng, size, 0.8) > 1.3,
          np.where(streets, -1.5, houses), waves(rng.uniform(8, 12), 2 * smooth(rng, size, 6)),
          smooth(rng, size, 8)]
     t = np.stack(t).astype(np.float32)
@@ -376,34 +376,33 @@ def toy_scene(seed, i, size):
     likely = np.array([wet, 1, 1, 0.8 * wet, 1, 1 - wet / 2, town, 1 - wet, 0]) + 0.15
     likely[8] = 0
     present = rng.choice(9, rng.integers(2, 5), replace=False, p=likely / likely.sum())
-    score = np.stack([smooth(rng, size, size / 10) for _ in present])
+    score = np.stack([smooth(rng, size, size / 7) for _ in present])
     score += rng.normal(0, 0.4, (len(present), 1, 1))
     summer = present[score.argmax(0)]                                # (P,P) class of each pixel
-    relief, t = smooth(rng, size, size / 8), textures(rng, size)
-    level = np.exp(rng.normal(0, 0.15, (9, 1)) + rng.normal(0, 0.08, (9, 13))).astype(np.float32)
-    level_db = rng.normal(0, 1.5, (9, 2)).astype(np.float32)
-    amplitude = np.array([0.1, 1, 1, 1, 1, 1, 1.2, 0.8, 0.3], np.float32) * rng.uniform(0.6, 1.4, 9)
-    gain_band = np.exp(rng.normal(0, 0.06, (13, 1, 1)))              # the sensor's
-    out = []
+    relief, out = smooth(rng, size, size / 8), []
     for season in range(4):                                          # winter, spring, summer, autumn
         cover = summer.copy()
         cover[(relief > 1.2 - 1.6 * cold) & (cover > 0) & (season == 0) & (cold > 0.3)] = 8
         cover[(relief < -1.2) & (cover == 2) & (season == 1)] = 3    # meadows flood in spring
         cover[(relief > 0.7) & (cover == 4) & (season == 3)] = 7     # harvested
+        level = np.exp(rng.normal(0, 0.15, (9, 1)) + rng.normal(0, 0.08, (9, 13)))
+        level_db, t = rng.normal(0, 1.5, (9, 2)), textures(rng, size)
+        amplitude = np.array([0.1, 1, 1, 1, 1, 1, 1.2, 0.8, 0.3]) * rng.uniform(0.6, 1.4, 9)
+        gain_band = np.exp(rng.normal(0, 0.06, (13, 1, 1)))          # the sensor's
         leaf = np.clip((0.35, 0.8, 1, 0.6)[season] + rng.normal(0, 0.1), 0, 1)
         spectra = SPECTRA.copy()
         spectra[GREEN, :] = leaf * SPECTRA[GREEN, :] + (1 - leaf) * (0.5 * SOIL + 0.5 * SPECTRA[GREEN, :])
         texture = np.take_along_axis(t, cover[None], 0)[0] * amplitude[cover]
-        s2 = (spectra * level)[cover].transpose(2, 0, 1) * (1 + 0.35 * texture)
+        s2 = (spectra * level)[cover].transpose(2, 0, 1) * np.exp(0.4 * texture - 0.08)
         haze = rng.uniform(0, 600) * np.exp(-np.arange(13) / 4)[:, None, None]
         s2 = s2 * rng.uniform(0.65, 1.35) * gain_band + haze         # illumination, sensor, haze
         cloud = np.clip(smooth(rng, size, size / 12) - 1, 0, 1) * (rng.random() < 0.3)
         s2 += cloud * (np.where(np.arange(13) == 10, 400, 6000)[:, None, None] - s2)
         s2 += rng.normal(0, 20, s2.shape)
-        s1 = (BACKSCATTER + level_db)[cover].transpose(2, 0, 1) + 2.5 * texture
+        s1 = (BACKSCATTER + level_db)[cover].transpose(2, 0, 1) + 4 * texture
         slope = np.linspace(-1, 1, size) * rng.normal(0, 1)          # incidence angle
         s1 += rng.normal(0, 1.5, (2, 1, 1)) + slope                  # calibration
-        s1 += 10 * np.log10(rng.gamma(8, 1 / 8, s1.shape))           # speckle of 8 looks
+        s1 += 10 * np.log10(rng.gamma(12, 1 / 12, s1.shape))           # speckle of 12 looks
         area = np.bincount(cover.ravel(), minlength=9) / cover.size
         labels = np.flatnonzero(area > 0.04) if rng.random() > LATE else []
         s2 = np.clip(np.rint(s2), 0, 65535).astype(np.uint16)

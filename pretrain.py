@@ -65,6 +65,7 @@ def parse(argv):
            "'classes': the class folders; without labels InfoNCE is left"),
           ("--holdout", 0.2, "share of scenes, by hash of the name, kept for probe.py"),
           ("--img-size", None, "side of a crop in pixels", {"type": int}),
+          ("--crop-min", 0.2, "smallest share of the image that a crop covers"),
           ("--cache", 4.0, "keep decoded images in memory if they fit in this many GB"))
     group("model",
           ("--method", "softcon", "what to minimise", {"choices": ["softcon"]}),
@@ -137,7 +138,7 @@ def draw_views(args, n, step, micro, rank, world):
 
     def mine(x):
         return x.unflatten(0, (2, world, n))[:, rank].flatten(0, 1)
-    views = data.draw_augmentation(2 * world * n, args.modality, generator)
+    views = data.draw_augmentation(2 * world * n, args.modality, generator, (args.crop_min, 1.0))
     keep = losses.block_mask(2 * world * n, grid, args.mask_ratio, generator)
     return {k: mine(v) for k, v in views.items()}, mine(keep)
 
@@ -200,7 +201,8 @@ def main(argv=None):
                          f"--accum {args.accum}")
     if args.batch_size // args.accum < 2:
         raise ValueError(f"--batch-size {args.batch_size}: contrast needs at least 2 scenes at a time")
-    models.check_grid(args.img_size, args.img_size, args.patch_size)
+    grid = models.check_grid(args.img_size, args.img_size, args.patch_size)
+    losses.block_mask(1, grid, args.mask_ratio)                        # refuses a ratio that cannot be
     if os.path.exists(f"{args.out}/last.pt") and not args.resume:
         raise ValueError(f"--out {args.out}: holds a run; --resume continues it, another --out keeps it")
     if args.resume and not os.path.exists(f"{args.out}/last.pt"):

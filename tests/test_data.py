@@ -148,7 +148,7 @@ def eurosat(root, bands=13):
         Path(root, kind).mkdir(parents=True)
         for n in range(1, 4):
             x = np.broadcast_to(np.arange(bands) * 100 + c, (64, 64, bands)).astype(np.uint16)
-            tifffile.imwrite(Path(root, kind, f"{kind}_{n}.tif"), x)
+            tifffile.imwrite(Path(root, kind, f"{kind}_{n}.tif"), x, planarconfig="contig")
     return str(root)
 
 
@@ -176,7 +176,8 @@ def cut(path):
 
 
 def write(value):
-    return lambda path: tifffile.imwrite(path, value)
+    return lambda path: tifffile.imwrite(path, value, photometric="minisblack", planarconfig=
+                                         "contig" if value.ndim == 3 else None)
 
 
 @pytest.mark.parametrize("modality, band, harm, message", [

@@ -44,6 +44,7 @@ def both_sides(x):
 
 
 def worker(rank, arch, folder):
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     net = DistributedDataParallel(branch(arch), broadcast_buffers=False)
     x, k, y = batch()

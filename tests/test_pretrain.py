@@ -1,0 +1,163 @@
+"""Claims about pretrain.py: schedules, order of the data, files, exact resume, refusals."""
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import pretrain
+from conftest import ROOT, SMALL
+
+
+def run(toy, out, *flags, modality="s1"):
+    pretrain.main(["--modality", modality, "--data", toy, "--arch", "resnet18", *SMALL,
+                   "--out", str(out), *map(str, flags)])
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def test_cosine_climbs_from_zero_peaks_after_the_warm_up_and_ends_at_its_end():
+    values = [pretrain.cosine(t, 100, 2.0, 0.5, warmup=10) for t in range(101)]
+    assert values[0] == 0.2 and values[9] == values[10] == 2.0 and abs(values[100] - 0.5) < 1e-12
+    assert abs(values[55] - 1.25) < 1e-12 and np.all(np.diff(values[10:]) < 0)
+    assert pretrain.cosine(0, 50, 0.99, 1) == 0.99 and pretrain.cosine(50, 50, 0.99, 1) == 1
+
+
+def test_every_epoch_visits_each_scene_at_most_once_and_ranks_share_the_batches():
+    args = pretrain.parse(["--modality", "s1", "--batch-size", "8", "--accum", "2"])
+    scenes = np.arange(100, 143)                                        # 43: five batches and a rest
+    one = list(pretrain.batches(scenes, args, 1, 0, 0, 10))
+    assert len(one) == 20 and {len(b) for b in one} == {4}
+    epoch = [i for b in one[:10] for i, _ in b]
+    assert len(set(epoch)) == 40 and epoch != [i for b in one[10:] for i, _ in b]
+    two = [list(pretrain.batches(scenes, args, 2, r, 0, 10)) for r in (0, 1)]
+    assert [a + b for a, b in zip(*two)] == one
+    assert list(pretrain.batches(scenes, args, 1, 0, 3, 10)) == one[6:]         # resuming skips ahead
+
+
+def test_ranks_share_the_views_and_masks():
+    args = pretrain.parse(["--modality", "s2c"])
+    p, keep = pretrain.draw_views(args, 6, 5, 0, 0, 1)
+    halves = [pretrain.draw_views(args, 3, 5, 0, r, 2) for r in (0, 1)]
+    for name in p:
+        both = torch.cat([h[0][name].view(2, 3) for h in halves], 1).flatten()
+        assert torch.equal(both, p[name]), name
+    both = torch.cat([h[1].view(2, 3, -1) for h in halves], 1).flatten(0, 1)
+    assert torch.equal(both, keep)
+    assert not torch.equal(pretrain.draw_views(args, 6, 6, 0, 0, 1)[1], keep)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "vit_tiny"])
+def test_k_steps_resume_and_k_steps_equal_2k_steps_bit_for_bit(toy, tmp_path, arch):
+    whole = run(toy, tmp_path / "a", "--arch", arch, "--max-steps", 6)
+    run(toy, tmp_path / "b", "--arch", arch, "--max-steps", 3)
+    parts = run(toy, tmp_path / "b", "--arch", arch, "--max-steps", 6, "--resume")
+    assert whole["step"] == parts["step"] == 6 and equal(whole, parts)
+    logs = [[json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in "ab"]
+    assert [x["loss"] for x in logs[0]] == [x["loss"] for x in logs[1]]
+    assert equal(*(torch.load(tmp_path / n / "backbone.pt", weights_only=True) for n in "ab"))
+
+
+def test_a_run_leaves_its_four_files_and_the_teacher_alone_moves_by_averaging(toy, tmp_path, capsys):
+    state = run(toy, tmp_path / "r", "--accum", 2, modality="s2c")
+    assert sorted(p.name for p in (tmp_path / "r").iterdir()) == [
+        "backbone.pt", "config.json", "last.pt", "log.jsonl"]
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert config["flags"]["modality"] == "s2c" and config["torch"] == torch.__version__
+    log = [json.loads(x) for x in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == state["step"] and {
+        "loss", "info_nce", "soft", "soft_share", "lr", "momentum", "images_per_s", "data_wait",
+        "peak_memory_gb", "gradient_norm", "feature_std", "effective_rank", "epoch"} < set(log[0])
+    assert abs(log[0]["loss"] - log[0]["info_nce"] - 0.5 * log[0]["soft"]) < 1e-4
+    assert 0 < log[0]["soft_share"] < 1
+    backbone = torch.load(tmp_path / "r" / "backbone.pt", weights_only=True)
+    assert all(torch.equal(v, state["teacher"][f"backbone.{k}"]) for k, v in backbone.items())
+    assert not torch.equal(backbone["conv1.weight"], state["student"]["backbone.conv1.weight"])
+    assert not list((tmp_path / "r").glob("*.part"))
+
+
+def test_training_changes_with_the_seed_and_with_nothing_else(toy, tmp_path):
+    a, b, c = (run(toy, tmp_path / n, "--max-steps", 2, "--seed", s) for n, s in
+               (("a", 0), ("b", 0), ("c", 1)))
+    assert equal(a, b) and not equal(a["student"], c["student"])
+
+
+def test_initial_weights_come_from_the_file_named(toy, tmp_path, capsys):
+    run(toy, tmp_path / "a", "--max-steps", 1, modality="s2c")
+    run(toy, tmp_path / "b", "--max-steps", 1, "--lr", 0, "--momentum", 1,
+        "--init", tmp_path / "a" / "backbone.pt")
+    assert "1 fresh" in capsys.readouterr().out
+    a, b = (torch.load(tmp_path / n / "backbone.pt", weights_only=True) for n in "ab")
+    assert torch.equal(a["layer4.1.conv2.weight"], b["layer4.1.conv2.weight"])
+    assert a["conv1.weight"].shape[1] == 13 and b["conv1.weight"].shape[1] == 2
+
+
+def test_without_labels_info_nce_alone_is_trained(toy, tmp_path, capsys):
+    import shutil
+    shutil.copytree(f"{toy}/s1", tmp_path / "w" / "s1")
+    run(str(tmp_path / "w"), tmp_path / "r", "--max-steps", 1)
+    assert "no labels: the soft term is 0" in capsys.readouterr().out
+    log = json.loads((tmp_path / "r" / "log.jsonl").read_text())
+    assert log["soft"] == 0 and log["loss"] == log["info_nce"] and log["soft_share"] == 0
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data", "/nowhere"], "/nowhere: no such folder"),
+    (["--modality", "s2a"], "has no modality s2a"),
+    (["--img-size", "25"], "image size 25 x 25 is not divisible by patch size 6"),
+    (["--batch-size", "1"], "--batch-size 1: contrast needs at least 2"),
+    (["--batch-size", "4", "--accum", "4"], "contrast needs at least 2"),
+    (["--batch-size", "9", "--accum", "2"], "9 does not divide into 1 rank"),
+    (["--batch-size", "500"], "500 exceeds the .* training scenes"),
+    (["--labels", "/nowhere.json"], "/nowhere.json: no such labels file"),
+    (["--init", "/nowhere.pth"], "/nowhere.pth: No such file"),
+    (["--mask-ratio", "1"], "mask ratio 1.0 leaves no patch"),
+    (["--resume"], "--resume: no .*last.pt"),
+])
+def test_bad_flags_are_named_and_leave_nothing_behind(toy, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message) as error:
+        pretrain.main(["--modality", "s1", "--data", toy, "--arch", "resnet18", *SMALL,
+                       "--out", str(tmp_path / "r"), *flags])
+    assert "\n" not in str(error.value) and not (tmp_path / "r").exists()
+
+
+def test_fewer_scenes_than_ranks_is_named(toy, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    with pytest.raises(ValueError, match="--batch-size 8 does not divide into 16 rank"):
+        pretrain.main(["--modality", "s1", "--data", toy, *SMALL, "--out", str(tmp_path / "r")])
+
+
+def test_a_run_is_never_overwritten_and_resumes_only_with_its_own_flags(toy, tmp_path):
+    run(toy, tmp_path / "r", "--max-steps", 1)
+    before = (tmp_path / "r" / "last.pt").read_bytes()
+    with pytest.raises(ValueError, match="holds a run; --resume continues it"):
+        run(toy, tmp_path / "r", "--max-steps", 1)
+    with pytest.raises(ValueError, match="--tau 0.1: the run in .* has 0.2"):
+        run(toy, tmp_path / "r", "--resume", "--tau", 0.1)
+    assert (tmp_path / "r" / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("script, flags, text", [
+    ("pretrain.py", ["--modality", "s1", "--data", "/nowhere"], "pretrain.py: error: /nowhere: no such folder"),
+    ("pretrain.py", ["--modality", "s1", "--arch", "resnet34"], "--arch: invalid choice: 'resnet34'"),
+    ("pretrain.py", ["--modality", "s1", "--soft-wieght", "1"], "unrecognized arguments: --soft-wieght 1"),
+    ("probe.py", ["--ckpt", "/nowhere.pt"], "probe.py: error: /nowhere.pt: No such file"),
+    ("data.py", ["toy", "/tmp", "--size", "13"], "data.py: error: /tmp: exists and is not the toy world"),
+    ("model.py", ["/nowhere.pt"], "/nowhere.pt: No such file"),
+])
+def test_scripts_end_bad_input_with_one_line_and_a_nonzero_exit(script, flags, text, tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode != 0 and text in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
