@@ -1,15 +1,15 @@
 """Reading, scaling, labels, augmentation, and a world to practise on.  [reading time: 15 minutes]
 
 Every reader lists a tree of files and gives one and the same thing, `Scenes`: scene i has one or
-more images (seasons), each a uint8 array (C,P,P) on one pixel grid, each with a multi-hot label row.
+more images (seasons), each a uint8 array (C,P,P) on one pixel grid with a multi-hot label row.
 
     SSL4EO(root, "s2c")   root/{s1,s2c,s2a}/{0000000}/{product}/{band}.tif, Sentinel-1/2 v1.0 [1]
     EuroSAT(root, "s2c")  root/{class}/{class}_{n}.tif (13 bands) or .jpg (RGB) [2]
     make_toy(root)        writes a procedural SSL4EO-S12 tree, labels included
 
 Radiometry, the same for all: x' = (x - mean) / (4 std) + 1/2, clipped to [0,1] (that is mean +- 2
-std), kept as uint8, and given to the model as float in [0,1] [SoftCon README, "Data normalization"].
-RGB images are uint8 already and stay as they are.
+std), kept as uint8, and given to the model as float in [0,1] [SoftCon README, "Data
+normalization"].  RGB images are uint8 already and stay as they are.
 
 [1] Wang et al. 2023, SSL4EO-S12; labels: SSL4EO-S12-ML of SoftCon, classes of Dynamic World
 [2] Helber et al. 2019, EuroSAT
@@ -36,7 +36,8 @@ from tqdm import tqdm
 CLASSES = ("water", "trees", "grass", "flooded vegetation", "crops", "shrub & scrub", "built",
            "bare", "snow & ice")                            # Dynamic World's indices 0..8
 S2 = "B1 B2 B3 B4 B5 B6 B7 B8 B8A B9 B10 B11 B12".split()
-BANDS = {"s1": ["VV", "VH"], "s2c": S2, "s2a": [b for b in S2 if b != "B10"], "rgb": ["R", "G", "B"]}
+BANDS = {"s1": ["VV", "VH"], "s2c": S2, "s2a": [b for b in S2 if b != "B10"],
+         "rgb": ["R", "G", "B"]}
 SHRINK = {"B1": 6, "B9": 6, "B10": 6, **dict.fromkeys(["B5", "B6", "B7", "B8A", "B11", "B12"], 2)}
 # units and types on disk: S1 backscatter in dB, float32; S2 reflectance x 10000, uint16
 DTYPE = {"s1": np.float32, "s2c": np.uint16, "s2a": np.uint16}
@@ -55,7 +56,7 @@ STATS = {   # mean, std of the full SSL4EO-S12 set [SSL4EO-S12 convert_rgb.py; t
 
 
 def read_tiff(path):
-    """First page as an array.  ValueError, naming the file, if it is missing, cut off or no TIFF."""
+    """First page as an array; ValueError, naming the file, if it is missing, cut off or no TIFF."""
     try:
         with tifffile.TiffFile(path) as file:
             return file.pages[0].asarray()
@@ -95,8 +96,9 @@ def read_product(folder, modality, size):
         path = f"{folder}/{name}.tif"
         band, native = read_tiff(path), size // SHRINK.get(name, 1)
         if band.dtype != DTYPE[modality]:
-            raise ValueError(f"{path}: {band.dtype} pixels, {modality} has {DTYPE[modality].__name__}")
-        if band.ndim != 2 or max(abs(n - native) for n in band.shape) > native // 50:
+            raise ValueError(f"{path}: {band.dtype} pixels, {modality} has "
+                             f"{DTYPE[modality].__name__}")
+        if band.ndim != 2 or max(abs(n - native) for n in band.shape) > native // 40:
             raise ValueError(f"{path}: {band.shape} pixels, expected {native} x {native}")
         if not np.isfinite(band).all():
             raise ValueError(f"{path}: NaN or infinite pixels")
@@ -137,7 +139,8 @@ class Scenes(Dataset):
     def preload(self, scenes, workers=0):
         """Decode the named scenes once and keep them in memory, so that no epoch reads again."""
         todo = [(i, s) for i in scenes for s in range(len(self.files[i]))]
-        memory = np.zeros((self.first[-1], len(BANDS[self.modality]), self.size, self.size), np.uint8)
+        memory = np.zeros((self.first[-1], len(BANDS[self.modality]), self.size, self.size),
+                          np.uint8)
         images = Images(self, todo)
         for x, _, at in tqdm(DataLoader(images, 64, num_workers=workers), "reading", leave=False):
             memory[at] = x
@@ -183,7 +186,8 @@ def SSL4EO(root, modality, labels=None, seasons=2):
 
     Labels join by scene id and S2 product name; an S1 image takes those of the S2 image of the same
     scene and the same rank in time.  A scene or product that the json leaves out, or gives an empty
-    list, is unlabelled; a class or a product that does not exist is a ValueError.
+    list, is unlabelled, and so are S1 images of a scene with fewer or more S2 images; a class or a
+    product that does not exist is a ValueError.
     """
     ids = subfolders(f"{root}/{modality}")
     products = [sorted(subfolders(f"{root}/{modality}/{i}"), key=date) for i in ids]
@@ -195,21 +199,24 @@ def SSL4EO(root, modality, labels=None, seasons=2):
     for other in BANDS:
         if other != modality and os.path.isdir(f"{root}/{other}"):
             for i in sorted(set(subfolders(f"{root}/{other}")) - set(ids)):
-                raise ValueError(f"{root}/{modality}/{i}: missing, while {root}/{other}/{i} is there")
+                raise ValueError(f"{root}/{modality}/{i}: missing, while {root}/{other}/{i} "
+                                 f"is there")
     table = read_labels(labels) if labels else {}
     rows = []
     for i, found in zip(ids, products):
         y, mine = np.zeros((len(found), len(CLASSES)), np.uint8), table.get(i, {})
         names = found
         if modality == "s1":                           # the S2 names in order of time
-            s2 = next((f"{root}/{m}/{i}" for m in ("s2c", "s2a") if os.path.isdir(f"{root}/{m}")), "")
+            s2 = next((f"{root}/{m}/{i}" for m in ("s2c", "s2a")
+                       if os.path.isdir(f"{root}/{m}")), "")
             names = sorted(subfolders(s2) if s2 else mine, key=date)
         for product in mine.keys() - set(names):
             raise ValueError(f"{labels}: scene {i} has no product {product}")
         for s, name in enumerate(names if len(names) == len(found) else []):
             y[s, mine.get(name, [])] = 1
         rows.append(y)
-    size = max(read_tiff(f"{root}/{modality}/{ids[0]}/{products[0][0]}/{BANDS[modality][1]}.tif").shape)
+    size = max(read_tiff(
+        f"{root}/{modality}/{ids[0]}/{products[0][0]}/{BANDS[modality][1]}.tif").shape)
     files = [[f"{root}/{modality}/{i}/{p}" for p in found] for i, found in zip(ids, products)]
     decode = partial(read_product, modality=modality, size=size)
     return Scenes(ids, files, rows, CLASSES, modality, size, decode, seasons)
@@ -233,11 +240,14 @@ def read_labels(path):
                          f"{error}") from None
 
 
-def read_eurosat(path, modality):
-    """One EuroSAT chip -> uint8 (C,64,64) in SSL4EO's band order (in the 13-band files B8A is last)."""
+def read_eurosat(path, modality, size=None):
+    """One EuroSAT chip -> uint8 (C,64,64) in SSL4EO's band order (13-band files have B8A last)."""
     x = read_tiff(path) if modality == "s2c" else read_image(path)
-    if x.ndim != 3 or x.shape[2] != len(BANDS[modality]) or x.dtype != DTYPE.get(modality, np.uint8):
+    if (x.ndim != 3 or x.shape[2] != len(BANDS[modality])
+            or x.dtype != DTYPE.get(modality, np.uint8)):
         raise ValueError(f"{path}: {x.dtype} {x.shape}, expected {len(BANDS[modality])} bands")
+    if size and x.shape[:2] != (size, size):
+        raise ValueError(f"{path}: {x.shape[:2]} pixels, the others have {size} x {size}")
     x = x.transpose(2, 0, 1)
     return to_uint8(x[[*range(8), 12, *range(8, 12)]], modality) if modality == "s2c" else x
 
@@ -251,49 +261,55 @@ def read_image(path):
 
 
 def EuroSAT(root, modality="s2c", views=2):
-    """EuroSAT [2] as unpacked: one folder a class, s2c (13-band tif) or rgb (jpg); one image a scene."""
+    """EuroSAT [2], unpacked: a folder a class, an image a scene; s2c (13-band tif) or rgb (jpg)."""
     classes = subfolders(root)
     suffix = {"s2c": ".tif", "rgb": ".jpg"}.get(modality)
+    if suffix is None:
+        raise ValueError(f"{root}: class folders hold s2c or rgb chips, not {modality}")
     paths = [f"{root}/{c}/{f}" for c in classes for f in sorted(os.listdir(f"{root}/{c}"))
-             if suffix and f.endswith(suffix)]
+             if f.endswith(suffix)]
     if not paths:
         raise ValueError(f"{root}: no {suffix} chips in class folders for modality {modality}")
     ids = [Path(p).stem for p in paths]
     labels = [np.array([[c == Path(p).parent.name for c in classes]], np.uint8) for p in paths]
-    decode = partial(read_eurosat, modality=modality)
-    size = decode(paths[0]).shape[1]
+    size = read_eurosat(paths[0], modality).shape[1]
+    decode = partial(read_eurosat, modality=modality, size=size)
     return Scenes(ids, [[p] for p in paths], labels, tuple(classes), modality, size, decode, views)
 
 
 def open_data(root, modality, labels=None, views=2):
-    """The reader that fits what lies in `root`."""
-    if os.path.isdir(f"{root}/{modality}"):
-        return SSL4EO(root, modality, labels, views)
+    """The reader that fits what lies in `root`; labels: a json, or "classes" for class folders."""
     subfolders(root)                                                       # names a missing root
-    if any(os.path.isdir(f"{root}/{m}") for m in BANDS):
+    products = any(os.path.isdir(f"{root}/{m}") for m in DTYPE)
+    if products and not os.path.isdir(f"{root}/{modality}"):
         raise ValueError(f"{root}: has no modality {modality}")
+    if labels and products == (labels == "classes"):
+        raise ValueError(f"--labels {labels}: {root} holds {'products' if products else 'classes'}")
+    if products:
+        return SSL4EO(root, modality, labels, views)
     return EuroSAT(root, modality, views)
 
 
 # --------------------------------------------------------------------------------- augmentation
 
 
-def draw_augmentation(n, modality, generator, scale=(0.2, 1.0)):
+def draw_augmentation(n, modality, generator, crop_min=0.2, jitter=0.4, grey=0.2):
     """Parameters of n views, on the CPU, one float each: replaying them gives the same pixels.
 
-    Crop area U(scale), aspect log-uniform in [3/4, 4/3], position, flips; brightness and contrast
-    U(.6,1.4) p .8 (not for SAR, whose decibels are no brightness); grey p .2; blur p .5, std
-    U(.1,2) pixels at 224. [SSL4EO-S12 pretrain_moco_v2_s2c.py; DeCUR for SAR; vertical flip: ours]
+    Crop area U(crop_min, 1), aspect log-uniform in [3/4, 4/3], position, flips; brightness and
+    contrast U(1-jitter, 1+jitter) p .8 (not for SAR, whose decibels are no brightness); grey with
+    p = grey; blur p .5, std U(.1,2) pixels at 224.
+    [SSL4EO-S12 pretrain_moco_v2_s2c.py; DeCUR for SAR; vertical flip: ours]
     """
     u = torch.rand(12, n, generator=generator)
-    area, aspect = scale[0] + (scale[1] - scale[0]) * u[0], (4 / 3) ** (2 * u[1] - 1)
+    area, aspect = crop_min + (1 - crop_min) * u[0], (4 / 3) ** (2 * u[1] - 1)
     h, w = (area / aspect).sqrt().clamp(max=1), (area * aspect).sqrt().clamp(max=1)
-    jitter = (u[6] < 0.8) & (modality != "s1")
+    lit = (u[6] < 0.8) & (modality != "s1")
     return {"h": h, "w": w, "y": (1 - h) * (2 * u[2] - 1), "x": (1 - w) * (2 * u[3] - 1),
             "flip_x": 1 - 2 * (u[4] < 0.5).float(), "flip_y": 1 - 2 * (u[5] < 0.5).float(),
-            "brightness": torch.where(jitter, 0.6 + 0.8 * u[7], 1),
-            "contrast": torch.where(jitter, 0.6 + 0.8 * u[8], 1),
-            "grey": (u[9] < 0.2).float(),
+            "brightness": torch.where(lit, 1 + jitter * (2 * u[7] - 1), 1),
+            "contrast": torch.where(lit, 1 + jitter * (2 * u[8] - 1), 1),
+            "grey": (u[9] < grey).float(),
             "blur": torch.where(u[10] < 0.5, 0.1 + 1.9 * u[11], 0)}
 
 
@@ -306,14 +322,15 @@ def augment(x, p, size):
     p = {k: v.to(x.device, non_blocking=True) for k, v in p.items()}
     zero = torch.zeros_like(p["x"])
     theta = torch.stack([p["w"] * p["flip_x"], zero, p["x"], zero, p["h"] * p["flip_y"], p["y"]], 1)
-    grid = F.affine_grid(theta.view(-1, 2, 3), (len(x), x.shape[1], size, size), align_corners=False)
+    grid = F.affine_grid(theta.view(-1, 2, 3), (len(x), x.shape[1], size, size),
+                         align_corners=False)
     x = F.grid_sample(x.float() / 255, grid, padding_mode="border", align_corners=False)
     colour = {k: p[k].view(-1, 1, 1, 1) for k in ("brightness", "contrast", "grey")}
     x = x * colour["brightness"]
     mean = x.mean((2, 3), keepdim=True)
     x = ((x - mean) * colour["contrast"] + mean).clamp(0, 1)
     x = torch.where(colour["grey"] > 0, x.mean(1, keepdim=True), x)
-    if len(blurred):                                                       # K x K^T, rows of K sum to 1
+    if len(blurred):                                                   # K x K^T, rows of K sum to 1
         at = torch.arange(size, device=x.device)
         std = (p["blur"][blurred.to(x.device)] * size / 224).view(-1, 1, 1, 1).clamp_min(1e-3)
         K = (-((at[:, None] - at) / std).square() / 2).softmax(-1)         # (b, 1, size, size)
@@ -326,22 +343,22 @@ def augment(x, p, size):
 # reflectance x 10000 in the 13 bands, backscatter VV and VH in dB, strength of the texture
 SPECTRA = np.array([
     [1300, 1000, 800, 550, 450, 350, 320, 280, 260, 120, 10, 120, 80],
-    [1250, 950, 880, 650, 1000, 2200, 2700, 2600, 2900, 920, 15, 1650, 850],
-    [1330, 1080, 1080, 900, 1350, 2400, 2850, 2750, 3000, 980, 18, 2000, 1150],
-    [1290, 1020, 940, 740, 1050, 2000, 2350, 2300, 2450, 760, 14, 1400, 800],
-    [1350, 1090, 1090, 920, 1380, 2450, 2900, 2800, 3050, 1000, 18, 2050, 1180],
-    [1370, 1120, 1110, 1050, 1450, 2250, 2600, 2550, 2800, 900, 20, 2250, 1450],
-    [1650, 1500, 1480, 1600, 1800, 2100, 2250, 2250, 2400, 820, 25, 2500, 2100],
-    [1680, 1510, 1520, 1680, 1900, 2150, 2300, 2300, 2480, 840, 25, 2700, 2250],
+    [1220, 880, 800, 520, 850, 1850, 2200, 2150, 2350, 800, 14, 1200, 550],
+    [1330, 1080, 1120, 900, 1500, 2550, 2950, 2850, 3050, 980, 18, 2250, 1250],
+    [1290, 1020, 900, 680, 850, 1400, 1600, 1550, 1650, 550, 12, 750, 400],
+    [1380, 1130, 1180, 950, 1600, 3000, 3900, 3800, 4000, 1150, 20, 1900, 1000],
+    [1420, 1200, 1180, 1250, 1600, 2050, 2250, 2200, 2450, 880, 21, 2700, 1950],
+    [1800, 1720, 1680, 1750, 1850, 1950, 2000, 2050, 2100, 780, 25, 2100, 1900],
+    [1700, 1560, 1680, 2100, 2450, 2600, 2700, 2700, 2900, 900, 26, 3500, 3100],
     [4200, 4000, 3900, 3900, 3800, 3600, 3500, 3400, 3300, 1300, 60, 800, 600]], np.float32)
-BACKSCATTER = np.array([[-19, -26], [-10.5, -16], [-12.5, -18.5], [-10.5, -17.5], [-12, -18.5],
-                        [-11.5, -17.5], [-8, -15], [-13, -20.5], [-13.5, -20]], np.float32)
+BACKSCATTER = np.array([[-19, -26], [-9.5, -14.5], [-13, -20], [-9, -18.5], [-11.5, -17],
+                        [-12, -18.5], [-5, -12], [-15, -23], [-13, -19]], np.float32)
 SOIL, GREEN = SPECTRA[7], (1, 2, 3, 4, 5)                            # what vegetation fades to
-LATE = 0.08                                                          # share of images left unlabelled
+LATE = 0.08                                                          # share of images unlabelled
 
 
 def smooth(rng, size, scale):
-    """Gaussian random field (size,size), zero mean, unit variance, correlated over `scale` pixels."""
+    """Gaussian random field (size,size), mean 0, unit variance, correlated over `scale` pixels."""
     f = np.fft.fftfreq(size)
     decay = np.exp(-2 * (np.pi * scale) ** 2 * (f[:, None] ** 2 + f[:size // 2 + 1] ** 2))
     field = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((size, size))) * decay, (size, size))
@@ -355,7 +372,7 @@ def textures(rng, size):
     def waves(period, bend):
         a = rng.uniform(0, np.pi)
         return np.sin(2 * np.pi * (x * np.cos(a) + y * np.sin(a)) / period + bend)
-    parcels = np.sign(smooth(rng, size, 4))                          # fields, each with its own rows
+    parcels = np.sign(smooth(rng, size, 4))                          # fields, each with own rows
     rows = np.where(parcels > 0, waves(rng.uniform(4, 6), 0), waves(rng.uniform(4, 6), 0))
     block = rng.integers(5, 8)
     houses = rng.standard_normal((size, size)).astype(np.float32)
@@ -370,41 +387,41 @@ def textures(rng, size):
 
 
 def toy_scene(seed, i, size):
-    """Scene i of the toy world: [(s2 (13,P,P) uint16, s1 (2,P,P) float32, labels), ...] by season."""
+    """Toy scene i: [(s2 (13,P,P) uint16, s1 (2,P,P) float32, labels), ...] by season."""
     rng = np.random.default_rng([seed, i])
     cold, wet, town = rng.uniform(0, 1, 3)
-    likely = np.array([wet, 1, 1, 0.8 * wet, 1, 1 - wet / 2, town, 1 - wet, 0]) + 0.15
-    likely[8] = 0
-    present = rng.choice(9, rng.integers(2, 5), replace=False, p=likely / likely.sum())
-    score = np.stack([smooth(rng, size, size / 7) for _ in present])
-    score += rng.normal(0, 0.4, (len(present), 1, 1))
+    likely = np.array([wet, 1, 1, 0.8 * wet, 1, 1 - wet / 2, town, 1 - wet, cold - 0.15]) + 0.15
+    present = rng.choice(9, rng.integers(3, 6), replace=False, p=likely / likely.sum())
+    score = np.stack([smooth(rng, size, size / 10) for _ in present])
+    score += rng.normal(0, 0.6, (len(present), 1, 1))
     summer = present[score.argmax(0)]                                # (P,P) class of each pixel
-    relief, out = smooth(rng, size, size / 8), []
-    for season in range(4):                                          # winter, spring, summer, autumn
+    relief, t, out = smooth(rng, size, size / 8), textures(rng, size), []
+    level = np.exp(rng.normal(0, 0.1, (9, 1)) + rng.normal(0, 0.05, (9, 13)))
+    level_db = rng.normal(0, 1.5, (9, 2))
+    amplitude = np.array([0.1, 1, 1, 1, 1, 1, 1.2, 0.8, 0.3]) * rng.uniform(0.6, 1.4, 9)
+    for season in range(4):                                          # from winter to autumn
         cover = summer.copy()
-        cover[(relief > 1.2 - 1.6 * cold) & (cover > 0) & (season == 0) & (cold > 0.3)] = 8
+        cover[(relief > 1.8 - cold) & (cover > 0) & (season == 0)] = 8
         cover[(relief < -1.2) & (cover == 2) & (season == 1)] = 3    # meadows flood in spring
         cover[(relief > 0.7) & (cover == 4) & (season == 3)] = 7     # harvested
-        level = np.exp(rng.normal(0, 0.15, (9, 1)) + rng.normal(0, 0.08, (9, 13)))
-        level_db, t = rng.normal(0, 1.5, (9, 2)), textures(rng, size)
-        amplitude = np.array([0.1, 1, 1, 1, 1, 1, 1.2, 0.8, 0.3]) * rng.uniform(0.6, 1.4, 9)
-        gain_band = np.exp(rng.normal(0, 0.06, (13, 1, 1)))          # the sensor's
+        gain_band = np.exp(rng.normal(0, 0.1, (13, 1, 1)))           # the sensor's
         leaf = np.clip((0.35, 0.8, 1, 0.6)[season] + rng.normal(0, 0.1), 0, 1)
         spectra = SPECTRA.copy()
-        spectra[GREEN, :] = leaf * SPECTRA[GREEN, :] + (1 - leaf) * (0.5 * SOIL + 0.5 * SPECTRA[GREEN, :])
+        spectra[GREEN, :] = leaf * SPECTRA[GREEN, :] + (1 - leaf) * (
+            0.5 * SOIL + 0.5 * SPECTRA[GREEN, :])
         texture = np.take_along_axis(t, cover[None], 0)[0] * amplitude[cover]
-        s2 = (spectra * level)[cover].transpose(2, 0, 1) * np.exp(0.4 * texture - 0.08)
+        s2 = (spectra * level)[cover].transpose(2, 0, 1) * np.exp(0.3 * texture - 0.05)
         haze = rng.uniform(0, 600) * np.exp(-np.arange(13) / 4)[:, None, None]
-        s2 = s2 * rng.uniform(0.65, 1.35) * gain_band + haze         # illumination, sensor, haze
-        cloud = np.clip(smooth(rng, size, size / 12) - 1, 0, 1) * (rng.random() < 0.3)
+        slope = smooth(rng, size, size / 7)                          # hills lit from one side
+        s2 = s2 * np.exp(rng.uniform(-0.4, 0.4) * slope) * rng.uniform(0.6, 1.4) * gain_band + haze
+        cloud = np.clip(2 * smooth(rng, size, size / 10) - 1.5, 0, 1) * (rng.random() < 0.4)
         s2 += cloud * (np.where(np.arange(13) == 10, 400, 6000)[:, None, None] - s2)
         s2 += rng.normal(0, 20, s2.shape)
         s1 = (BACKSCATTER + level_db)[cover].transpose(2, 0, 1) + 4 * texture
-        slope = np.linspace(-1, 1, size) * rng.normal(0, 1)          # incidence angle
-        s1 += rng.normal(0, 1.5, (2, 1, 1)) + slope                  # calibration
+        s1 += rng.normal(0, 1.5, (2, 1, 1)) + rng.uniform(-2, 2) * slope  # calibration, incidence
         s1 += 10 * np.log10(rng.gamma(12, 1 / 12, s1.shape))           # speckle of 12 looks
         area = np.bincount(cover.ravel(), minlength=9) / cover.size
-        labels = np.flatnonzero(area > 0.04) if rng.random() > LATE else []
+        labels = np.flatnonzero(area > 0.03) if rng.random() > LATE else []
         s2 = np.clip(np.rint(s2), 0, 65535).astype(np.uint16)
         out.append((s2, s1.astype(np.float32), [str(c) for c in labels]))
     return out
@@ -424,7 +441,7 @@ def write_toy_scene(i, root, size, seed):
             for band, x in zip(bands, pixels):
                 k = SHRINK.get(band, 1)
                 x = x.reshape(size // k, k, size // k, k).mean((1, 3)).astype(x.dtype)
-                degrees = 10 * k / 111320                             # GeoTIFF: EPSG:4326, 10 k metres
+                degrees = 10 * k / 111320                          # GeoTIFF: EPSG:4326, 10 k metres
                 tags = [(33550, "d", 3, (degrees, degrees, 0), True),
                         (33922, "d", 6, (0, 0, 0, 0.1 * (i % 1000), 45, 0), True),
                         (34735, "H", 12, (1, 1, 0, 2, 1024, 0, 1, 2, 2048, 0, 1, 4326), True)]
@@ -432,27 +449,30 @@ def write_toy_scene(i, root, size, seed):
     return f"{i:07d}", entry
 
 
-def make_toy(root, scenes=1000, size=48, seed=0, workers=None):
+def make_toy(root, scenes=2000, size=36, seed=0, workers=None):
     """A procedural world as a real SSL4EO-S12 v1.0 tree: root/{s1,s2c} and the ML labels json.
 
     Nine classes with spectra, backscatter and texture of their own, four seasons; illumination,
     haze, sensor gain, cloud and speckle hide what a mean and a std could tell.  size: pixels of the
     10 m bands, a multiple of 6.  Appears whole or not at all; one that is there is left alone.
     """
-    done = {"scenes": scenes, "size": size, "seed": seed}
+    root, done = os.path.normpath(root), {"scenes": scenes, "size": size, "seed": seed,
+                                          "version": 1}
     if os.path.exists(root):
         found = f"{root}/toy.json"
         if os.path.exists(found) and json.loads(Path(found).read_text()) == done:
             return root
         raise ValueError(f"{root}: exists and is not the toy world {done}")
     if size % 6 or size < 12 or scenes < 1:
-        raise ValueError(f"toy world of {scenes} scenes of {size} pixels: size is a multiple of 6, >= 12")
+        raise ValueError(f"toy world of {scenes} scenes of {size} pixels: size is a "
+                         f"multiple of 6, >= 12")
     part = f"{root}.part{os.getpid()}"
     os.makedirs(part)
     try:
         with ProcessPoolExecutor(workers) as pool:
             job = partial(write_toy_scene, root=part, size=size, seed=seed)
-            entries = list(tqdm(pool.map(job, range(scenes), chunksize=8), f"toy world {root}", scenes))
+            entries = list(tqdm(pool.map(job, range(scenes), chunksize=8), f"toy world {root}",
+                                scenes))
         Path(part, "ssl4eo_multilabel.json").write_text(json.dumps(dict(entries)))
         Path(part, "toy.json").write_text(json.dumps(done))
         os.rename(part, root)
@@ -466,8 +486,8 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="write the toy world as an SSL4EO-S12 v1.0 tree")
     toy.add_argument("root")
-    toy.add_argument("--scenes", type=int, default=1000, help="locations, four seasons each")
-    toy.add_argument("--size", type=int, default=48, help="pixels of a 10 m band; multiple of 6")
+    toy.add_argument("--scenes", type=int, default=2000, help="locations, four seasons each")
+    toy.add_argument("--size", type=int, default=36, help="pixels of a 10 m band; multiple of 6")
     toy.add_argument("--seed", type=int, default=0, help="another seed, another world")
     args = parser.parse_args(argv)
     make_toy(args.root, args.scenes, args.size, args.seed)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 
 class Gather(torch.autograd.Function):
-    """Rows of all ranks, in rank order; the gradient of a row is summed over the ranks that used it.
+    """Rows of all ranks, in rank order; a row's gradient is summed over the ranks that used it.
 
     DDP then divides parameter gradients by the number of ranks, which makes W ranks with B/W rows
     each equal one rank with B rows.  (dist.all_gather alone drops the gradient.)
@@ -77,10 +77,10 @@ def info_nce(q, k, tau, offset=0):
     return F.cross_entropy(cosine(q, k) / tau, torch.arange(len(q), device=q.device) + offset)
 
 
-SOFT_TAU = {"ce": 0.2, "bce": 1.0, "bce_mean": 1.0}       # nothing is public: ours
+SOFT_TAU = {"ce": 0.2, "bce": 0.2, "bce_mean": 1.0}       # nothing is public: ours
 
 
-def soft_contrastive(q, k, yq, yk, form="ce", tau=None, rows=None):
+def soft_contrastive(q, k, yq, yk, form="bce", tau=None, rows=None):
     """Soft contrast: similarity c_ij = q_i.k_j follows label similarity s_ij.  q (N,D), k (M,D),
     normalised here, yq (N,C), yk (M,C) multi-hot.  Three readings, as the formula is not public:
 
@@ -88,12 +88,13 @@ def soft_contrastive(q, k, yq, yk, form="ce", tau=None, rows=None):
         bce       mean_i  sum_j  BCE(sigmoid(c_ij / tau), s_ij)
         bce_mean  mean_i  mean_j BCE(sigmoid(c_ij / tau), s_ij)
 
-    Rows and columns without labels leave the term.  mean_i is over the labelled rows, `rows` of them
-    (default: those given); with none the term is 0.  A labelled row that shares no class with any
-    key adds 0 to ce.  tau=None takes SOFT_TAU[form].
+    bce sums over the keys, so its share of the gradient grows with the batch; the other two keep
+    it.  Rows and columns without labels leave the term.  mean_i is over the labelled rows, `rows`
+    of them (default: those given); with none the term is 0.  A labelled row that shares no class
+    with any key adds 0 to ce.  tau=None takes SOFT_TAU[form].
     """
     valid_q, valid_k, s = has_labels(yq), has_labels(yk), label_similarity(yq, yk)
-    logits = cosine(q, k) / (tau or SOFT_TAU[form])                              # (N, M)
+    logits = cosine(q, k) / (SOFT_TAU[form] if tau is None else tau)                        # (N, M)
     if form == "ce":
         target = s / s.sum(1, keepdim=True).clamp_min(1e-12)
         terms = -target * logits.masked_fill(~valid_k, -1e4).log_softmax(1)
@@ -105,11 +106,11 @@ def soft_contrastive(q, k, yq, yk, form="ce", tau=None, rows=None):
     return terms.sum() / (rows + (rows == 0))
 
 
-def softcon_loss(q, k, yq, yk, tau=0.2, weight=0.5, form="ce", soft_tau=None):
+def softcon_loss(q, k, yq, yk, tau=0.2, weight=0.5, form="bce", soft_tau=None):
     """L = InfoNCE + weight * soft, for this rank's queries against the keys of all ranks.
 
-    q (N,D) student, k (N,D) teacher, yq and yk (N,C) the labels of the two views: two seasons of one
-    scene, so s_ii is what their labels say and not always 1.  Returns (L, InfoNCE, soft).
+    q (N,D) student, k (N,D) teacher, yq and yk (N,C) the labels of the two views: two seasons of
+    one scene, so s_ii is what their labels say and not always 1.  Returns (L, InfoNCE, soft).
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     k, yk = gather(k), gather(yk)                                                # (M,D), (M,C)
@@ -127,9 +128,9 @@ def softcon_loss(q, k, yq, yk, tau=0.2, weight=0.5, form="ce", soft_tau=None):
 def block_mask(batch, grid, ratio, generator=None, blocks=16):
     """Block-wise Siamese mask [1, figure]: which patches the student keeps, (batch, n) sorted.
 
-    `blocks` rectangles an image (at least 4 patches, aspect log-uniform in [0.3, 1/0.3], as DINOv2
-    draws them) cover it one after another until round(ratio * N) patches are gone; the one that
-    overshoots is cut, so that every row keeps equally many and the batch stays a rectangle.
+    `blocks` rectangles an image (4 or more patches, aspect log-uniform in [0.3, 1/0.3], as DINOv2
+    draws them; ours may hang over the rim) cover it one after another until round(ratio * N)
+    patches are gone; the last is cut, so every row keeps equally many and the batch a rectangle.
     """
     h, w = grid
     N, n_mask = h * w, round(ratio * h * w)
@@ -160,7 +161,8 @@ def blank_patches(x, keep, patch_size):
     B, _, H, W = x.shape
     h, w = H // patch_size, W // patch_size
     mask = torch.zeros(B, h * w, dtype=torch.bool, device=x.device).scatter_(1, keep, True)
-    mask = mask.reshape(B, 1, h, w).repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
+    mask = mask.reshape(B, 1, h, w).repeat_interleave(patch_size, 2).repeat_interleave(
+        patch_size, 3)
     return torch.where(mask, x, 0.5)
 
 

@@ -5,14 +5,16 @@ DINOv2's, so that a checkpoint trained here loads into those code bases without 
 theirs load here.  The first layer takes any number of channels (2 for Sentinel-1, 12 or 13 for
 Sentinel-2, 3 for RGB); everything after it does not know what a satellite is.
 
-    build(arch, in_chans) -> module          load_pretrained(module, path)     python model.py FILE
+    build(arch, in_chans) -> module          load_pretrained(module, path)
     build_from(path)      -> module          export_backbone(module)
+    python model.py inspect FILE
 
 [1] He et al. 2016, Deep residual learning; the stride sits on the 3x3 as in torchvision (v1.5)
 [2] Dosovitskiy et al. 2021, ViT; Oquab et al. 2023, DINOv2 (LayerScale, SwiGLU, position table)
 [3] Chen, Xie, He 2021, MoCo v3: projector and predictor
 
-Letters: B batch, C channels, H W pixels, P patch side, N = (H/P)(W/P) patches, D width, R registers.
+Letters: B batch, C channels, H W pixels, P patch side, N = (H/P)(W/P) patches, D width,
+R registers.
 """
 import math
 import re
@@ -56,7 +58,7 @@ class BatchNorm(nn.BatchNorm2d):
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world == 1 or not self.training:
             return super().forward(x)
-        rows = x.float().transpose(1, -1)                                    # (B, ..., C)
+        rows = (x if x.dtype == torch.float64 else x.float()).transpose(1, -1)   # (B, ..., C)
         dims, count = tuple(range(x.dim() - 1)), x.numel() // x.shape[1] * world
         mean = AllReduce.apply(rows.mean(dims)) / world                      # (C,)
         rows = rows - mean
@@ -71,12 +73,12 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class Block(nn.Module):
-    """Residual block: two 3x3 (ResNet-18) or 1x1, 3x3, 1x1 with four times the width (ResNet-50)."""
+    """Residual block: two 3x3 (ResNet-18) or 1x1, 3x3, 1x1 with 4 times the width (ResNet-50)."""
 
     def __init__(self, c_in, c, stride, bottleneck):
         super().__init__()
         shapes = ([(c_in, c, 1, 1), (c, c, 3, stride), (c, 4 * c, 1, 1)] if bottleneck else
-                  [(c_in, c, 3, stride), (c, c, 3, 1)])                      # (in, out, kernel, stride)
+                  [(c_in, c, 3, stride), (c, c, 3, 1)])                  # (in, out, kernel, stride)
         for i, (a, b, k, s) in enumerate(shapes, 1):
             self.add_module(f"conv{i}", nn.Conv2d(a, b, k, s, k // 2, bias=False))
             self.add_module(f"bn{i}", BatchNorm(b))
@@ -191,7 +193,7 @@ class ViTBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """DINOv2's vision transformer; forward gives the CLS token after the final norm (B, embed_dim)."""
+    """DINOv2's vision transformer; forward gives the CLS token after the norm (B, embed_dim)."""
 
     def __init__(self, dim, depth, heads, in_chans, img_size, patch_size, registers, drop_path,
                  swiglu=False, layerscale=True):
@@ -204,7 +206,7 @@ class ViT(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if registers:
             self.register_tokens = nn.Parameter(torch.randn(1, registers, dim) * 1e-6)
-        if layerscale:                         # DINOv2's files carry it; dropped tokens never need it
+        if layerscale:                       # DINOv2's files carry it; dropped tokens never need it
             self.mask_token = nn.Parameter(torch.zeros(1, dim), requires_grad=False)
         proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
         self.patch_embed = nn.ModuleDict({"proj": proj})             # upstream key; used in embed()
@@ -235,7 +237,7 @@ class ViT(nn.Module):
         x = F.linear(x, proj.weight.flatten(1), proj.bias) + patch_pos       # (B, n, D)
         first = [(self.cls_token + pos[:, :1]).expand(B, -1, -1)]            # (B, 1, D)
         if self.registers:
-            first.append(self.register_tokens.expand(B, -1, -1))             # (B, R, D), no position
+            first.append(self.register_tokens.expand(B, -1, -1))             # (B, R, D) no position
         return torch.cat([*first, x], 1)                                     # (B, 1+R+n, D)
 
     def tokens(self, x, keep=None):
@@ -313,13 +315,12 @@ def build(arch, in_chans, img_size=224, patch_size=14, registers=0, drop_path=0.
     return model
 
 
-def head(widths, affine=True):
-    """MoCo v3's MLP [3]: Linear without bias, BN, ReLU, ..., Linear, BN (the last with or without
-    scale and shift)."""
+def head(widths):
+    """MoCo v3's MLP [3]: Linear without bias, BN, ReLU, ..., Linear, BN without scale and shift."""
     layers = []
     for i, (a, b) in enumerate(zip(widths, widths[1:])):
         last = i == len(widths) - 2
-        layers += [nn.Linear(a, b, bias=False), BatchNorm(b, affine=affine or not last)]
+        layers += [nn.Linear(a, b, bias=False), BatchNorm(b, affine=not last)]
         layers += [] if last else [nn.ReLU()]
     return nn.Sequential(*layers)
 
@@ -334,7 +335,7 @@ class Branch(nn.Module):
     def __init__(self, backbone, hidden=4096, out=256, predictor=False):
         super().__init__()
         self.backbone = backbone
-        self.projector = head([backbone.embed_dim, hidden, hidden, out], affine=False)
+        self.projector = head([backbone.embed_dim, hidden, hidden, out])
         self.predictor = head([out, hidden, out]) if predictor else nn.Identity()
 
     def forward(self, x, keep=None):
@@ -370,7 +371,7 @@ def read_weights(path, which="teacher"):
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except Exception as error:                 # torch.load raises half a dozen kinds
-        code = "GLOBAL" in str(error) or "Unsupported" in str(error)
+        code = "GLOBAL" in str(error) or "Unsupported global" in str(error)
         why = "refused, it wants to run code" if code else "damaged, or not a PyTorch checkpoint"
         raise ValueError(f"{path}: {why}") from None
     flat = {}
@@ -385,13 +386,15 @@ def read_weights(path, which="teacher"):
     prefixes = [key.removesuffix(a) for key in flat for a in ANCHORS if key.endswith(a)]
     if not prefixes:
         raise ValueError(f"{path}: no ViT or ResNet backbone in it ({len(flat)} tensors)")
+    if "pos_embed" not in " ".join(flat) and any(k.endswith(ANCHORS[0]) for k in flat):
+        raise ValueError(f"{path}: a ViT without a position table (pos_embed)")
     prefix = min(prefixes, key=lambda p: (which not in p, prefixes.index(p)))
     state = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
     return state, [k for k in flat if not k.startswith(prefix)]
 
 
 def build_from(path):
-    """The backbone in a file, loaded: architecture, channels, patch and size read off the tensors."""
+    """The backbone in a file, loaded: architecture, channels, patch, size read off the tensors."""
     state, _ = read_weights(path)
     if "conv1.weight" in state:
         arch = "resnet50" if "layer1.0.conv3.weight" in state else "resnet18"
@@ -412,16 +415,17 @@ def build_from(path):
 def adapt_input(weight, fresh, adapt):
     """First-layer weight (D, C_file, k, k) for fresh.shape[1] channels.
 
-    random: the fresh initialisation, as SoftCon does.  mean: the average over the file's channels in
-    every band, rescaled by C_file / C so that the output keeps its size.  rgb: copied to the bands
-    that are red, green and blue (B4, B3, B2), fresh elsewhere.
+    random: the fresh initialisation, as SoftCon does.  mean: the average over the file's channels
+    in every band, rescaled by C_file / C so that the output keeps its size.  rgb: copied to the
+    bands that are red, green and blue (B4, B3, B2), fresh elsewhere.
     """
     C = fresh.shape[1]
     if adapt == "mean":
         return weight.mean(1, keepdim=True).expand_as(fresh) * (weight.shape[1] / C)
     if adapt == "rgb":
         if weight.shape[1] != 3 or C not in RGB_BANDS:
-            raise ValueError(f"adapt=rgb goes from 3 channels to 12 or 13, not {weight.shape[1]} to {C}")
+            raise ValueError(f"adapt=rgb goes from 3 channels to 12 or 13, not {weight.shape[1]} "
+                             f"to {C}")
         fresh = fresh.clone()
         fresh[:, RGB_BANDS[C]] = weight
         return fresh
@@ -435,17 +439,23 @@ def load_pretrained(model, path, adapt="random", quiet=False):
     """Fill `model` from a checkpoint file; returns and prints what happened to every tensor.
 
     {"loaded", "resampled" (position table), "adapted" (input layer), "fresh" (kept its random
-    start), "ignored" (in the file, not in the model)} -> lists of names.  A tensor of the model that
-    the file lacks, other than the mask token, or of another shape, is a ValueError naming it.
+    start), "ignored" (in the file, not in the model)} -> lists of names.  A tensor that the file
+    lacks or has in another shape is a ValueError naming it; expected absences are the mask token,
+    LayerScale (1, the identity, stands in) and batch counters.  So is a block only in the file.
     """
     state, rest = read_weights(path)
+    for name in state:                         # a deeper network must not pass as a shallower one
+        if name not in model.state_dict() and re.match(r"layer\d|blocks|register_tokens", name):
+            raise ValueError(f"{path}: has {name}, which the model lacks")
     report = {k: [] for k in ("loaded", "resampled", "adapted", "fresh")}
     report["ignored"] = rest + [k for k in state if k not in model.state_dict()]
+    plain = not any(k.endswith("gamma") for k in state)
+    absent = ("mask_token", "num_batches_tracked") + ("gamma",) * plain
     filled = {}
     for name, own in model.state_dict().items():
         new, verdict = state.get(name), "loaded"
         if new is None:
-            if name != "mask_token" and not name.endswith("num_batches_tracked"):
+            if not name.endswith(absent):
                 raise ValueError(f"{path}: has no tensor {name}, which the model needs")
             new, verdict = own, "fresh"
         elif name == "pos_embed" and new.shape != own.shape and new.shape[2] == own.shape[2]:
@@ -471,13 +481,16 @@ def load_pretrained(model, path, adapt="random", quiet=False):
 
 def export_backbone(model):
     """The state dict to publish: upstream keys and nothing else, on the CPU, contiguous."""
-    return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+    return {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] != "inspect":
+        sys.exit("usage: python model.py inspect FILE")
     try:
-        found = build_from(sys.argv[1])
-    except (IndexError, ValueError) as error:
-        sys.exit(f"usage: python model.py FILE: {error}")
+        found = build_from(sys.argv[2])
+    except ValueError as error:
+        sys.exit(f"model.py: error: {error}")
     size = sum(p.numel() for p in found.parameters())
-    print(f"{type(found).__name__}, {found.in_chans} channels, {found.embed_dim} wide, {size:,} parameters")
+    print(f"{type(found).__name__}, {found.in_chans} channels, {found.embed_dim} wide, "
+          f"{size:,} parameters")

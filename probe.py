@@ -1,8 +1,8 @@
 """What did the backbone learn?  Frozen features, one linear head.  [reading time: 6 minutes]
 
-    python probe.py --ckpt runs/softcon_s1/backbone.pt                      the toy world, multi-label
-    python probe.py --ckpt backbone.pt --data DIR --task ssl4eo             SSL4EO-S12 tree with labels
-    python probe.py --ckpt backbone.pt --data DIR --task eurosat --seeds 5  EuroSAT chips, 10 classes
+    python probe.py --ckpt runs/softcon_s1/backbone.pt                      toy world, multi-label
+    python probe.py --ckpt backbone.pt --data DIR --task ssl4eo             SSL4EO-S12 and labels
+    python probe.py --ckpt backbone.pt --data DIR --task eurosat --seeds 5  EuroSAT, 10 classes
 
 Three rows every time, through the same head and on the same test images: the checkpoint, the same
 architecture with random weights, and the floor, mean and standard deviation of each band.  The
@@ -36,7 +36,8 @@ def extract(backbones, images, size, device, batch_size=64, workers=0):
     for b in backbones:
         b.eval().to(device)
     rows, stats, labels = [[] for _ in backbones], [], []
-    for x, y, _ in tqdm(DataLoader(images, batch_size, num_workers=workers), "features", leave=False):
+    for x, y, _ in tqdm(DataLoader(images, batch_size, num_workers=workers), "features",
+                        leave=False):
         x = x.to(device).float() / 255                                         # (B,C,P,P)
         stats.append(torch.cat([x.mean((2, 3)), x.std((2, 3))], 1).cpu())      # (B,2C)
         labels.append(y)
@@ -58,12 +59,15 @@ def ridge(x, y, x_test, group):
     scene, stay in one fold, as they resemble each other.
     """
     def fit(x, y, at):                                                         # (17, n_at, K)
-        mean, std, offset = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64) + 1e-8, y.mean(0)
+        mean, std, offset = (x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64) + 1e-8,
+                             y.mean(0))
         x, at = (x - mean) / std, (at - mean) / std
         values, vectors = np.linalg.eigh(x.T @ x)                              # (D,), (D,D)
         left, right = at @ vectors, vectors.T @ (x.T @ (y - offset))           # (n_at,D), (D,K)
         return [left / (values + p * len(x)) @ right + offset for p in PENALTIES]
     fold = np.unique(group, return_inverse=True)[1] % 5
+    if fold.max() < 1:
+        raise ValueError("the head needs training images of at least two scenes")
     errors = sum(((np.stack(fit(x[fold != f], y[fold != f], x[fold == f])) - y[fold == f]) ** 2)
                  .sum((1, 2)) for f in range(min(5, fold.max() + 1)))          # (17,)
     return fit(x, y, x_test)[int(np.argmin(errors))]
@@ -79,7 +83,8 @@ def average_precision(scores, targets, average="micro"):
     positive (one without has no recall; scikit-learn counts it as 0).
     """
     scores, targets = np.asarray(scores), np.asarray(targets).astype(bool)
-    columns = zip(scores.T, targets.T) if average == "macro" else [(scores.ravel(), targets.ravel())]
+    columns = zip(scores.T, targets.T) if average == "macro" else [
+        (scores.ravel(), targets.ravel())]
     values = []
     for s, t in columns:
         if t.any():
@@ -102,8 +107,8 @@ def split(scenes, task, seed, train_frac, holdout):
 
     ssl4eo: only scenes that pretraining held out take part, half of them to train the head, half to
     test it: on its own training scenes a network remembers what it would not know of others.
-    Unlabelled images are left out; train_frac of the training images are drawn.  eurosat: stratified
-    by class.
+    Unlabelled images are left out; train_frac of the training images are drawn.  eurosat:
+    stratified by class.
     """
     rng = np.random.default_rng(seed)
     if task == "ssl4eo":
@@ -127,7 +132,8 @@ def split(scenes, task, seed, train_frac, holdout):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     flag = parser.add_argument
     flag("--ckpt", required=True, help="weights: backbone.pt of a run, or a released checkpoint")
     flag("--task", choices=["ssl4eo", "eurosat"], default="ssl4eo", help="what the labels are")
@@ -136,17 +142,29 @@ def main(argv=None):
     flag("--modality", choices=list(data.BANDS), help="default: by the checkpoint's channels")
     flag("--img-size", type=int, help="default: the run's config.json, the position table, or 224")
     flag("--train-frac", type=float, help="share to train on; default 1, eurosat 0.7 of each class")
-    flag("--holdout", type=float, default=0.2, help="share of scenes to test on, as in pretrain.py")
-    flag("--seeds", type=int, default=1, help="draws of the split and of the random backbone")
+    flag("--holdout", type=float, help="share of scenes to use; default: the run's, or 0.1")
+    flag("--seeds", type=int, default=1, help="random backbones, and draws of the training part\n"
+         "(ssl4eo with all of it: there is one split, so rows 1 and 3 do not vary)")
     flag("--device", default="auto", choices=["auto", "cpu", "cuda"])
     flag("--workers", type=int, default=2, help="reading processes")
     args = parser.parse_args(argv)
 
     # ---------------------------------------------------------------------- checkpoint and data
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    cuda = torch.cuda.is_available()
+    device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
+    if device == "cuda" and not cuda:
+        raise ValueError("--device cuda: no CUDA device")
     trained = models.build_from(args.ckpt)
     config = Path(args.ckpt).parent / "config.json"
-    config = json.loads(config.read_text())["flags"] if config.exists() else {}
+    config = json.loads(config.read_text()).get("flags", {}) if config.exists() else {}
+    holdout = config.get("holdout", 0.1) if args.holdout is None else args.holdout
+    if holdout > config.get("holdout", 1):
+        raise ValueError(f"--holdout {holdout}: the run held out {config['holdout']}; it has "
+                         f"trained on some of these scenes")
+    if args.task == "eurosat" and config.get("labels") == "classes":
+        raise ValueError(f"{args.ckpt}: was trained on the classes that this task tests")
+    if not 0 < (1 if args.train_frac is None else args.train_frac) <= 1:
+        raise ValueError(f"--train-frac {args.train_frac}: must lie in (0, 1]")
     size = args.img_size or config.get("img_size") or getattr(trained, "img_size", 224)
     modality = args.modality or {len(b): m for m, b in data.BANDS.items()}.get(trained.in_chans)
     if modality is None or len(data.BANDS[modality]) != trained.in_chans:
@@ -165,7 +183,8 @@ def main(argv=None):
     for seed in range(args.seeds):
         torch.manual_seed(seed)
         random.append(models.build(**trained.spec))
-    pairs = [(i, s) for i, f in enumerate(scenes.files) for s in range(len(f))]
+    splits = [split(scenes, args.task, seed, frac, holdout) for seed in range(args.seeds)]
+    pairs = sorted({p for train, test in splits for p in train + test})
     images = data.Images(scenes, pairs)
     features, stats, y = extract([trained, *random], images, size, device, workers=args.workers)
     row, scene = {pair: j for j, pair in enumerate(pairs)}, np.array([i for i, _ in pairs])
@@ -175,9 +194,8 @@ def main(argv=None):
                 "macro_map": lambda s, t: average_precision(s, t, "macro")}
                if args.task == "ssl4eo" else {"accuracy": accuracy})
     table = {name: {m: [] for m in metrics} for name in ("checkpoint", "random", "stats")}
-    for seed in range(args.seeds):
-        train, test = ([row[p] for p in part]
-                       for part in split(scenes, args.task, seed, frac, args.holdout))
+    for seed, parts in enumerate(splits):
+        train, test = ([row[p] for p in part] for part in parts)
         for name, x in zip(table, (features[0], features[1 + seed], stats)):
             scores = ridge(x[train], y[train], x[test], scene[train])
             for m, function in metrics.items():
@@ -192,7 +210,8 @@ def main(argv=None):
     out |= {k: round(float(np.mean(v[m])), 5)
             for k, v in zip(("value", "random", "stats"), table.values())}
     out |= {"std": round(float(np.std(table["checkpoint"][m])), 5), "seeds": args.seeds,
-            "all": {k: {m: [round(a, 5) for a in v] for m, v in t.items()} for k, t in table.items()},
+            "all": {k: {m: [round(a, 5) for a in v] for m, v in t.items()}
+                    for k, t in table.items()},
             "ckpt": os.fspath(args.ckpt)}
     print(json.dumps(out))
     return out

@@ -29,7 +29,8 @@ def test_the_toy_world_is_an_ssl4eo_v1_tree(toy, labels):
             assert files == sorted(f"{b}.tif" for b in data.BANDS[modality])
             sizes = [tifffile.imread(product / f"{b}.tif") for b in data.BANDS[modality]]
             assert {x.dtype for x in sizes} == {np.dtype(kind)} and len(sizes) == bands
-            assert [24 // len(x) for x in sizes] == [data.SHRINK.get(b, 1) for b in data.BANDS[modality]]
+            assert [24 // len(x) for x in sizes] == [
+                data.SHRINK.get(b, 1) for b in data.BANDS[modality]]
     names = [p.name for p in Path(toy, "s2c", "0000007").iterdir()]
     assert len(names) == 4 and set(names) == set(table["0000007"])
     assert all(re.fullmatch(r"\d{8}T\d{6}_\d{8}T\d{6}_T\w{5}", n) for n in names)
@@ -161,6 +162,18 @@ def test_eurosats_last_band_b8a_moves_to_its_place(tmp_path):
     assert [int(y[0].argmax()) for y in scenes.labels] == [0, 0, 0, 1, 1, 1]
 
 
+def test_class_folders_and_products_do_not_take_each_others_labels_or_sizes(toy, labels, tmp_path):
+    root = eurosat(tmp_path / "e")
+    with pytest.raises(ValueError, match="--labels .*json: .* holds classes"):
+        data.open_data(root, "s2c", labels)
+    with pytest.raises(ValueError, match="--labels classes: .* holds products"):
+        data.open_data(toy, "s1", "classes")
+    tifffile.imwrite(f"{root}/River/River_3.tif", np.zeros((60, 60, 13), np.uint16),
+                     planarconfig="contig")
+    with pytest.raises(ValueError, match="River_3.tif: .60, 60. pixels, the others have 64 x 64"):
+        data.open_data(root, "s2c").image(5, 0)
+
+
 # ------------------------------------------------------------------------------------ bad input
 
 
@@ -216,9 +229,11 @@ def test_a_bad_tree_is_named_in_one_line(toy, tmp_path, harm, message):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda t: t["0000002"].update({sorted(t["0000002"])[0]: ["9"]}), "unknown class '9' in scene 0000002"),
+    (lambda t: t["0000002"].update({sorted(t["0000002"])[0]: ["9"]}),
+     "unknown class '9' in scene 0000002"),
     (lambda t: t["0000002"].update({sorted(t["0000002"])[0]: ["trees"]}), "unknown class 'trees'"),
-    (lambda t: t["0000002"].update({"20200101T000000_X_T1": ["1"]}), "0000002 has no product 20200101T0000"),
+    (lambda t: t["0000002"].update({"20200101T000000_X_T1": ["1"]}),
+     "0000002 has no product 20200101T0000"),
     (lambda t: t.update({"0000002": 5}), "not labels of the form"),
 ])
 def test_labels_that_do_not_fit_are_named(toy, labels, tmp_path, change, message):
@@ -258,7 +273,8 @@ def test_neutral_parameters_give_the_image_over_255():
 @pytest.mark.parametrize("key, value, expect", [
     ("flip_x", -1, lambda x: x.flip(-1)), ("flip_y", -1, lambda x: x.flip(-2)),
     ("brightness", 1.3, lambda x: (x * 1.3).clamp(0, 1)),
-    ("contrast", 0.6, lambda x: (x - x.mean((2, 3), keepdim=True)) * 0.6 + x.mean((2, 3), keepdim=True)),
+    ("contrast", 0.6,
+     lambda x: (x - x.mean((2, 3), keepdim=True)) * 0.6 + x.mean((2, 3), keepdim=True)),
     ("grey", 1, lambda x: x.mean(1, keepdim=True).expand_as(x)),
 ])
 def test_each_parameter_does_its_one_thing_to_its_one_image(key, value, expect):
@@ -277,7 +293,7 @@ def test_a_quarter_crop_is_that_quarter():
 
 
 def test_blur_is_a_gaussian_that_keeps_a_constant_image_and_lowers_contrast():
-    p = identity(1) | {"blur": torch.tensor([224.0])}                       # std 1 px at 12 px... x 12
+    p = identity(1) | {"blur": torch.tensor([224.0])}                    # std 1 px at 12 px... x 12
     flat = data.augment(torch.full((1, 2, 12, 12), 100, dtype=torch.uint8), p, 12)
     assert torch.allclose(flat, torch.tensor(100 / 255), atol=1e-5)
     p = identity(1) | {"blur": torch.tensor([224 / 32])}                    # std 1 px at 32 px

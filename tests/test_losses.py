@@ -169,7 +169,8 @@ def test_block_mask_refuses_to_mask_everything():
 def test_blank_patches_greys_the_masked_cells_and_leaves_the_others():
     x = torch.rand(1, 2, 4, 4)
     y = losses.blank_patches(x, torch.tensor([[0, 3]]), 2)
-    assert torch.equal(y[..., :2, :2], x[..., :2, :2]) and torch.equal(y[..., 2:, 2:], x[..., 2:, 2:])
+    assert torch.equal(y[..., :2, :2], x[..., :2, :2]) and torch.equal(
+        y[..., 2:, 2:], x[..., 2:, 2:])
     assert (y[..., :2, 2:] == 0.5).all() and (y[..., 2:, :2] == 0.5).all()
 
 

@@ -26,7 +26,8 @@ def size(m):
     ("resnet50", dict(in_chans=3), 318, 25_557_032 - 2048 * 1000 - 1000),    # torchvision's less fc
     ("resnet18", dict(in_chans=3), 120, 11_689_512 - 512 * 1000 - 1000),
 ])
-def test_architectures_have_the_upstream_number_of_keys_and_parameters(arch, args, keys, parameters):
+def test_architectures_have_the_upstream_number_of_keys_and_parameters(
+        arch, args, keys, parameters):
     with torch.device("meta"):
         m = models.build(arch, **args)
     assert (len(m.state_dict()), size(m)) == (keys, parameters)
@@ -159,7 +160,8 @@ def test_a_dinov2_file_at_518_loads_at_224_with_every_key_accounted_for(tmp_path
     fresh = m.patch_embed["proj"].weight.clone()
     report = models.load_pretrained(m, tmp_path / "any_name.pth")
     own = m.state_dict()
-    assert sorted(sum((report[k] for k in ("loaded", "resampled", "adapted", "fresh")), [])) == sorted(own)
+    assert sorted(sum((report[k] for k in ("loaded", "resampled", "adapted", "fresh")),
+                      [])) == sorted(own)
     assert report["ignored"] == [] and report["resampled"] == ["pos_embed"]
     assert report["fresh"] == ([] if chans == 3 else ["patch_embed.proj.weight"])
     assert all(torch.equal(own[k], state[k]) for k in report["loaded"])
@@ -200,8 +202,8 @@ def test_a_dino_resnet50_file_loads_into_13_channels(tmp_path):
     source = models.build("resnet50", 3)
     state = {f"module.backbone.{k}": v for k, v in source.state_dict().items()}
     head = {"module.head.last_layer.weight_v": torch.zeros(4, 4)}
-    torch.save({"teacher": state | head, "student": {k: v + 1 for k, v in state.items()}, "epoch": 3},
-               tmp_path / "dino.pth")
+    torch.save({"teacher": state | head, "student": {k: v + 1 for k, v in state.items()},
+                "epoch": 3}, tmp_path / "dino.pth")
     target = models.build("resnet50", 13)
     report = models.load_pretrained(target, tmp_path / "dino.pth", "mean")
     assert report["adapted"] == ["conv1.weight"]
@@ -211,7 +213,8 @@ def test_a_dino_resnet50_file_loads_into_13_channels(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     (lambda s: s.pop("blocks.3.ls1.gamma"), "no tensor blocks.3.ls1.gamma"),
-    (lambda s: s.update({"blocks.3.attn.qkv.weight": torch.zeros(3, 3)}), "attn.qkv.weight is \\(3, 3\\)"),
+    (lambda s: s.update({"blocks.3.attn.qkv.weight": torch.zeros(3, 3)}),
+     "attn.qkv.weight is \\(3, 3\\)"),
     (lambda s: s.update({"norm.wieght": s.pop("norm.weight")}), "no tensor norm.weight"),
 ])
 def test_a_missing_renamed_or_misshaped_tensor_is_named(tmp_path, change, message):
@@ -222,17 +225,34 @@ def test_a_missing_renamed_or_misshaped_tensor_is_named(tmp_path, change, messag
         models.load_pretrained(models.build("vit_tiny", 3, 56, 14), tmp_path / "x.pth")
 
 
+def test_a_vit_without_layerscale_loads_with_its_identity_and_a_deeper_net_is_refused(tmp_path):
+    state = dinov2_file(tmp_path / "x.pth", 56)
+    torch.save({k: v for k, v in state.items() if "gamma" not in k}, tmp_path / "x.pth")
+    m = models.build("vit_tiny", 3, 56, 14)
+    report = models.load_pretrained(m, tmp_path / "x.pth")
+    assert len(report["fresh"]) == 24 and (m.blocks[3].ls1.gamma == 1).all()
+    torch.save(state | {"blocks.12.norm1.weight": torch.ones(192)}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="has blocks.12.norm1.weight, which the model lacks"):
+        models.load_pretrained(m, tmp_path / "x.pth")
+    del state["pos_embed"]
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="without a position table"):
+        models.build_from(tmp_path / "x.pth")
+
+
 class Bomb:
     def __reduce__(self):
         return print, ("code has run",)
 
 
 @pytest.mark.parametrize("content, message", [
-    (None, "No such file"), (b"", "not a PyTorch checkpoint"), (b"<html>404</html>", "not a PyTorch checkpoint"),
+    (None, "No such file"), (b"", "not a PyTorch checkpoint"),
+    (b"<html>404</html>", "not a PyTorch checkpoint"),
     (pickle.dumps(Bomb(), 2), "wants to run code"), ("bomb", "wants to run code"),
     ("cut", "not a PyTorch checkpoint"), ("nothing", "no ViT or ResNet"),
 ])
-def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_nothing(tmp_path, capsys, content, message):
+def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_nothing(
+        tmp_path, capsys, content, message):
     path = tmp_path / "x.pth"
     if content == "cut":
         dinov2_file(path, 56)

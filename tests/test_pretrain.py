@@ -28,22 +28,22 @@ def equal(a, b):
 
 
 def test_cosine_climbs_from_zero_peaks_after_the_warm_up_and_ends_at_its_end():
-    values = [pretrain.cosine(t, 100, 2.0, 0.5, warmup=10) for t in range(101)]
+    values = [pretrain.schedule(t, 100, 2.0, 0.5, warmup=10) for t in range(101)]
     assert values[0] == 0.2 and values[9] == values[10] == 2.0 and abs(values[100] - 0.5) < 1e-12
     assert abs(values[55] - 1.25) < 1e-12 and np.all(np.diff(values[10:]) < 0)
-    assert pretrain.cosine(0, 50, 0.99, 1) == 0.99 and pretrain.cosine(50, 50, 0.99, 1) == 1
+    assert pretrain.schedule(0, 50, 0.99, 1) == 0.99 and pretrain.schedule(50, 50, 0.99, 1) == 1
 
 
 def test_every_epoch_visits_each_scene_at_most_once_and_ranks_share_the_batches():
     args = pretrain.parse(["--modality", "s1", "--batch-size", "8", "--accum", "2"])
-    scenes = np.arange(100, 143)                                        # 43: five batches and a rest
+    scenes = np.arange(100, 143)                                      # 43: five batches and a rest
     one = list(pretrain.batches(scenes, args, 1, 0, 0, 10))
     assert len(one) == 20 and {len(b) for b in one} == {4}
     epoch = [i for b in one[:10] for i, _ in b]
     assert len(set(epoch)) == 40 and epoch != [i for b in one[10:] for i, _ in b]
     two = [list(pretrain.batches(scenes, args, 2, r, 0, 10)) for r in (0, 1)]
     assert [a + b for a, b in zip(*two)] == one
-    assert list(pretrain.batches(scenes, args, 1, 0, 3, 10)) == one[6:]         # resuming skips ahead
+    assert list(pretrain.batches(scenes, args, 1, 0, 3, 10)) == one[6:]       # resuming skips ahead
 
 
 def test_ranks_share_the_views_and_masks():
@@ -64,12 +64,14 @@ def test_k_steps_resume_and_k_steps_equal_2k_steps_bit_for_bit(toy, tmp_path, ar
     run(toy, tmp_path / "b", "--arch", arch, "--max-steps", 3)
     parts = run(toy, tmp_path / "b", "--arch", arch, "--max-steps", 6, "--resume")
     assert whole["step"] == parts["step"] == 6 and equal(whole, parts)
-    logs = [[json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in "ab"]
+    logs = [[json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()]
+            for n in "ab"]
     assert [x["loss"] for x in logs[0]] == [x["loss"] for x in logs[1]]
     assert equal(*(torch.load(tmp_path / n / "backbone.pt", weights_only=True) for n in "ab"))
 
 
-def test_a_run_leaves_its_four_files_and_the_teacher_alone_moves_by_averaging(toy, tmp_path, capsys):
+def test_a_run_leaves_its_four_files_and_the_teacher_alone_moves_by_averaging(
+        toy, tmp_path, capsys):
     state = run(toy, tmp_path / "r", "--accum", 2, modality="s2c")
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == [
         "backbone.pt", "config.json", "last.pt", "log.jsonl"]
@@ -79,7 +81,7 @@ def test_a_run_leaves_its_four_files_and_the_teacher_alone_moves_by_averaging(to
     assert log[-1]["step"] == state["step"] and {
         "loss", "info_nce", "soft", "soft_share", "lr", "momentum", "images_per_s", "data_wait",
         "peak_memory_gb", "gradient_norm", "feature_std", "effective_rank", "epoch"} < set(log[0])
-    assert abs(log[0]["loss"] - log[0]["info_nce"] - 0.5 * log[0]["soft"]) < 1e-4
+    assert abs(log[0]["loss"] - log[0]["info_nce"] - 0.1 * log[0]["soft"]) < 1e-4
     assert 0 < log[0]["soft_share"] < 1
     backbone = torch.load(tmp_path / "r" / "backbone.pt", weights_only=True)
     assert all(torch.equal(v, state["teacher"][f"backbone.{k}"]) for k, v in backbone.items())
@@ -149,12 +151,16 @@ def test_a_run_is_never_overwritten_and_resumes_only_with_its_own_flags(toy, tmp
 
 
 @pytest.mark.parametrize("script, flags, text", [
-    ("pretrain.py", ["--modality", "s1", "--data", "/nowhere"], "pretrain.py: error: /nowhere: no such folder"),
-    ("pretrain.py", ["--modality", "s1", "--arch", "resnet34"], "--arch: invalid choice: 'resnet34'"),
-    ("pretrain.py", ["--modality", "s1", "--soft-wieght", "1"], "unrecognized arguments: --soft-wieght 1"),
+    ("pretrain.py", ["--modality", "s1", "--data", "/nowhere"],
+     "pretrain.py: error: /nowhere: no such folder"),
+    ("pretrain.py", ["--modality", "s1", "--arch", "resnet34"],
+     "--arch: invalid choice: 'resnet34'"),
+    ("pretrain.py", ["--modality", "s1", "--soft-wieght", "1"],
+     "unrecognized arguments: --soft-wieght 1"),
     ("probe.py", ["--ckpt", "/nowhere.pt"], "probe.py: error: /nowhere.pt: No such file"),
-    ("data.py", ["toy", "/tmp", "--size", "13"], "data.py: error: /tmp: exists and is not the toy world"),
-    ("model.py", ["/nowhere.pt"], "/nowhere.pt: No such file"),
+    ("data.py", ["toy", "/tmp/", "--size", "13"],
+     "data.py: error: /tmp: exists and is not the toy world"),
+    ("model.py", ["inspect", "/nowhere.pt"], "/nowhere.pt: No such file"),
 ])
 def test_scripts_end_bad_input_with_one_line_and_a_nonzero_exit(script, flags, text, tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=tmp_path,

@@ -85,10 +85,12 @@ def test_the_backbone_is_bit_identical_after_feature_extraction(toy, labels):
 def test_a_probe_of_the_toy_world_ends_in_one_json_row_with_three_values(toy, tmp_path, capsys):
     path = tmp_path / "b.pt"
     torch.save(model.export_backbone(model.build("vit_tiny", 2, 24, 6)), path)
-    out = probe.main(["--ckpt", str(path), "--data", toy, "--workers", "0", "--seeds", "2", "--holdout", "0.4"])
+    out = probe.main(["--ckpt", str(path), "--data", toy, "--workers", "0", "--seeds", "2",
+                      "--holdout", "0.4"])
     assert out["metric"] == "micro_map" and out["seeds"] == 2 and out["n_test"] > 10
     assert all(0 < out[k] <= 1 for k in ("value", "random", "stats"))
-    again = probe.main(["--ckpt", str(path), "--data", toy, "--workers", "0", "--seeds", "2", "--holdout", "0.4"])
+    again = probe.main(["--ckpt", str(path), "--data", toy, "--workers", "0", "--seeds", "2",
+                        "--holdout", "0.4"])
     assert again == out
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith('{"task": "ssl4eo"')
 
@@ -97,7 +99,7 @@ def test_a_probe_of_the_toy_world_ends_in_one_json_row_with_three_values(toy, tm
     (["--data", "/nowhere"], "/nowhere/s1: no such folder"),
     (["--modality", "s2c"], "2 channels, modality s2c has 13"),
     (["--holdout", "0"], "leaves 0 training and 0 test images"),
-    (["--task", "eurosat"], "chips in class folders for modality s1"),
+    (["--task", "eurosat"], "class folders hold s2c or rgb chips, not s1"),
     (["--labels", "/nowhere.json"], "nowhere.json: no such labels file"),
 ])
 def test_bad_flags_are_named(toy, tmp_path, flags, message):

@@ -26,7 +26,7 @@ def batch():
     g = torch.Generator().manual_seed(1)
     x, k = torch.rand(B, 2, 32, 32, generator=g).double(), torch.randn(B, 16, generator=g).double()
     y = (torch.rand(2, B, 9, generator=g) < 0.3).float()
-    y[0, :3] = 0                                            # unlabelled rows, unevenly over the ranks
+    y[0, :3] = 0                                          # unlabelled rows, unevenly over the ranks
     return x, k, y
 
 
@@ -46,7 +46,7 @@ def both_sides(x):
 def worker(rank, arch, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    net = DistributedDataParallel(branch(arch), broadcast_buffers=False)
+    net = DistributedDataParallel(branch(arch))
     x, k, y = batch()
     rows = slice(rank * B // 2, (rank + 1) * B // 2)
     loss = step(net, x[rows], k[rows], y[:, rows])
@@ -83,7 +83,8 @@ def test_the_script_on_two_ranks_follows_one_rank(arch, toy, tmp_path):
     logs = []
     for n in (1, 2):
         out = tmp_path / str(n)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n,
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   "--nproc-per-node", n,
                    ROOT / "pretrain.py", "--modality", "s1", "--data", toy, "--arch", arch, *SMALL,
                    "--max-steps", 3, "--out", out]
         run = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300)
