@@ -368,8 +368,8 @@ def read_weights(path, which="teacher"):
     """
     try:
         blob = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
     except Exception as error:                 # torch.load raises half a dozen kinds
         code = "GLOBAL" in str(error) or "Unsupported global" in str(error)
         why = "refused, it wants to run code" if code else "damaged, or not a PyTorch checkpoint"
