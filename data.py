@@ -25,7 +25,6 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import imagecodecs
 import numpy as np
 import tifffile
 import torch
@@ -255,6 +254,7 @@ def read_eurosat(path, modality, size=None):
 def read_image(path):
     """PNG, JPEG or TIFF -> (H,W,C)."""
     try:
+        import imagecodecs                     # only here: TIFFs without compression do without it
         return tifffile.imread(path) if path.endswith(".tif") else imagecodecs.imread(path)
     except Exception as error:
         raise ValueError(f"{path}: unreadable image ({type(error).__name__}: {error})") from None
@@ -354,7 +354,7 @@ SPECTRA = np.array([
 BACKSCATTER = np.array([[-19, -26], [-9.5, -14.5], [-13, -20], [-9, -18.5], [-11.5, -17],
                         [-12, -18.5], [-5, -12], [-15, -23], [-13, -19]], np.float32)
 SOIL, GREEN = SPECTRA[7], (1, 2, 3, 4, 5)                            # what vegetation fades to
-LATE = 0.08                                                          # share of images unlabelled
+UNLABELLED = 0.08                                                    # share of images
 
 
 def smooth(rng, size, scale):
@@ -421,7 +421,7 @@ def toy_scene(seed, i, size):
         s1 += rng.normal(0, 1.5, (2, 1, 1)) + rng.uniform(-2, 2) * slope  # calibration, incidence
         s1 += 10 * np.log10(rng.gamma(12, 1 / 12, s1.shape))           # speckle of 12 looks
         area = np.bincount(cover.ravel(), minlength=9) / cover.size
-        labels = np.flatnonzero(area > 0.03) if rng.random() > LATE else []
+        labels = np.flatnonzero(area > 0.03) if rng.random() > UNLABELLED else []
         s2 = np.clip(np.rint(s2), 0, 65535).astype(np.uint16)
         out.append((s2, s1.astype(np.float32), [str(c) for c in labels]))
     return out

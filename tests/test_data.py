@@ -315,3 +315,14 @@ def test_drawn_parameters_replay_and_lie_in_their_ranges():
     assert a["contrast"].min() >= 0.6 and a["contrast"].max() <= 1.4
     assert 0.17 < a["grey"].mean() < 0.23 and 0.46 < (a["blur"] > 0).float().mean() < 0.54
     assert (c["brightness"] == 1).all() and (c["contrast"] == 1).all()      # decibels are no light
+
+
+def test_eurosat_rgb_is_read_as_it_is(tmp_path):
+    imagecodecs = pytest.importorskip("imagecodecs")
+    (tmp_path / "River").mkdir()
+    imagecodecs.imwrite(tmp_path / "River" / "River_1.jpg", np.full((64, 64, 3), 90, np.uint8))
+    (tmp_path / "River" / "River_2.jpg").write_bytes(b"no image")
+    scenes = data.EuroSAT(str(tmp_path), "rgb")
+    assert scenes.image(0, 0).shape == (3, 64, 64) and abs(int(scenes.image(0, 0).mean()) - 90) < 3
+    with pytest.raises(ValueError, match="River_2.jpg: unreadable image"):
+        scenes.image(1, 0)
