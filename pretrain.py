@@ -1,6 +1,6 @@
 """Pretraining, one process or many, CPU or CUDA, the same file.  [reading time: 10 minutes]
 
-    torchrun pretrain.py --modality s1                        toy world, small net, CPU: 3 minutes
+    torchrun pretrain.py --modality s1                        toy world, small net, CPU: 4 minutes
     torchrun pretrain.py --modality s2c --data DIR --init dinov2_vits14_pretrain.pth     one GPU
     torchrun --nproc-per-node 8 pretrain.py --modality s2c --data DIR ...                eight
 

@@ -40,7 +40,7 @@ def test_every_flag_in_the_readmes_commands_exists(capsys):
             (module.parse if script == "pretrain" else module.main)(
                 ["--help"] if script != "data" else ["toy", "--help"])
         known = capsys.readouterr().out
-        for word in shlex.split(rest.split("&&")[0], comments=True):
+        for word in shlex.split(rest.split("&&")[0].rstrip("\\"), comments=True):
             if word.startswith("--"):
                 assert word.split("=")[0] in known, (script, word)
 
