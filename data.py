@@ -293,48 +293,75 @@ def open_data(root, modality, labels=None, views=2):
 # --------------------------------------------------------------------------------- augmentation
 
 
-def draw_augmentation(n, modality, generator, crop_min=0.2, jitter=0.4, grey=0.2):
-    """Parameters of n views, on the CPU, one float each: replaying them gives the same pixels.
+def draw_crops(n, generator, area_min=0.2, area_max=1.0):
+    """Where n views look, one float each, on the CPU; replaying them gives the same pixels.
 
-    Crop area U(crop_min, 1), aspect log-uniform in [3/4, 4/3], position, flips; brightness and
-    contrast U(1-jitter, 1+jitter) p .8 (not for SAR, whose decibels are no brightness); grey with
-    p = grey; blur p .5, std U(.1,2) pixels at 224.
-    [SSL4EO-S12 pretrain_moco_v2_s2c.py; DeCUR for SAR; vertical flip: ours]
+    Share of the image's area U(area_min, area_max), aspect log-uniform in [3/4, 4/3], position,
+    flips both ways.  [SSL4EO-S12 pretrain_moco_v2_s2c.py; PerA; vertical flip in SoftCon: ours]
     """
-    u = torch.rand(12, n, generator=generator)
-    area, aspect = crop_min + (1 - crop_min) * u[0], (4 / 3) ** (2 * u[1] - 1)
+    u = torch.rand(6, n, generator=generator)
+    area, aspect = area_min + (area_max - area_min) * u[0], (4 / 3) ** (2 * u[1] - 1)
     h, w = (area / aspect).sqrt().clamp(max=1), (area * aspect).sqrt().clamp(max=1)
-    lit = (u[6] < 0.8) & (modality != "s1")
     return {"h": h, "w": w, "y": (1 - h) * (2 * u[2] - 1), "x": (1 - w) * (2 * u[3] - 1),
-            "flip_x": 1 - 2 * (u[4] < 0.5).float(), "flip_y": 1 - 2 * (u[5] < 0.5).float(),
-            "brightness": torch.where(lit, 1 + jitter * (2 * u[7] - 1), 1),
-            "contrast": torch.where(lit, 1 + jitter * (2 * u[8] - 1), 1),
-            "grey": (u[9] < grey).float(),
-            "blur": torch.where(u[10] < 0.5, 0.1 + 1.9 * u[11], 0)}
+            "flip_x": 1 - 2 * (u[4] < 0.5).float(), "flip_y": 1 - 2 * (u[5] < 0.5).float()}
 
 
-def augment(x, p, size):
-    """uint8 (n,C,H,W) and n parameters -> float (n,C,size,size) in [0,1], on x's device.
+def draw_colours(n, modality, generator, p=0.8, jitter=0.4, grey=0.2, blur=0.5):
+    """In what light n views are seen; with probability p each is jittered:
 
-    Crop, resize and flip are one bilinear sampling; colours follow; nothing loops over images.
+        optical  brightness and contrast U(1 - jitter, 1 + jitter)
+        rgb      also saturation U(1 -+ jitter/2) and hue, a turn of up to jitter/4
+        s1       decibels are no brightness: an offset of up to 5 jitter dB, the sensor's gain
+
+    grey: probability that all bands become their mean; blur: of std U(.1, 2) pixels at 224.
+    [SSL4EO-S12 pretrain_moco_v2_s2c.py; DeCUR for SAR; PerA augmentation.py; dB offset: ours]
     """
-    blurred = p["blur"].nonzero()[:, 0]                                    # known without a sync
+    u = torch.rand(9, n, generator=generator)
+    lit, swing = u[0] < p, jitter * (2 * u[1:5] - 1)
+
+    def within(wanted, value):
+        return torch.where(lit & wanted, value, torch.zeros(()))
+    optical, rgb = torch.tensor(modality != "s1"), torch.tensor(modality == "rgb")
+    return {"brightness": 1 + within(optical, swing[0]), "contrast": 1 + within(optical, swing[1]),
+            "offset": within(~optical, 5 * swing[0]),
+            "saturation": torch.where(u[5] < grey, 0, 1 + within(rgb, swing[2] / 2)),
+            "hue": within(rgb, swing[3] / 4),
+            "blur": torch.where(u[6] < blur, 0.1 + 1.9 * u[7], 0)}
+
+
+def crop(x, p, size):
+    """uint8 (n,C,H,W) and what draw_crops drew -> float (n,C,size,size) in [0,1], on x's device.
+
+    Crop, resize and flip are one bilinear sampling; nothing loops over images.
+    """
     p = {k: v.to(x.device, non_blocking=True) for k, v in p.items()}
     zero = torch.zeros_like(p["x"])
     theta = torch.stack([p["w"] * p["flip_x"], zero, p["x"], zero, p["h"] * p["flip_y"], p["y"]], 1)
     grid = F.affine_grid(theta.view(-1, 2, 3), (len(x), x.shape[1], size, size),
                          align_corners=False)
-    x = F.grid_sample(x.float() / 255, grid, padding_mode="border", align_corners=False)
-    colour = {k: p[k].view(-1, 1, 1, 1) for k in ("brightness", "contrast", "grey")}
-    x = x * colour["brightness"]
+    return F.grid_sample(x.float() / 255, grid, padding_mode="border", align_corners=False)
+
+
+def colour(x, p):
+    """float (n,C,H,W) in [0,1] and what draw_colours drew -> the same in that light."""
+    blurred = p["blur"].nonzero()[:, 0]                                    # known without a sync
+    p = {k: v.to(x.device, non_blocking=True).view(-1, 1, 1, 1) for k, v in p.items()}
+    decibel = 1 / (4 * torch.tensor(STATS["s1"][1], device=x.device).view(-1, 1, 1))
+    x = x * p["brightness"] + (p["offset"] * decibel if x.shape[1] == 2 else 0)
     mean = x.mean((2, 3), keepdim=True)
-    x = ((x - mean) * colour["contrast"] + mean).clamp(0, 1)
-    x = torch.where(colour["grey"] > 0, x.mean(1, keepdim=True), x)
+    x = ((x - mean) * p["contrast"] + mean).clamp(0, 1)
+    mean = x.mean(1, keepdim=True)
+    x = mean + p["saturation"] * (x - mean)
+    if x.shape[1] == 3:                                              # turn about the grey axis
+        side = (x.roll(1, 1) - x.roll(-1, 1)) / 3 ** 0.5
+        turn = 2 * torch.pi * p["hue"]
+        x = (mean + turn.cos() * (x - mean) + turn.sin() * side).clamp(0, 1)
     if len(blurred):                                                   # K x K^T, rows of K sum to 1
+        size, rows = x.shape[-1], blurred.to(x.device)
         at = torch.arange(size, device=x.device)
-        std = (p["blur"][blurred.to(x.device)] * size / 224).view(-1, 1, 1, 1).clamp_min(1e-3)
+        std = (p["blur"][rows] * size / 224).clamp_min(1e-3)
         K = (-((at[:, None] - at) / std).square() / 2).softmax(-1)         # (b, 1, size, size)
-        x = x.index_copy(0, blurred.to(x.device), K @ x[blurred.to(x.device)] @ K.mT)
+        x = x.index_copy(0, rows, K @ x[rows] @ K.mT)
     return x
 
 

@@ -6,14 +6,21 @@ other key should follow how much the two scenes' land-cover labels overlap (soft
 
 [1] Wang, Albrecht, Zhu 2024, Multi-label guided soft contrastive learning
 [2] van den Oord et al. 2018, CPC; He et al. 2020, MoCo; Chen, Xie, He 2021, MoCo v3
+[3] Caron et al. 2021, DINO; Sablayrolles et al. 2019, KoLeo
+[4] Shen et al. 2026, PerA, and its repository SathShen/PerA
 
-Letters: N queries of this rank, M keys of all ranks, D width, C classes, tau temperature.
+PerA [4] shows student and teacher different patches of one crop; the student must choose the
+teacher's prototypes [3] and guess the pixels of patches that neither it nor anybody showed it.
+
+Letters: N queries of this rank, M keys of all ranks, D width, C classes, K prototypes,
+P patch side, tau temperature.
 """
 import math
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------ gather over ranks
 
@@ -60,10 +67,14 @@ def label_similarity(y1, y2):
     return cosine(y1.float(), y2.float())
 
 
+def full(x):
+    """x in float32, or float64 if it is: no loss is computed in less."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def cosine(a, b):
     """(N,D), (M,D) -> (N,M) in [-1,1], at least in float32; a zero row gives 0."""
-    a, b = (x if x.dtype == torch.float64 else x.float() for x in (a, b))
-    return F.normalize(a) @ F.normalize(b).T
+    return F.normalize(full(a)) @ F.normalize(full(b)).T
 
 
 def info_nce(q, k, tau, offset=0):
@@ -112,17 +123,119 @@ def softcon_loss(q, k, yq, yk, tau=0.2, weight=0.5, form="bce", soft_tau=None):
     q (N,D) student, k (N,D) teacher, yq and yk (N,C) the labels of the two views: two seasons of
     one scene, so s_ii is what their labels say and not always 1.  Returns (L, InfoNCE, soft).
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    k, yk = gather(k), gather(yk)                                                # (M,D), (M,C)
-    hard = info_nce(q, k, tau, offset=rank * len(q))
-    # DDP averages the ranks' losses: dividing by (labelled rows anywhere) / ranks instead of the
-    # labelled rows here turns that average into the mean over all labelled rows
-    rows = has_labels(gather(yq)).sum() * len(q) / len(k)
-    soft = soft_contrastive(q, k, yq, yk, form, soft_tau, rows)
+    rank, keys = dist.get_rank() if dist.is_initialized() else 0, gather(k)      # (M,D)
+    hard = info_nce(q, keys, tau, offset=rank * len(q))
+    soft = soft_over_ranks(q, k, yq, yk, form, soft_tau)
     return hard + weight * soft, hard, soft
 
 
+def soft_over_ranks(q, k, yq, yk, form="bce", tau=None):
+    """soft_contrastive of this rank's queries against the keys (N,D) and labels of all ranks.
+
+    DDP averages the ranks' losses: dividing by (labelled rows anywhere) / ranks instead of the
+    labelled rows here turns that average into the mean over all labelled rows.
+    """
+    k, yk, valid = gather(k), gather(yk), has_labels(gather(yq))         # (M,D), (M,C), (M,)
+    return soft_contrastive(q, k, yq, yk, form, tau, valid.sum() * len(q) / len(k))
+
+
+# ------------------------------------------------------------------------------------------- PerA
+
+
+class Centre(torch.nn.Module):
+    """Running mean (1,K) of the teacher's prototype scores, from 0; part of the checkpoint.
+
+    Subtracted before the teacher's softmax, so that no prototype can win for every image.
+    """
+
+    def __init__(self, prototypes, momentum=0.9):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("value", torch.zeros(1, prototypes))
+
+    @torch.no_grad()
+    def update(self, scores):
+        """scores (n,K), or their mean, of this rank: value <- .9 value + .1 mean over all ranks.
+        Call it after the loss: a step is centred by the steps before it."""
+        mean = scores.mean(0, keepdim=True).to(self.value)
+        if dist.is_initialized():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        self.value.lerp_(mean, 1 - self.momentum)
+
+
+def dino_loss(student, teacher, centre, tau_teacher, tau_student=0.1):
+    """-mean_i sum_k softmax((t_i - c) / tau_t)_k log softmax(s_i / tau_s)_k  [4, cls_loss.py].
+
+    Prototype scores s and t (n,K) of the same crops, centre c (1,K).  t gets no gradient.
+    """
+    target = ((full(teacher.detach()) - centre) / tau_teacher).softmax(1)
+    return -(target * (full(student) / tau_student).log_softmax(1)).sum(1).mean()
+
+
+def koleo(x):
+    """-mean_i log(distance to the nearest other row + 1e-8) of normalised rows x (n,D): spreads
+    them out [4, koleo_loss.py].  A single row has no neighbour: ValueError."""
+    if len(x) < 2:
+        raise ValueError("koleo needs at least 2 images per rank")
+    x = F.normalize(full(x))
+    with torch.no_grad():
+        nearest = (x @ x.T).fill_diagonal_(-2).argmax(1)
+    return -(F.pairwise_distance(x, x[nearest], eps=1e-8) + 1e-8).log().mean()
+
+
+def patchify(x, P):
+    """(B,C,H,W) -> (B,N,PPC): the values of each patch by row, column, channel."""
+    B, C, H, W = x.shape
+    x = x.reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 3, 5, 1)
+    return x.reshape(B, -1, P * P * C)
+
+
+def pixel_loss(guess, pixels, learn):
+    """768 x mean squared error of guessed patches (b,m,PPC) against those of patchify (b,N,PPC)
+    that learn (b,m) names.  With PerA's 16 x 16 x 3 values that is its sum over a patch; the mean
+    keeps the weight of the term for other patches and bands."""
+    target = pixels.gather(1, learn[..., None].expand(-1, -1, pixels.shape[-1]))
+    return 768 * F.mse_loss(full(guess), full(target))
+
+
+def pera_loss(student, teacher, prototypes, centre, tau_teacher, crops, n_global):
+    """PerA's two losses on CLS [4]: (dino, koleo), crop by crop.
+
+    student, teacher: embeddings (crops B, 384), crop-major; prototypes: their two matrices (K,384).
+    dino is the mean over the crops, each against the same crop of the teacher; koleo the sum over
+    the global crops, on their scores, as released.  One crop's scores (B,K) are alive at a time:
+    the backward pass computes them again.
+    """
+    def one(s, t, spread):
+        s, t = F.linear(s, prototypes[0]), F.linear(t, prototypes[1])            # (B,K)
+        return dino_loss(s, t, centre, tau_teacher), koleo(s) if spread else s.new_zeros(())
+    terms = [checkpoint(one, s, t, i < n_global, use_reentrant=False, preserve_rng_state=False)
+             for i, (s, t) in enumerate(zip(student.chunk(crops), teacher.chunk(crops)))]
+    return sum(dino for dino, _ in terms) / crops, sum(spread for _, spread in terms)
+
+
 # ------------------------------------------------------------------------------------------ masks
+
+
+def disjoint_masks(batch, n_tokens, student=0.2, learn=0.2, teacher=0.6, generator=None,
+                   device=None):
+    """PerA's three sets of patches that share none: the student's, those it must guess, the
+    teacher's; each (batch, n) sorted, drawn uniformly [4, pera.py].
+
+    With L tokens the student sees round(student L), the teacher L - round((1 - teacher) L), and
+    what lies between is guessed; ratios that sum to less than 1 leave patches to nobody.
+    ValueError: a sum above 1, or a part without a token.
+    """
+    idle = 1 - student - learn - teacher
+    first, last = round(student * n_tokens), round((1 - teacher) * n_tokens)
+    middle = last - round(max(idle, 0) * n_tokens)
+    if idle < -1e-6 or not 0 < first < middle <= last < n_tokens:
+        raise ValueError(f"mask ratios {student} {learn} {teacher} of {n_tokens} patches: each "
+                         f"part needs at least one, and their sum may not exceed 1")
+    order = torch.rand(batch, n_tokens, generator=generator).argsort(1)
+    parts = order[:, :first], order[:, first:middle], order[:, last:]
+    return tuple(part.sort(1).values.to(device) for part in parts)
 
 
 def block_mask(batch, grid, ratio, generator=None, blocks=16):
@@ -181,7 +294,7 @@ def collapse(features):
     return float(z.std(0).mean() * z.shape[1] ** 0.5), float((-(p * (p + 1e-12).log()).sum()).exp())
 
 
-def soft_share(q, hard, soft, weight):
-    """Share of the gradient norm at the embeddings q that comes from the soft term, in [0,1]."""
-    norms = [torch.autograd.grad(x, q, retain_graph=True)[0].norm() for x in (hard, weight * soft)]
+def soft_share(q, hard, soft):
+    """Share of the gradient norm at the embeddings q that comes from the weighted soft term."""
+    norms = [torch.autograd.grad(x, q, retain_graph=True)[0].norm() for x in (hard, soft)]
     return float(norms[1] / (norms[0] + norms[1]).clamp_min(1e-12))

@@ -128,17 +128,31 @@ def take(x, index):
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
+def pack(xs):
+    """Sequences of unlike lengths, [(b,n,D), ...] -> one after another (T,D), and their (b, n)."""
+    return torch.cat([x.flatten(0, 1) for x in xs]), [x.shape[:2] for x in xs]
+
+
+def unpack(x, groups):
+    parts = x.split([b * n for b, n in groups])
+    return [part.view(b, n, -1) for part, (b, n) in zip(parts, groups)]
+
+
 class Attention(nn.Module):
+    """The one place where it matters where a sequence ends; no padding is ever computed."""
+
     def __init__(self, dim, heads):
         super().__init__()
         self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
-    def forward(self, x):
-        B, N, D = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)      # (B, N, 3, h, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # 3 x (B, h, N, d)
-        x = F.scaled_dot_product_attention(q, k, v)                          # (B, h, N, d)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))                 # (B, N, D)
+    def forward(self, x, groups):
+        out = []
+        for qkv in unpack(self.qkv(x), groups):                              # (b, n, 3D)
+            qkv = qkv.unflatten(2, (3, self.heads, -1))                      # (b, n, 3, h, d)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)                             # 3 x (b, h, n, d)
+            y = F.scaled_dot_product_attention(q, k, v)                      # (b, h, n, d)
+            out.append(y.transpose(1, 2).flatten(2))                         # (b, n, D)
+        return self.proj(pack(out)[0])                                       # (T, D)
 
 
 def mlp(dim):
@@ -179,17 +193,26 @@ class ViTBlock(nn.Module):
         self.ls2 = LayerScale(dim) if layerscale else nn.Identity()
         self.drop_path = drop_path
 
-    def residual(self, x, branch):
-        """x + branch(x); in training only a random (1 - drop_path) of the samples pays for it."""
+    def residual(self, x, groups, branch):
+        """x + branch(x); in training only a random (1 - drop_path) of each group's samples pays for
+        it, scaled up for the others [dinov2, drop_add_residual_stochastic_depth]."""
         if not self.training or self.drop_path == 0:
-            return x + branch(x)
-        B = x.shape[0]
-        kept = torch.randperm(B, device=x.device)[:max(1, int(B * (1 - self.drop_path)))]
-        return x.index_add(0, kept, branch(x[kept]).to(x.dtype), alpha=B / len(kept))
+            return x + branch(x, groups)
+        rows, kept_groups, scale, start = [], [], [], 0
+        for b, n in groups:
+            kept = torch.randperm(b, device=x.device)[:max(1, int(b * (1 - self.drop_path)))]
+            tokens = kept[:, None] * n + torch.arange(n, device=x.device)    # (kept, n)
+            rows.append(start + tokens.flatten())
+            scale.append(x.new_full((tokens.numel(), 1), b / len(kept)))
+            kept_groups.append((len(kept), n))
+            start += b * n
+        rows = torch.cat(rows)
+        y = branch(x[rows], kept_groups) * torch.cat(scale)
+        return x.index_add(0, rows, y.to(x.dtype))
 
-    def forward(self, x):
-        x = self.residual(x, lambda x: self.ls1(self.attn(self.norm1(x))))
-        return self.residual(x, lambda x: self.ls2(self.mlp(self.norm2(x))))
+    def forward(self, x, groups):
+        x = self.residual(x, groups, lambda x, g: self.ls1(self.attn(self.norm1(x), g)))
+        return self.residual(x, groups, lambda x, g: self.ls2(self.mlp(self.norm2(x))))
 
 
 class ViT(nn.Module):
@@ -218,6 +241,9 @@ class ViT(nn.Module):
                 nn.init.trunc_normal_(m.weight, std=0.02)
                 nn.init.zeros_(m.bias)
 
+    def positions(self, h, w):
+        return resample_positions(self.pos_embed, h, w, antialias=self.registers > 0)
+
     def embed(self, x, keep=None):
         """Pixels (B,C,H,W) to tokens (B, 1+R+n, D); only the n kept patches are ever computed.
 
@@ -229,7 +255,7 @@ class ViT(nn.Module):
         h, w = check_grid(H, W, P)
         x = x.reshape(B, C, h, P, w, P).permute(0, 2, 4, 1, 3, 5)            # (B, h, w, C, P, P)
         x = x.reshape(B, h * w, C * P * P)                                   # (B, N, CPP)
-        pos = resample_positions(self.pos_embed, h, w, antialias=self.registers > 0)
+        pos = self.positions(h, w)                                           # (1, 1+N, D)
         patch_pos = pos[:, 1:].expand(B, -1, -1)                             # (B, N, D)
         if keep is not None:
             x, patch_pos = take(x, keep), take(patch_pos, keep)              # (B, n, ...)
@@ -243,20 +269,21 @@ class ViT(nn.Module):
     def tokens(self, x, keep=None):
         """(B,C,H,W), keep (B,n) patch indices or None -> (B, 1+R+n, D) after the final norm."""
         x = self.embed(x, keep)
+        x, groups = pack([x])
         for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+            x = block(x, groups)
+        return self.norm(x).view(*groups[0], -1)
 
     def forward(self, x, keep=None):
         return self.tokens(x, keep)[:, 0]
 
     def last_blocks(self, x, n):
         """The last n blocks' outputs, final norm applied: [(cls (B,D), patches (B,N,D)), ...]."""
-        x, outputs = self.embed(x), []
+        outputs, (x, groups) = [], pack([self.embed(x)])
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            x = block(x, groups)
             if i >= len(self.blocks) - n:
-                y = self.norm(x)
+                y = self.norm(x).view(*groups[0], -1)
                 outputs.append((y[:, 0], y[:, 1 + self.registers:]))
         return outputs
 
@@ -336,11 +363,75 @@ class Branch(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.projector = head([backbone.embed_dim, hidden, hidden, out])
-        self.predictor = head([out, hidden, out]) if predictor else nn.Identity()
+        self.predictor = head([out, hidden, out]) if predictor else None
 
     def forward(self, x, keep=None):
         features = self.backbone(x) if keep is None else self.backbone(x, keep)   # (B, D)
-        return self.predictor(self.projector(features)), features                 # (B, out), (B, D)
+        z = self.projector(features)                                              # (B, out)
+        return z if self.predictor is None else self.predictor(z), features
+
+
+class PrototypeHead(nn.Module):
+    """PerA's head: MLP (D, hidden, hidden, 384) with GELU and L2 norm, then `out` dot products.
+
+    forward gives the embedding (n, 384), `prototypes` the matrix (out, 384) to multiply it with:
+    the products may be too many to hold at once.  Its row k is g_k v_k / |v_k|, with g_k from 1.
+    """
+
+    def __init__(self, dim, out, hidden, bottleneck=384):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden),
+                                 nn.GELU(), nn.Linear(hidden, bottleneck))
+        for layer in self.mlp[::2]:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.weight_v = nn.Parameter(nn.Linear(bottleneck, out, bias=False).weight.detach())
+        self.weight_g = nn.Parameter(torch.ones(out, 1))
+
+    def forward(self, x):
+        return F.normalize(self.mlp(x), dim=-1, eps=1e-6)
+
+    def prototypes(self):
+        return F.normalize(self.weight_v) * self.weight_g
+
+
+class SparseBranch(nn.Module):
+    """One side of PerA: some patches of global and local crops -> CLS -> prototypes.
+
+    The student (predict=True) also guesses the pixels of patches that nobody shows it: in the
+    middle of the network mask tokens that know only their position join the global crops.
+    """
+
+    def __init__(self, backbone, prototypes=131072, hidden=2048, predict=False):
+        super().__init__()
+        self.backbone = backbone
+        self.cls_head = PrototypeHead(backbone.embed_dim, prototypes, hidden)
+        if predict:
+            values = backbone.in_chans * backbone.patch_size ** 2
+            self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, backbone.embed_dim))
+            self.pred_head = PrototypeHead(backbone.embed_dim, values, hidden)
+
+    def forward(self, crops, keep, learn=None):
+        """crops [(b,C,H,W), ...], patches to see [(b,n), ...], and to guess in crops[0]: (b,m).
+
+        Returns embeddings (sum of b, 384), CLS features (sum of b, D), guesses (b,m,PPC) or None.
+        """
+        net, half, guess = self.backbone, len(self.backbone.blocks) // 2, None
+        x, groups = pack([net.embed(x, k) for x, k in zip(crops, keep)])     # (T, D)
+        for block in net.blocks[:half]:
+            x = block(x, groups)
+        if learn is not None:                             # attention does not care for their order
+            pos = net.positions(*(n // net.patch_size for n in crops[0].shape[2:]))[:, 1:]
+            asked = self.mask_token + take(pos.expand(len(learn), -1, -1), learn)   # (b, m, D)
+            xs = unpack(x, groups)
+            x, groups = pack([torch.cat([xs[0], asked.to(x.dtype)], 1), *xs[1:]])
+        for block in net.blocks[half:]:
+            x = block(x, groups)
+        xs = unpack(net.norm(x), groups)
+        cls = torch.cat([x[:, 0] for x in xs])
+        if learn is not None:
+            guess = self.pred_head(xs[0][:, -learn.shape[1]:]) @ self.pred_head.prototypes().T
+        return self.cls_head(cls), cls, guess
 
 
 @torch.no_grad()

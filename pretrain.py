@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -35,82 +36,98 @@ import data
 import losses
 import model as models
 
-TOY = dict(arch="resnet18", img_size=32, patch_size=4, hidden=512, epochs=28, batch_size=32,
-           lr=4e-3, momentum=0.9, soft_weight=0.5, crop_min=0.5, jitter=0.0, grey=0.0, holdout=0.4)
-FULL = dict(arch="vit_small", img_size=224, patch_size=14, hidden=4096, epochs=100, batch_size=256,
-            lr=1.5e-4, momentum=0.99, soft_weight=0.1, crop_min=0.2, jitter=0.4, grey=0.2,
-            holdout=0.1)
+PRESETS = {          # softcon on the toy world, on --data; pera on the toy world, on --data
+    "arch": ("resnet18", "vit_small", "vit_tiny", "vit_base"),
+    "img_size": (32, 224, 32, 224), "patch_size": (4, 14, 4, 16),
+    "crop_min": (0.5, 0.2, 0.4, 0.4), "jitter": (0.0, 0.4, 0.4, 0.4),
+    "grey": (0.0, 0.2, 0.1, 0.1),
+    "local_size": (0, 0, 16, 96), "hidden": (512, 4096, 512, 2048),
+    "prototypes": (0, 0, 2048, 131072), "drop_path": (0.0, 0.0, 0.1, 0.3),
+    "tau": (0.2, 0.2, 0.1, 0.1), "soft_weight": (0.5, 0.1, 0.0, 0.0),
+    "epochs": (28, 100, 60, 200), "batch_size": (32, 256, 32, 192), "clip": (0.0, 0.0, 3.0, 3.0),
+    "lr": (5e-4, 1.5e-4, 1e-3, 1e-3), "momentum": (0.9, 0.99, 0.99, 0.992),
+    "weight_decay": ([0.05] * 2, [0.05] * 2, [0.04, 0.2], [0.04, 0.2]),
+    "holdout": (0.4, 0.1, 0.4, 0.1)}
+FLAGS = {            # name: default, help, and what argparse needs beyond the type of the default
+    "data": {
+        "modality": (None, "s1 radar, s2c/s2a optical before/after atmospheric correction, rgb",
+                     {"choices": list(data.BANDS), "required": True}),
+        "data": (None, "folder: SSL4EO-S12 tree or class folders; none: a toy world in ./toy"),
+        "labels": (None, "SSL4EO-S12-ML json (ssl4eo_multilabel.json in --data); 'classes':\n"
+                   "the class folders; without labels the soft term is 0"),
+        "holdout": (0.0, "share of scenes, by hash of the name, kept for probe.py"),
+        "img-size": (0, "side of a (global) crop in pixels"),
+        "crop-min": (0.0, "smallest share of the image that a (global) crop covers"),
+        "crops": ([2, 8], "pera: global and local crops of an image", {"nargs": 2}),
+        "local-size": (0, "pera: side of a local crop, 0.05 to --crop-min of the image"),
+        "jitter": (0.0, "strength of brightness and contrast; on s1, pera only: of a dB offset"),
+        "grey": (0.0, "share of views whose bands become their mean"),
+        "cache": (4.0, "decode once and keep in memory if it fits in this many GB per rank")},
+    "model": {
+        "method": ("softcon", "what to minimise", {"choices": ["softcon", "pera"]}),
+        "arch": (None, "backbone; pera takes a ViT", {"choices": [*models.RESNETS, *models.VITS]}),
+        "patch-size": (0, "of a ViT; with a ResNet, the cell of the mask"),
+        "hidden": (0, "width of the heads"),
+        "prototypes": (0, "pera: outputs of the CLS head"),
+        "drop-path": (0.0, "share of the student's samples that skip a ViT block"),
+        "init": (None, "start from this checkpoint, e.g. DINOv2 or DINO"),
+        "adapt": ("random", "input layer when channels differ: random = fresh, as in SoftCon;\n"
+                  "mean = average of the file's, rgb = copied into B4, B3, B2",
+                  {"choices": ["random", "mean", "rgb"]})},
+    "loss": {
+        "tau": (0.0, "temperature of InfoNCE; pera: of the student"),
+        "teacher-tau": ([0.03, 0.05], "pera: of the teacher, first and after 0.15 of the steps",
+                        {"nargs": 2}),
+        "soft-weight": (0.0, "of the soft label term; 0 is off; see soft_share in the log"),
+        "soft-form": ("bce", "its formula, losses.soft_contrastive",
+                      {"choices": [*losses.SOFT_TAU]}),
+        "soft-tau": (None, "its temperature, default losses.SOFT_TAU", {"type": float}),
+        "mask-ratio": (0.3, "softcon: share of the student's patches that are masked"),
+        "ratios": ([0.2, 0.2, 0.6], "pera: patches for the student, to guess, for the teacher",
+                   {"nargs": 3})},
+    "optimisation": {
+        "epochs": (0, "passes over the scenes"),
+        "max-steps": (0, "stop early; the schedules still span --epochs"),
+        "batch-size": (0, "scenes per step, over all ranks"),
+        "accum": (1, "micro-batches per step; keys are those of one micro-batch"),
+        "lr": (0.0, "AdamW's peak, as it is: not scaled by the batch"),
+        "weight-decay": ([0.0, 0.0], "first and last, on a cosine; not on norms and biases",
+                         {"nargs": 2}),
+        "warmup": (0.1, "share of the steps in which lr climbs from 0"),
+        "momentum": (0.0, "of the teacher; climbs to 1 on a cosine"),
+        "clip": (0.0, "gradient norm at most this; 0: any")},
+    "run": {
+        "out": (None, "folder (runs/METHOD_MODALITY)"),
+        "resume": (False, "go on from OUT/last.pt"),
+        "save-every": (500, "steps between checkpoints"),
+        "log-every": (10, "steps between lines of log.jsonl"),
+        "workers": (2, "reading processes per rank"),
+        "seed": (0, "of everything"),
+        "device": ("auto", "auto: CUDA if there is one", {"choices": ["auto", "cpu", "cuda"]}),
+        "amp": ("auto", "bf16 autocast; auto: on CUDA", {"choices": ["auto", "bf16", "off"]})}}
 FREE = {"data", "labels", "init", "max_steps", "out", "resume", "save_every", "log_every",
         "workers", "cache", "device"}
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
+    """Flags -> namespace; those of PRESETS take the value of their method and data if not given."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog="(a b c d): softcon on the toy "
+                                     "world, on --data, pera on the toy world, on --data",
                                      formatter_class=argparse.RawTextHelpFormatter)
-
-    def group(title, *flags):
-        add = parser.add_argument_group(title).add_argument
-        for name, default, text, *more in flags:
-            kind = {"type": type(default)} if default is not None else {}
-            kind = {"action": "store_true"} if default is False else kind | dict(*more)
-            add(name, default=default, help=text + preset(name, default), **kind)
-
-    def preset(name, default):
-        key = name[2:].replace("-", "_")
-        if key in TOY:
-            return f" (toy {TOY[key]}, with --data {FULL[key]})"
-        return "" if default is None or default is False else f" ({default})"
-    group("data",
-          ("--modality", None, "s1 radar, s2c/s2a optical before/after atmospheric correction, rgb",
-           {"choices": list(data.BANDS), "required": True}),
-          ("--data", None, "folder: SSL4EO-S12 tree or EuroSAT; none: a toy world in ./toy"),
-          ("--labels", None, "SSL4EO-S12-ML json, default ssl4eo_multilabel.json in --data;\n"
-           "'classes': the class folders; without labels InfoNCE is left"),
-          ("--holdout", None, "share of scenes, by hash of the name, kept for probe.py",
-           {"type": float}),
-          ("--img-size", None, "side of a crop in pixels", {"type": int}),
-          ("--crop-min", None, "smallest share of the image that a crop covers", {"type": float}),
-          ("--jitter", None, "strength of brightness and contrast; not for s1", {"type": float}),
-          ("--grey", None, "share of views whose bands become their mean", {"type": float}),
-          ("--cache", 4.0, "decode once and keep in memory if it fits in this many GB per rank"))
-    group("model",
-          ("--method", "softcon", "what to minimise", {"choices": ["softcon"]}),
-          ("--arch", None, "backbone", {"choices": [*models.RESNETS, *models.VITS]}),
-          ("--patch-size", None, "of a ViT; with a ResNet, the cell of the mask", {"type": int}),
-          ("--hidden", None, "width of projector and predictor", {"type": int}),
-          ("--init", None, "start from this checkpoint, e.g. DINOv2 or DINO"),
-          ("--adapt", "random", "input layer when channels differ: random = fresh, "
-           "as in the paper;\nmean = average of the file's, rgb = copied into B4, B3, B2",
-           {"choices": ["random", "mean", "rgb"]}))
-    group("loss",
-          ("--tau", 0.2, "temperature of InfoNCE"),
-          ("--soft-weight", None, "of the soft label term; 0 switches it off; "
-           "see soft_share in the log", {"type": float}),
-          ("--soft-form", "bce", "its formula, losses.soft_contrastive",
-           {"choices": [*losses.SOFT_TAU]}),
-          ("--soft-tau", None, "its temperature, default losses.SOFT_TAU", {"type": float}),
-          ("--mask-ratio", 0.3, "share of the student's patches that are masked"))
-    group("optimisation",
-          ("--epochs", None, "passes over the scenes", {"type": int}),
-          ("--max-steps", 0, "stop early; the schedules still span --epochs"),
-          ("--batch-size", None, "scenes per step, over all ranks", {"type": int}),
-          ("--accum", 1, "micro-batches per step; keys are those of one micro-batch"),
-          ("--lr", None, "AdamW's, per 256 scenes; scaled by the batch", {"type": float}),
-          ("--weight-decay", 0.05, "not on norms and biases"),
-          ("--warmup", 0.1, "share of the steps in which lr climbs from 0"),
-          ("--momentum", None, "of the teacher; climbs to 1 on a cosine", {"type": float}))
-    group("run",
-          ("--out", None, "folder (runs/METHOD_MODALITY)"),
-          ("--resume", False, "go on from OUT/last.pt"),
-          ("--save-every", 500, "steps between checkpoints"),
-          ("--log-every", 10, "steps between lines of log.jsonl"),
-          ("--workers", 2, "reading processes per rank"),
-          ("--seed", 0, "of everything"),
-          ("--device", "auto", "auto: CUDA if there is one", {"choices": ["auto", "cpu", "cuda"]}),
-          ("--amp", "auto", "bf16 autocast; auto: on CUDA", {"choices": ["auto", "bf16", "off"]}))
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for name, (default, text, *more) in flags.items():
+            preset = PRESETS.get(name.replace("-", "_"))
+            like = default[0] if isinstance(default, list) else default
+            kind = {"action": "store_true"} if default is False else {
+                "type": str if default is None else type(like)} | dict(*more)
+            shown = preset or [default]
+            text += f" ({' '.join(str(v) for v in shown)})" if shown[0] not in (None, False) else ""
+            group.add_argument(f"--{name}", default=None if preset else default, help=text, **kind)
     args = parser.parse_args(argv)
-    for name, value in (FULL if args.data else TOY).items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    for name, values in PRESETS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[2 * (args.method == "pera") + bool(args.data)])
     for name in ("img_size", "patch_size", "epochs", "batch_size", "accum", "log_every",
                  "save_every"):
         if getattr(args, name) < 1:
@@ -122,10 +139,11 @@ def parse(argv):
 # ----------------------------------------------------------------------------- small pure functions
 
 
-def schedule(step, total, start, end, warmup=0):
-    """Value at step in [0, total): linear 0 to `start` in `warmup` steps, half cosine to `end`."""
+def schedule(step, total, start, end, warmup=0, first=0.0):
+    """Value at step in [0, total): a line from `first` to `start`, both included, in `warmup`
+    steps, then half a cosine to `end`.  [PerA builder.py]"""
     if step < warmup:
-        return start * (step + 1) / warmup
+        return first + (start - first) * step / max(1, warmup - 1)
     return end + (start - end) * (
         1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
 
@@ -145,39 +163,97 @@ def batches(scenes, args, world, rank, start, stop):
             yield [(int(i), (args.seed, epoch, int(i))) for i in rows]
 
 
-def draw_views(args, n, step, micro, rank, world):
-    """Augmentation and masks of a micro-batch: drawn for all ranks' 2 x n views, cut to ours."""
-    seed = int(np.random.SeedSequence([args.seed, step, micro]).generate_state(1)[0])
-    generator = torch.Generator().manual_seed(seed)
-    grid = (args.img_size // args.patch_size,) * 2
+class Dice:
+    """The random draws of one micro-batch, the same on any number of ranks: they are drawn for all
+    ranks' views, view-major, and `ours` cuts this rank's out."""
 
-    def mine(x):
-        return x.unflatten(0, (2, world, n))[:, rank].flatten(0, 1)
-    views = data.draw_augmentation(2 * world * n, args.modality, generator, args.crop_min,
-                                   args.jitter, args.grey)
-    keep = losses.block_mask(2 * world * n, grid, args.mask_ratio, generator)
-    return {k: mine(v) for k, v in views.items()}, mine(keep)
+    def __init__(self, seed, step, micro, rank, world):
+        self.rank, self.world = rank, world
+        seed = int(np.random.SeedSequence([seed, step, micro]).generate_state(1)[0])
+        self.generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed + rank)                               # what drop path draws from
+
+    def ours(self, drawn, views):
+        """{name: (views x world x n, ...)} -> {name: (views x n, ...)}"""
+        return {k: v.unflatten(0, (views, self.world, -1))[:, self.rank].flatten(0, 1)
+                for k, v in drawn.items()}
 
 
-def softcon_step(student, teacher, views, keep, y, args):
+# ------------------------------------------------------------------------------------- the methods
+
+
+def softcon_step(net, x, y, args, dice, now):
     """Both directions of SoftCon on one micro-batch.
 
-    views (2B,C,H,W) in [0,1], view-major; keep (2B,n) patches the student sees; y (2B,K) labels.
-    Returns the loss, what goes to the log, and the teacher's features (2B,D).
+    net: student (in ddp) and teacher; x uint8 (B,2,C,P,P) two seasons of each scene, y (B,2,K).
+    Returns the loss, its parts for the log, the student's embeddings (2B,256), on which the soft
+    term acts, and the teacher's features (2B,D).
     """
-    vit = hasattr(teacher.backbone, "patch_size")
-    amp = torch.autocast(views.device.type, torch.bfloat16, enabled=args.amp == "bf16")
-    with amp:
+    g, total = dice.generator, 2 * len(x) * dice.world
+    grid = (args.img_size // args.patch_size,) * 2
+    p = dice.ours(data.draw_crops(total, g, args.crop_min)
+                  | data.draw_colours(total, args.modality, g, 0.8 * (args.modality != "s1"),
+                                      args.jitter, args.grey)
+                  | {"keep": losses.block_mask(total, grid, args.mask_ratio, g)}, 2)
+    keep = p.pop("keep").to(x.device)                                            # (2B,n)
+    views = data.colour(data.crop(x.transpose(0, 1).flatten(0, 1), p, args.img_size), p)
+    views = views.contiguous(memory_format=torch.channels_last)                  # (2B,C,H,W), [0,1]
+    vit = hasattr(net.teacher.backbone, "patch_size")
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
         with torch.no_grad():
-            k, features = teacher(views)                                         # (2B,256), (2B,D)
+            k, features = net.teacher(views)                                     # (2B,256), (2B,D)
         masked = views if vit else losses.blank_patches(views, keep, args.patch_size)
-        q, _ = student(masked, keep if vit else None)                            # (2B,256)
-    (q1, q2), (k1, k2), (y1, y2) = q.chunk(2), k.chunk(2), y.chunk(2)
+        q, _ = net.ddp(masked, keep if vit else None)                            # (2B,256)
+    (q1, q2), (k1, k2), (y1, y2) = q.chunk(2), k.chunk(2), y.unbind(1)
     arguments = args.tau, args.soft_weight, args.soft_form, args.soft_tau
     a = losses.softcon_loss(q1, k2, y1, y2, *arguments)
     b = losses.softcon_loss(q2, k1, y2, y1, *arguments)
     loss, hard, soft = ((u + v) / 2 for u, v in zip(a, b))
-    return loss, {"info_nce": hard, "soft": soft, "q": q}, features
+    return loss, {"info_nce": hard, "soft": soft}, q, features
+
+
+def pera_step(net, x, y, args, dice, now):
+    """PerA on one micro-batch: the same crops for both sides, in other colours, other patches.
+
+    x uint8 (B,1,C,P,P), y (B,1,K); net.centre: losses.Centre; now: teacher_tau of this step.
+    Returns the loss, its parts, the student's CLS features (crops B, D), the teacher's (B,D).
+    """
+    x, y, g, (n_global, n_local) = x[:, 0], y[:, 0], dice.generator, args.crops
+
+    def pairs(count, size, *area):
+        total = count * len(x) * dice.world
+        masks = losses.disjoint_masks(total, (size // args.patch_size) ** 2, *args.ratios, g)
+        where = dice.ours(data.draw_crops(total, g, *area) | dict(zip("slt", masks)), count)
+        masks = [where.pop(k).to(x.device) for k in "slt"]
+        seen = data.crop(x.repeat(count, 1, 1, 1), where, size)                  # (count B,C,H,W)
+        light = [dice.ours(data.draw_colours(total, args.modality, g, p, args.jitter, grey, 0),
+                           count) for p, grey in ((0.8, 0.8 * args.grey), (0.1, 0))]
+        return *(data.colour(seen, p) for p in light), *masks
+    views = [pairs(n_global, args.img_size, args.crop_min, 1.0)]
+    if n_local:
+        views.append(pairs(n_local, args.local_size, 0.05, args.crop_min))
+    mine, theirs, keep, learn, others = zip(*views)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+        with torch.no_grad():
+            t, features, _ = net.teacher(theirs, others)                # (crops B,384), (crops B,D)
+        s, cls, guess = net.ddp(mine, keep, learn[0])                   # guess (n_global B, m, PPC)
+        matrices = [b.cls_head.prototypes() for b in (net.student, net.teacher)]         # (K,384)
+        dino, spread = losses.pera_loss(s, t, matrices, net.centre.value, now["teacher_tau"],
+                                        n_global + n_local, n_global)
+    sigmas = 4 * losses.patchify(mine[0] - 0.5, args.patch_size)         # the sensor's z-scores
+    pixel = losses.pixel_loss(guess, sigmas, learn[0])
+    net.centre.update(t.float().mean(0, keepdim=True) @ matrices[1].T)   # scores are linear in t
+    parts = {"dino": dino, "koleo": spread, "pixel": pixel}
+    loss = dino + 0.1 * spread + 0.01 * pixel
+    if args.soft_weight:
+        rows = [v[:n_global * len(x)].chunk(n_global) for v in (cls, features)]
+        parts["soft"] = sum(losses.soft_over_ranks(q, k, y, y, args.soft_form, args.soft_tau)
+                            for q, k in zip(*rows)) / n_global
+        loss = loss + args.soft_weight * parts["soft"]
+    return loss, parts, cls, features[:len(x)]
+
+
+# --------------------------------------------------------------------------------------------- run
 
 
 def save(path, state):
@@ -218,11 +294,19 @@ def main(argv=None):
     if args.batch_size % (world * args.accum):
         raise ValueError(f"--batch-size {args.batch_size} does not divide into {world} rank(s) x "
                          f"--accum {args.accum}")
-    if args.batch_size // args.accum < 2:
+    pera = args.method == "pera"
+    if args.batch_size // args.accum < 2 and not pera:
         raise ValueError(f"--batch-size {args.batch_size}: contrast needs at least 2 scenes "
                          f"at a time")
-    grid = models.check_grid(args.img_size, args.img_size, args.patch_size)
-    losses.block_mask(1, grid, args.mask_ratio)                     # refuses a ratio that cannot be
+    if pera and (args.arch not in models.VITS or args.batch_size // (world * args.accum) < 2):
+        raise ValueError(f"--method pera takes a ViT and at least 2 images a rank, not --arch "
+                         f"{args.arch} --batch-size {args.batch_size}")
+    if pera and (args.crops[0] < 1 or args.crops[1] < 0):
+        raise ValueError(f"--crops {args.crops[0]} {args.crops[1]}: at least 1 and 0")
+    for size in [args.img_size] + [args.local_size] * (pera and args.crops[1] > 0):
+        h, w = models.check_grid(size, size, args.patch_size)     # and refuse ratios that cannot be
+        losses.disjoint_masks(1, h * w, *args.ratios) if pera else losses.block_mask(
+            1, (h, w), args.mask_ratio)
     if os.path.exists(f"{args.out}/last.pt") and not args.resume:
         raise ValueError(f"--out {args.out}: holds a run; --resume continues it, "
                          f"another --out keeps it")
@@ -244,7 +328,7 @@ def main(argv=None):
     root = args.data or "toy"
     default = f"{root}/ssl4eo_multilabel.json"
     labels = args.labels or (default if os.path.exists(default) else None)
-    scenes = data.open_data(root, args.modality, labels)
+    scenes = data.open_data(root, args.modality, labels, views=1 if pera else 2)
     if not labels:
         scenes.labels = [np.zeros_like(y) for y in scenes.labels]
     train = np.flatnonzero(~data.held_out(scenes.ids, args.holdout))
@@ -262,31 +346,41 @@ def main(argv=None):
 
     # ------------------------------------------------------------------------------------ model
     torch.manual_seed(args.seed)
-    registers = models.read_weights(args.init)[0].get("register_tokens") if args.init else None
+    init = models.read_weights(args.init)[0] if args.init else {}
+    registers = init["register_tokens"].shape[1] if "register_tokens" in init else 0
+    layerscale = not pera or "blocks.0.ls1.gamma" in init           # PerA has none of its own
     backbone = models.build(args.arch, len(data.BANDS[args.modality]), args.img_size,
-                            args.patch_size, 0 if registers is None else registers.shape[1])
+                            args.patch_size, registers, args.drop_path, layerscale)
     if args.init and not args.resume:
         models.load_pretrained(backbone, args.init, args.adapt, quiet=rank > 0)
-    student = models.Branch(backbone, args.hidden, predictor=True).to(device)
-    student = student.to(memory_format=torch.channels_last)      # 4-d weights: convolutions like it
+    net = SimpleNamespace(centre=losses.Centre(args.prototypes).to(device))
+    student = models.SparseBranch(backbone, args.prototypes, args.hidden, predict=True) if pera \
+        else models.Branch(backbone, args.hidden, predictor=True)
+    student = student.to(device, memory_format=torch.channels_last)      # convolutions like it
     teacher = copy.deepcopy(student).requires_grad_(False)
-    teacher.predictor = torch.nn.Identity()
-    ddp = DistributedDataParallel(student, gradient_as_bucket_view=True) if world > 1 else student
+    for name in ("predictor", "pred_head", "mask_token"):                 # the student's alone
+        if hasattr(teacher, name):
+            setattr(teacher, name, None)
+    for module in teacher.modules():
+        if isinstance(module, models.ViTBlock):
+            module.drop_path = 0.0
+    net.student, net.teacher, net.ddp = student, teacher, student
+    if world > 1:
+        net.ddp = DistributedDataParallel(student, gradient_as_bucket_view=True)
 
     # -------------------------------------------------------------------- optimiser, schedules
     decay = [p for p in student.parameters() if p.requires_grad and p.dim() > 1]
     plain = [p for p in student.parameters() if p.requires_grad and p.dim() < 2]
-    optimiser = torch.optim.AdamW([{"params": decay, "weight_decay": args.weight_decay},
-                                   {"params": plain, "weight_decay": 0}],
-                                  betas=(0.9, 0.95), fused=True)
+    more = {"betas": (0.9, 0.999), "eps": 2e-5} if pera else {"betas": (0.9, 0.95)}
+    optimiser = torch.optim.AdamW([{"params": decay}, {"params": plain, "weight_decay": 0}],
+                                  fused=True, **more)
     per_epoch = len(train) // args.batch_size
     total = args.epochs * per_epoch
     stop = min(total, args.max_steps or total)
-    lr = args.lr * args.batch_size / 256
     millions = sum(p.numel() for p in student.parameters()) / 1e6
     say(f"model: {args.arch}, student {millions:.1f} M parameters; {total} steps "
         f"of {args.batch_size} scenes ({world} x {args.accum} x "
-        f"{args.batch_size // world // args.accum}), lr {lr:.2e}")
+        f"{args.batch_size // world // args.accum}), lr {args.lr:.2e}")
 
     # ----------------------------------------------------------------------------------- resume
     start, log = 0, Path(args.out, "log.jsonl")
@@ -306,6 +400,7 @@ def main(argv=None):
             raise ValueError(f"--resume: {args.out} is at step {start} already, the end is {stop}")
         student.load_state_dict(state["student"])
         teacher.load_state_dict(state["teacher"])
+        net.centre.load_state_dict(state["centre"])
         optimiser.load_state_dict(state["optimiser"])
         say(f"resumed {args.out}/last.pt at step {start}")
     if rank == 0:
@@ -322,7 +417,8 @@ def main(argv=None):
         if rank == 0:
             save(f"{args.out}/last.pt",
                  {"student": student.state_dict(), "teacher": teacher.state_dict(),
-                  "optimiser": optimiser.state_dict(), "step": step, "flags": flags})
+                  "centre": net.centre.state_dict(), "optimiser": optimiser.state_dict(),
+                  "step": step, "flags": flags})
             save(f"{args.out}/backbone.pt", models.export_backbone(teacher.backbone))
 
     # ------------------------------------------------------------------------------------- loop
@@ -330,45 +426,56 @@ def main(argv=None):
                              num_workers=args.workers, pin_memory=cuda))
     bar = tqdm(range(start, stop), args.method, stop, initial=start, disable=rank > 0)
     clock, waited, since = time.perf_counter(), 0.0, start
+    step_function, warned = pera_step if pera else softcon_step, False
     for step in bar:
-        now = {"lr": schedule(step, total, lr, 0, round(args.warmup * total)),
+        warmup = round(args.warmup * total)
+        now = {"lr": schedule(step, total, args.lr, 1e-6, warmup),
+               "weight_decay": schedule(step, total, *args.weight_decay),
                "momentum": schedule(step, total, args.momentum, 1)}
+        if pera:
+            first, last = args.teacher_tau
+            now["teacher_tau"] = schedule(step, total, last, last, round(0.15 * total), first)
         for g in optimiser.param_groups:
             g["lr"] = now["lr"]
+        optimiser.param_groups[0]["weight_decay"] = now["weight_decay"]
         logging = (step + 1) % args.log_every == 0 or step + 1 == stop
         saving = (step + 1) % args.save_every == 0 or step + 1 == stop
-        numbers = torch.zeros(3, device=device)
+        numbers = 0
         for micro in range(args.accum):
             t = time.perf_counter()
-            x, y = next(loader)                                  # (B,2,C,P,P) uint8, (B,2,K)
+            x, y = next(loader)                                  # (B,V,C,P,P) uint8, (B,V,K)
             waited += time.perf_counter() - t
-            x, y = (v.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1) for v in (x, y))
-            p, keep = draw_views(args, len(x) // 2, step, micro, rank, world)
-            views = data.augment(x, p, args.img_size)            # (2B,C,H,W) float in [0,1]
-            views = views.contiguous(memory_format=torch.channels_last)
-            ddp.require_backward_grad_sync = micro == args.accum - 1
-            loss, parts, features = softcon_step(ddp, teacher, views, keep.to(device), y, args)
-            if logging and micro == 0:
-                q = parts.pop("q")
-                now["soft_share"] = losses.soft_share(q, parts["info_nce"], parts["soft"],
-                                                      args.soft_weight)
+            x, y = (v.to(device, non_blocking=True) for v in (x, y))
+            dice = Dice(args.seed, step, micro, rank, world)
+            net.ddp.require_backward_grad_sync = micro == args.accum - 1
+            loss, parts, q, features = step_function(net, x, y, args, dice, now)
+            if logging and micro == 0 and "soft" in parts:
+                soft = args.soft_weight * parts["soft"]
+                now["soft_share"] = losses.soft_share(q, loss - soft, soft)
             (loss / args.accum).backward()
-            numbers += torch.stack([loss, parts["info_nce"], parts["soft"]]).detach() / args.accum
-        if logging or saving:
+            numbers += torch.stack([loss, *parts.values()]).detach() / args.accum
+        if logging or saving or args.clip:
             norm = torch.nn.utils.get_total_norm([p.grad for p in decay + plain])
+        if logging or saving:
             if world > 1:
                 dist.all_reduce(numbers)
-            numbers = dict(zip(("loss", "info_nce", "soft"), (numbers / world).tolist()))
+            numbers = dict(zip(("loss", *parts), (numbers / world).tolist()))
             if not math.isfinite(numbers["loss"] + float(norm)):
                 raise ValueError(f"step {step}: loss {numbers['loss']}, gradient norm "
                                  f"{float(norm)}; stopped, the last checkpoint is from before")
+        if args.clip:
+            torch.nn.utils.clip_grads_with_norm_(decay + plain, args.clip, norm)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         models.ema_update(teacher, student, now["momentum"])
         if logging and rank == 0:
             std, eff = losses.collapse(features)
             seconds = time.perf_counter() - clock
-            rate = 2 * args.batch_size * (step + 1 - since) / seconds
+            rate = scenes.views * args.batch_size * (step + 1 - since) / seconds
+            if (std < 0.05 or eff < 2) and step > warmup and not warned:
+                say(f"step {step + 1}: the teacher's features collapse: std {std:.3f} of 1, "
+                    f"effective rank {eff:.1f}; lower --lr or raise --teacher-tau, --batch-size")
+                warned = True
             memory = (torch.cuda.max_memory_allocated() if cuda else
                       resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)     # KiB on Linux
             now = {"step": step + 1, "epoch": (step + 1) / per_epoch, **numbers, **now,

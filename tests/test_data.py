@@ -256,8 +256,13 @@ def test_a_labels_file_that_is_missing_or_no_json_is_named(toy, tmp_path):
 
 
 def identity(n):
-    p = {k: torch.zeros(n) for k in ("x", "y", "grey", "blur")}
-    return p | {k: torch.ones(n) for k in ("h", "w", "flip_x", "flip_y", "brightness", "contrast")}
+    p = {k: torch.zeros(n) for k in ("x", "y", "offset", "hue", "blur")}
+    return p | {k: torch.ones(n) for k in ("h", "w", "flip_x", "flip_y", "brightness", "contrast",
+                                           "saturation")}
+
+
+def view(x, p, size):
+    return data.colour(data.crop(x, p, size), p)
 
 
 def pixels(n=3, c=5, size=12):
@@ -267,7 +272,7 @@ def pixels(n=3, c=5, size=12):
 
 def test_neutral_parameters_give_the_image_over_255():
     x = pixels()
-    assert torch.allclose(data.augment(x, identity(3), 12), x / 255, atol=1e-6)
+    assert torch.allclose(view(x, identity(3), 12), x / 255, atol=1e-6)
 
 
 @pytest.mark.parametrize("key, value, expect", [
@@ -275,46 +280,70 @@ def test_neutral_parameters_give_the_image_over_255():
     ("brightness", 1.3, lambda x: (x * 1.3).clamp(0, 1)),
     ("contrast", 0.6,
      lambda x: (x - x.mean((2, 3), keepdim=True)) * 0.6 + x.mean((2, 3), keepdim=True)),
-    ("grey", 1, lambda x: x.mean(1, keepdim=True).expand_as(x)),
+    ("saturation", 0, lambda x: x.mean(1, keepdim=True).expand_as(x)),
 ])
 def test_each_parameter_does_its_one_thing_to_its_one_image(key, value, expect):
     x, p = pixels(), identity(3)
     p[key][1] = value
-    got, plain = data.augment(x, p, 12), x / 255
+    got, plain = view(x, p, 12), x / 255
     assert torch.allclose(got[1], expect(plain)[1], atol=1e-5)
     assert torch.allclose(got[[0, 2]], plain[[0, 2]], atol=1e-6)
+
+
+def test_radar_shifts_by_decibels_and_saturates():
+    """-12.59 dB, VV's mean, sits at 0.5; 2 std up or down is the end of the range."""
+    x = torch.tensor([127, 127], dtype=torch.uint8).view(1, 2, 1, 1).expand(1, 2, 12, 12)
+    for offset in (1.5, -30.0):
+        got = view(x, identity(1) | {"offset": torch.tensor([offset])}, 12)
+        decibel = 127 / 255 * 4 * torch.tensor([5.26, 5.91]) + offset
+        want = (decibel / (4 * torch.tensor([5.26, 5.91]))).clamp(0, 1)
+        assert torch.allclose(got, want.view(1, 2, 1, 1).expand_as(got), atol=1e-6)
+
+
+def test_hue_turns_a_third_of_the_circle_from_red_to_green_and_leaves_grey_alone():
+    x = torch.zeros(2, 3, 12, 12, dtype=torch.uint8)
+    x[0, 0], x[1] = 200, 90
+    got = view(x, identity(2) | {"hue": torch.full((2,), 1 / 3)}, 12)
+    assert torch.allclose(got[1], x[1] / 255, atol=1e-5)
+    assert torch.allclose(got[0], x[0, [1, 0, 2]] / 255, atol=1e-5)
 
 
 def test_a_quarter_crop_is_that_quarter():
     x, p = pixels(1), identity(1)
     p |= {"h": torch.tensor([0.5]), "w": torch.tensor([0.5]), "x": torch.tensor([0.5]),
           "y": torch.tensor([-0.5])}
-    assert torch.allclose(data.augment(x, p, 6), x[..., :6, 6:] / 255, atol=1e-5)
+    assert torch.allclose(view(x, p, 6), x[..., :6, 6:] / 255, atol=1e-5)
 
 
 def test_blur_is_a_gaussian_that_keeps_a_constant_image_and_lowers_contrast():
     p = identity(1) | {"blur": torch.tensor([224.0])}                    # std 1 px at 12 px... x 12
-    flat = data.augment(torch.full((1, 2, 12, 12), 100, dtype=torch.uint8), p, 12)
+    flat = view(torch.full((1, 2, 12, 12), 100, dtype=torch.uint8), p, 12)
     assert torch.allclose(flat, torch.tensor(100 / 255), atol=1e-5)
     p = identity(1) | {"blur": torch.tensor([224 / 32])}                    # std 1 px at 32 px
     dot = torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
     dot[0, 0, 16, 16] = 255
-    row = data.augment(dot, p, 32)[0, 0, 16, 13:20]
+    row = view(dot, p, 32)[0, 0, 16, 13:20]
     want = torch.exp(-torch.arange(-3, 4.0) ** 2 / 2)
     assert torch.allclose(row / row.max(), want, atol=1e-4)
 
 
 def test_drawn_parameters_replay_and_lie_in_their_ranges():
-    a, b, c = (data.draw_augmentation(4000, m, torch.Generator().manual_seed(s))
-               for m, s in (("s2c", 0), ("s2c", 0), ("s1", 0)))
+    def draw(modality, seed):
+        g = torch.Generator().manual_seed(seed)
+        return data.draw_crops(4000, g) | data.draw_colours(4000, modality, g)
+    a, b, radar, rgb = (draw(m, s) for m, s in (("s2c", 0), ("s2c", 0), ("s1", 0), ("rgb", 0)))
     assert all(torch.equal(a[k], b[k]) for k in a)
     area = a["h"] * a["w"]
     assert area.min() > 0.15 and area.max() <= 1 and 0.55 < area.mean() < 0.62
     assert (a["x"].abs() + a["w"] <= 1 + 1e-6).all() and (a["y"].abs() + a["h"] <= 1 + 1e-6).all()
     assert 0.77 < (a["brightness"] != 1).float().mean() < 0.83
     assert a["contrast"].min() >= 0.6 and a["contrast"].max() <= 1.4
-    assert 0.17 < a["grey"].mean() < 0.23 and 0.46 < (a["blur"] > 0).float().mean() < 0.54
-    assert (c["brightness"] == 1).all() and (c["contrast"] == 1).all()      # decibels are no light
+    assert set(a["saturation"].tolist()) == {0, 1} and (a["hue"] == 0).all()
+    assert 0.17 < (a["saturation"] == 0).float().mean() < 0.23
+    assert 0.46 < (a["blur"] > 0).float().mean() < 0.54 and (a["offset"] == 0).all()
+    assert (radar["brightness"] == 1).all() and (radar["contrast"] == 1).all()
+    assert 1.9 < radar["offset"].max() <= 2 and -2 <= radar["offset"].min() < -1.9
+    assert 0.09 < rgb["hue"].max() <= 0.1 and 1.19 < rgb["saturation"].max() <= 1.2
 
 
 def test_eurosat_rgb_is_read_as_it_is(tmp_path):

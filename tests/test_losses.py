@@ -185,4 +185,4 @@ def test_collapse_tells_constant_from_spread_features():
 
 def test_soft_share_is_the_ratio_of_gradient_norms():
     q = torch.randn(4, 3, requires_grad=True)
-    assert abs(losses.soft_share(q, q.sum(), q.sum(), 3.0) - 0.75) < 1e-6
+    assert abs(losses.soft_share(q, q.sum(), 3 * q.sum()) - 0.75) < 1e-6

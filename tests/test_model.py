@@ -72,7 +72,7 @@ def test_dropped_tokens_are_as_if_they_had_never_been_in_the_sequence():
             y = torch.cat([m.cls_token[0] + m.pos_embed[0, :1], m.register_tokens[0],
                            patches[b, keep[b]]])[None]
             for block in m.blocks:
-                y = block(y)
+                y = block(y[0], [(1, 7)])[None]
             rows.append(m.norm(y))
         assert torch.allclose(m.tokens(x, keep), torch.cat(rows), atol=1e-5)
         assert torch.allclose(m.tokens(x, torch.arange(16).expand(2, 16)), m.tokens(x), atol=1e-6)
@@ -118,16 +118,30 @@ def test_ema_moves_the_teacher_by_exactly_one_minus_m_of_the_difference():
         "backbone.conv1.weight"])
 
 
-def test_drop_path_keeps_the_expectation_and_is_off_in_eval():
+def test_drop_path_drops_whole_samples_of_each_group_keeps_the_expectation_and_is_off_in_eval():
     torch.manual_seed(0)
-    block = models.ViTBlock(8, 2, False, True, 0.5)
-    x = torch.randn(4, 3, 8)
-    once = block.eval()(x)
+    block, groups = models.ViTBlock(8, 2, False, True, 0.5), [(4, 3), (6, 2)]
+    x = torch.randn(24, 8)
+    once = block.eval()(x, groups)
     block.train()
-    branch = lambda v: torch.ones_like(v)                                      # noqa: E731
-    y = torch.stack([block.residual(x, branch) - x for _ in range(50)])
-    assert set(y.round(decimals=4).unique().tolist()) == {0.0, 2.0} and y.mean() == 1
-    assert torch.equal(block.eval()(x), once)
+    branch = lambda v, g: torch.ones_like(v)                                   # noqa: E731
+    for _ in range(20):
+        a, b = models.unpack(block.residual(x, groups, branch) - x, groups)
+        for y in (a, b):
+            per_sample = y.mean((1, 2))
+            assert torch.allclose(y, per_sample[:, None, None].expand_as(y), atol=1e-5)
+            assert sorted(per_sample.round(decimals=4).tolist()) == [0.0] * (len(y) // 2) + [
+                2.0] * (len(y) // 2)
+    assert torch.equal(block.eval()(x, groups), once)
+
+
+def test_sequences_of_unlike_lengths_run_together_as_they_would_alone():
+    torch.manual_seed(0)
+    block = models.ViTBlock(12, 3, False, True, 0.0)
+    xs = [torch.randn(4, 7, 12), torch.randn(10, 2, 12)]
+    together = models.unpack(*[block(*models.pack(xs)), models.pack(xs)[1]])
+    for x, y in zip(xs, together):
+        assert torch.allclose(y, block(*models.pack([x])).view_as(x), atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------- loading

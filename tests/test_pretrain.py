@@ -29,7 +29,7 @@ def equal(a, b):
 
 def test_cosine_climbs_from_zero_peaks_after_the_warm_up_and_ends_at_its_end():
     values = [pretrain.schedule(t, 100, 2.0, 0.5, warmup=10) for t in range(101)]
-    assert values[0] == 0.2 and values[9] == values[10] == 2.0 and abs(values[100] - 0.5) < 1e-12
+    assert values[0] == 0 and abs(values[1] - 2 / 9) < 1e-12 and values[9] == values[10] == 2.0 and abs(values[100] - 0.5) < 1e-12
     assert abs(values[55] - 1.25) < 1e-12 and np.all(np.diff(values[10:]) < 0)
     assert pretrain.schedule(0, 50, 0.99, 1) == 0.99 and pretrain.schedule(50, 50, 0.99, 1) == 1
 
@@ -46,16 +46,16 @@ def test_every_epoch_visits_each_scene_at_most_once_and_ranks_share_the_batches(
     assert list(pretrain.batches(scenes, args, 1, 0, 3, 10)) == one[6:]       # resuming skips ahead
 
 
-def test_ranks_share_the_views_and_masks():
-    args = pretrain.parse(["--modality", "s2c"])
-    p, keep = pretrain.draw_views(args, 6, 5, 0, 0, 1)
-    halves = [pretrain.draw_views(args, 3, 5, 0, r, 2) for r in (0, 1)]
-    for name in p:
-        both = torch.cat([h[0][name].view(2, 3) for h in halves], 1).flatten()
-        assert torch.equal(both, p[name]), name
-    both = torch.cat([h[1].view(2, 3, -1) for h in halves], 1).flatten(0, 1)
-    assert torch.equal(both, keep)
-    assert not torch.equal(pretrain.draw_views(args, 6, 6, 0, 0, 1)[1], keep)
+def test_ranks_share_what_is_drawn_and_every_step_draws_anew():
+    drawn = {"a": torch.arange(12.0), "b": torch.arange(24).view(12, 2)}           # 2 views x 6
+    halves = [pretrain.Dice(0, 5, 0, r, 2).ours(drawn, 2) for r in (0, 1)]
+    assert halves[1]["a"].tolist() == [3, 4, 5, 9, 10, 11]
+    for name, whole in drawn.items():
+        both = torch.cat([h[name].unflatten(0, (2, 3)) for h in halves], 1).flatten(0, 1)
+        assert torch.equal(both, whole)
+    first = [torch.rand(3, generator=pretrain.Dice(0, step, micro, r, 2).generator).tolist()
+             for step, micro, r in ((5, 0, 0), (5, 0, 1), (6, 0, 0), (5, 1, 0))]
+    assert first[0] == first[1] and first[0] != first[2] and first[0] != first[3]
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "vit_tiny"])
