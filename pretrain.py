@@ -268,15 +268,12 @@ def save(path, state):
 
 def commit():
     """Short git hash of this code, with + when files differ from it."""
-    def git(*words):
-        run = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True,
-                             text=True)
-        return run.stdout.strip()
+    words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(
-            git("status", "-s", "-uno"))
-    except OSError:
+        run = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:                                                             # there is no git
         return "unknown"
+    return run.stdout.strip() or "unknown"
 
 
 def main(argv=None):
@@ -295,15 +292,13 @@ def main(argv=None):
         raise ValueError(f"--batch-size {args.batch_size} does not divide into {world} rank(s) x "
                          f"--accum {args.accum}")
     pera = args.method == "pera"
-    if args.batch_size // args.accum < 2 and not pera:
-        raise ValueError(f"--batch-size {args.batch_size}: contrast needs at least 2 scenes "
-                         f"at a time")
-    if pera and (args.arch not in models.VITS or args.batch_size // (world * args.accum) < 2):
-        raise ValueError(f"--method pera takes a ViT and at least 2 images a rank, not --arch "
-                         f"{args.arch} --batch-size {args.batch_size}")
-    if pera and (args.crops[0] < 1 or args.crops[1] < 0):
-        raise ValueError(f"--crops {args.crops[0]} {args.crops[1]}: at least 1 and 0")
-    for size in [args.img_size] + [args.local_size] * (pera and args.crops[1] > 0):
+    if args.batch_size // args.accum // (world if pera else 1) < 2:
+        raise ValueError(f"--batch-size {args.batch_size}: {args.method} needs at least 2 scenes "
+                         f"at a time" + " on each rank" * pera)
+    if pera and (args.arch not in models.VITS or args.crops[0] < 1 or args.crops[1] < 0):
+        raise ValueError(f"--method pera takes a ViT and at least one global crop, not --arch "
+                         f"{args.arch} --crops {args.crops[0]} {args.crops[1]}")
+    for size in [args.img_size, args.local_size][:1 + (pera and args.crops[1] > 0)]:
         h, w = models.check_grid(size, size, args.patch_size)     # and refuse ratios that cannot be
         losses.disjoint_masks(1, h * w, *args.ratios) if pera else losses.block_mask(
             1, (h, w), args.mask_ratio)
@@ -337,7 +332,7 @@ def main(argv=None):
     say(f"data: {root}: {len(train)} of {len(scenes)} scenes to train on ({n_images} images of "
         f"{scenes.size} px, {labelled} labelled), the others held out")
     if not labelled and args.soft_weight:
-        say("no labels: the soft term is 0, InfoNCE alone is trained")
+        say("no labels: the soft term is 0, the rest alone is trained")
     if len(train) < args.batch_size:
         raise ValueError(f"--batch-size {args.batch_size} exceeds the {len(train)} training scenes")
     if n_images * len(data.BANDS[args.modality]) * scenes.size ** 2 < args.cache * 1e9:
