@@ -289,7 +289,7 @@ def test_k_steps_resume_and_k_steps_equal_2k_steps_bit_for_bit(toy, tmp_path):
 
 
 def test_guesses_of_hidden_pixels_improve_on_held_out_images(toy, tmp_path):
-    run(toy, tmp_path / "r", "--epochs", 5, "--lr", 1e-3)
+    run(toy, tmp_path / "r", "--crops", 1, 0, "--epochs", 5, "--lr", 1e-3)
     scenes = data.SSL4EO(toy, "s1", f"{toy}/ssl4eo_multilabel.json")
     x = torch.from_numpy(np.stack([scenes.image(i, 0) for i in np.flatnonzero(
         data.held_out(scenes.ids, 0.1))])) / 255
