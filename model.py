@@ -266,26 +266,25 @@ class ViT(nn.Module):
             first.append(self.register_tokens.expand(B, -1, -1))             # (B, R, D) no position
         return torch.cat([*first, x], 1)                                     # (B, 1+R+n, D)
 
+    def outputs(self, x, n, keep=None):
+        """What the last n blocks give, final norm applied: [(B, 1+R+n_kept, D), ...]."""
+        outputs, (x, groups) = [], pack([self.embed(x, keep)])
+        for i, block in enumerate(self.blocks):
+            x = block(x, groups)
+            if i >= len(self.blocks) - n:
+                outputs.append(self.norm(x).view(*groups[0], -1))
+        return outputs
+
     def tokens(self, x, keep=None):
         """(B,C,H,W), keep (B,n) patch indices or None -> (B, 1+R+n, D) after the final norm."""
-        x = self.embed(x, keep)
-        x, groups = pack([x])
-        for block in self.blocks:
-            x = block(x, groups)
-        return self.norm(x).view(*groups[0], -1)
+        return self.outputs(x, 1, keep)[0]
 
     def forward(self, x, keep=None):
         return self.tokens(x, keep)[:, 0]
 
     def last_blocks(self, x, n):
         """The last n blocks' outputs, final norm applied: [(cls (B,D), patches (B,N,D)), ...]."""
-        outputs, (x, groups) = [], pack([self.embed(x)])
-        for i, block in enumerate(self.blocks):
-            x = block(x, groups)
-            if i >= len(self.blocks) - n:
-                y = self.norm(x).view(*groups[0], -1)
-                outputs.append((y[:, 0], y[:, 1 + self.registers:]))
-        return outputs
+        return [(y[:, 0], y[:, 1 + self.registers:]) for y in self.outputs(x, n)]
 
 
 def resample_positions(pos, h, w, antialias):
@@ -359,11 +358,11 @@ class Branch(nn.Module):
     embedding z (B, out) and the features under it (B, D), which are what a user keeps.
     """
 
-    def __init__(self, backbone, hidden=4096, out=256, predictor=False):
+    def __init__(self, backbone, hidden=4096, predict=False, out=256):
         super().__init__()
         self.backbone = backbone
         self.projector = head([backbone.embed_dim, hidden, hidden, out])
-        self.predictor = head([out, hidden, out]) if predictor else None
+        self.predictor = head([out, hidden, out]) if predict else None
 
     def forward(self, x, keep=None):
         features = self.backbone(x) if keep is None else self.backbone(x, keep)   # (B, D)

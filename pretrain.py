@@ -1,19 +1,24 @@
-"""Pretraining, one process or many, CPU or CUDA, the same file.  [reading time: 10 minutes]
+"""Pretraining, one process or many, CPU or CUDA, the same file.  [reading time: 14 minutes]
 
     torchrun pretrain.py --modality s1                        toy world, small net, CPU: 4 minutes
     torchrun pretrain.py --modality s2c --data DIR --init dinov2_vits14_pretrain.pth     one GPU
-    torchrun --nproc-per-node 8 pretrain.py --modality s2c --data DIR ...                eight
+    torchrun --nproc-per-node 8 pretrain.py --method pera --modality rgb --data DIR      eight
 
 SoftCon: the student sees two seasons of a scene, with blocks masked, and for each must find the
 teacher's embedding of the other season among those of all scenes of the batch; how similar it may
-be to the others follows from the scenes' land-cover labels.  The teacher, an average of past
-students, sees everything and gets no gradient.
+be to the others follows from the scenes' land-cover labels.
 
-All randomness is a function of (--seed, step): data order, seasons, crops, masks.  So a resumed run
-repeats the undisturbed one, and W ranks see, together, what one rank would see.
+PerA: student and teacher see the same crops of one image in other colours, and no patch in common;
+the student must choose the teacher's prototypes and guess the pixels of patches nobody showed it.
+
+In both the teacher is an average of past students and gets no gradient.  All randomness is a
+function of (--seed, step): data order, seasons, crops, masks.  So a resumed run repeats the
+undisturbed one, and W ranks see, together, what one rank would see.
+
+Defaults in brackets; four of them: softcon on the toy world, on --data; pera on the toy world, on
+--data.
 """
 import argparse
-import copy
 import json
 import math
 import os
@@ -111,8 +116,7 @@ FREE = {"data", "labels", "init", "max_steps", "out", "resume", "save_every", "l
 
 def parse(argv):
     """Flags -> namespace; those of PRESETS take the value of their method and data if not given."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog="(a b c d): softcon on the toy "
-                                     "world, on --data, pera on the toy world, on --data",
+    parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
@@ -121,8 +125,8 @@ def parse(argv):
             like = default[0] if isinstance(default, list) else default
             kind = {"action": "store_true"} if default is False else {
                 "type": str if default is None else type(like)} | dict(*more)
-            shown = preset or [default]
-            text += f" ({' '.join(str(v) for v in shown)})" if shown[0] not in (None, False) else ""
+            if preset or not (default is None or default is False):
+                text += f" ({str(preset or default).strip('()')})"
             group.add_argument(f"--{name}", default=None if preset else default, help=text, **kind)
     args = parser.parse_args(argv)
     for name, values in PRESETS.items():
@@ -344,22 +348,20 @@ def main(argv=None):
     init = models.read_weights(args.init)[0] if args.init else {}
     registers = init["register_tokens"].shape[1] if "register_tokens" in init else 0
     layerscale = not pera or "blocks.0.ls1.gamma" in init           # PerA has none of its own
-    backbone = models.build(args.arch, len(data.BANDS[args.modality]), args.img_size,
-                            args.patch_size, registers, args.drop_path, layerscale)
+
+    def side(drop_path, predict):
+        backbone = models.build(args.arch, len(data.BANDS[args.modality]), args.img_size,
+                                args.patch_size, registers, drop_path, layerscale)
+        return models.SparseBranch(backbone, args.prototypes, args.hidden, predict) if pera else \
+            models.Branch(backbone, args.hidden, predict)
+    student, teacher = side(args.drop_path, True), side(0.0, False).requires_grad_(False)
     if args.init and not args.resume:
-        models.load_pretrained(backbone, args.init, args.adapt, quiet=rank > 0)
-    net = SimpleNamespace(centre=losses.Centre(args.prototypes).to(device))
-    student = models.SparseBranch(backbone, args.prototypes, args.hidden, predict=True) if pera \
-        else models.Branch(backbone, args.hidden, predictor=True)
-    student = student.to(device, memory_format=torch.channels_last)      # convolutions like it
-    teacher = copy.deepcopy(student).requires_grad_(False)
-    for name in ("predictor", "pred_head", "mask_token"):                 # the student's alone
-        if hasattr(teacher, name):
-            setattr(teacher, name, None)
-    for module in teacher.modules():
-        if isinstance(module, models.ViTBlock):
-            module.drop_path = 0.0
-    net.student, net.teacher, net.ddp = student, teacher, student
+        models.load_pretrained(student.backbone, args.init, args.adapt, quiet=rank > 0)
+    teacher.load_state_dict(student.state_dict(), strict=False)          # but for what it lacks
+    for branch in (student, teacher):                                    # convolutions like it
+        branch.to(device, memory_format=torch.channels_last)
+    net = SimpleNamespace(student=student, ddp=student, teacher=teacher,
+                          centre=losses.Centre(args.prototypes).to(device))
     if world > 1:
         net.ddp = DistributedDataParallel(student, gradient_as_bucket_view=True)
 

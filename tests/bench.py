@@ -126,9 +126,9 @@ def main(argv=None):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"bench.py: error: {kind}: {done.stderr.strip().splitlines()[-1]}")
-        rows[kind] = json.loads(done.stdout.splitlines()[-1])
-        print(f"{kind:8}{rows[kind]['images_per_s']:8.2f} images/s, step {rows[kind]['step_gb']:.2f}"
-              f" GB above the resting {rows[kind]['rest_gb']:.2f} GB")
+        row = rows[kind] = json.loads(done.stdout.splitlines()[-1])
+        print(f"{kind:8}{row['images_per_s']:8.2f} images/s, step {row['step_gb']:.2f}"
+              f" GB above the resting {row['rest_gb']:.2f} GB")
     ratio = {k: round(rows["sparse"][k] / rows["dense"][k], 3) for k in ("images_per_s", "step_gb")}
     print(f"sparse / dense: {ratio['images_per_s']:.2f} x the speed, {ratio['step_gb']:.2f} x the "
           f"memory")

@@ -106,8 +106,8 @@ def test_batch_norm_is_pytorchs_own_on_one_rank_for_rows_and_images():
 
 
 def test_ema_moves_the_teacher_by_exactly_one_minus_m_of_the_difference():
-    student = models.Branch(models.build("resnet18", 2), 16, 8, predictor=True)
-    teacher = models.Branch(models.build("resnet18", 2), 16, 8).requires_grad_(False)
+    student = models.Branch(models.build("resnet18", 2), 16, True, 8)
+    teacher = models.Branch(models.build("resnet18", 2), 16, False, 8).requires_grad_(False)
     before = {n: p.clone() for n, p in teacher.named_parameters()}
     source = dict(student.named_parameters())
     models.ema_update(teacher, student, 0.9)

@@ -19,7 +19,7 @@ B = 8
 def branch(arch):
     torch.manual_seed(0)
     backbone = model.build(arch, 2, 32, 8)
-    return model.Branch(backbone, 32, 16, predictor=True).double()
+    return model.Branch(backbone, 32, True, 16).double()
 
 
 def batch():
