@@ -61,7 +61,8 @@ def test_43_corine_labels_go_to_19_classes_or_to_none_and_no_name_goes_twice():
     assert len(corine) == 43
     sizes = [len(row[1:] or row) for row in data.BEN[:-1]]
     assert sizes == [2, 1, 3, 4, 1, 1, 1, 1, 1, 1, 1, 2, 2, 1, 1, 2, 2, 2, 3]
-    assert {"Land principally occupied by agriculture, with significant areas of natural vegetation",
+    assert {"Land principally occupied by agriculture, with significant areas of "
+            "natural vegetation",
             "Transitional woodland/shrub", "Annual crops associated with permanent crops",
             "Road and rail networks and associated land"} <= corine
 
