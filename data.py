@@ -4,7 +4,9 @@ Every reader lists a tree of files and gives one and the same thing, `Scenes`: s
 more images (seasons), each a uint8 array (C,P,P) on one pixel grid with a multi-hot label row.
 
     SSL4EO(root, "s2c")   root/{s1,s2c,s2a}/{0000000}/{product}/{band}.tif, Sentinel-1/2 v1.0 [1]
-    EuroSAT(root, "s2c")  root/{class}/{class}_{n}.tif (13 bands) or .jpg (RGB) [2]
+    EuroSAT(root, "s2c")  root/{class}/{class}_{n}.tif (13 bands; SAR: 2) or .jpg (RGB) [2]
+    Folder(root, "rgb")   images in class folders or side by side, any of TIFF, PNG and JPEG
+    BigEarthNet(root)     root/BigEarthNet-{...}/{patch}/{patch}_{band}.tif, v1 and v2 [3]
     make_toy(root)        writes a procedural SSL4EO-S12 tree, labels included
 
 Radiometry, the same for all: x' = (x - mean) / (4 std) + 1/2, clipped to [0,1] (that is mean +- 2
@@ -12,9 +14,11 @@ std), kept as uint8, and given to the model as float in [0,1] [SoftCon README, "
 normalization"].  RGB images are uint8 already and stay as they are.
 
 [1] Wang et al. 2023, SSL4EO-S12; labels: SSL4EO-S12-ML of SoftCon, classes of Dynamic World
-[2] Helber et al. 2019, EuroSAT
+[2] Helber et al. 2019, EuroSAT; Wang et al. 2023, EuroSAT-SAR
+[3] Sumbul et al. 2021, BigEarthNet-MM (v1); Clasen et al. 2024, reBEN (v2)
 """
 import argparse
+import csv
 import json
 import os
 import re
@@ -85,14 +89,15 @@ def resize(x, size):
     return F.interpolate(x, (size, size), mode="bilinear", antialias=size < x.shape[-1])[0].numpy()
 
 
-def read_product(folder, modality, size):
-    """One S1 or S2 product folder of single-band TIFFs -> uint8 (C,size,size).
+def read_product(folder, modality, size, prefix="", stats=None):
+    """One S1 or S2 product folder of TIFFs {prefix}{band}.tif -> uint8 (C,size,size).
 
     10, 20 and 60 m bands have size, size/2 and size/6 pixels and are resampled to one grid.
     """
     bands = np.empty((len(BANDS[modality]), size, size), np.float32)
     for i, name in enumerate(BANDS[modality]):
-        path = f"{folder}/{name}.tif"
+        on_disk = prefix + re.sub(r"^B(\d)$", r"B0\1", name) if prefix else name
+        path = f"{folder}/{on_disk}.tif"
         band, native = read_tiff(path), size // SHRINK.get(name, 1)
         if band.dtype != DTYPE[modality]:
             raise ValueError(f"{path}: {band.dtype} pixels, {modality} has "
@@ -102,7 +107,7 @@ def read_product(folder, modality, size):
         if not np.isfinite(band).all():
             raise ValueError(f"{path}: NaN or infinite pixels")
         bands[i] = resize(band, size)
-    return to_uint8(bands, modality)
+    return to_uint8(bands, stats or modality)
 
 
 class Scenes(Dataset):
@@ -239,42 +244,134 @@ def read_labels(path):
                          f"{error}") from None
 
 
-def read_eurosat(path, modality, size=None):
-    """One EuroSAT chip -> uint8 (C,64,64) in SSL4EO's band order (13-band files have B8A last)."""
-    x = read_tiff(path) if modality == "s2c" else read_image(path)
-    if (x.ndim != 3 or x.shape[2] != len(BANDS[modality])
-            or x.dtype != DTYPE.get(modality, np.uint8)):
-        raise ValueError(f"{path}: {x.dtype} {x.shape}, expected {len(BANDS[modality])} bands")
-    if size and x.shape[:2] != (size, size):
-        raise ValueError(f"{path}: {x.shape[:2]} pixels, the others have {size} x {size}")
+def read_image(path, modality, size=None, order=None):
+    """One TIFF, PNG or JPEG -> uint8 (C,P,P); order: where the file keeps each band of `modality`.
+
+    A PNG's or JPEG's grey is repeated, a PNG's alpha left out; rgb of other than 8 bits is refused.
+    """
+    bands, dtype = len(BANDS[modality]), np.dtype(DTYPE.get(modality, np.uint8))
+    if path.lower().endswith((".tif", ".tiff")):
+        x = read_tiff(path)
+    else:
+        try:
+            import imagecodecs                 # only here: TIFFs without compression do without it
+            x = np.atleast_3d(imagecodecs.imread(path))
+        except Exception as error:
+            raise ValueError(f"{path}: unreadable image ({type(error).__name__}: "
+                             f"{error})") from None
+        x = x[..., :3 if path.lower().endswith(".png") else None]
+        x = x[..., [0] * 3] if x.shape[2] < 3 else x
+    x = x.transpose(1, 2, 0) if x.ndim == 3 and len(x) == bands else x         # band after band
+    if x.shape[2:] != (bands,) or x.dtype != dtype or not np.isfinite(x).all():
+        raise ValueError(f"{path}: {x.dtype} {x.shape}, expected {bands} finite bands of {dtype}")
+    if x.shape[:2] != (size or len(x),) * 2:
+        raise ValueError(f"{path}: {x.shape[:2]} pixels, the others have {size or len(x)} x "
+                         f"{size or len(x)}")
     x = x.transpose(2, 0, 1)
-    return to_uint8(x[[*range(8), 12, *range(8, 12)]], modality) if modality == "s2c" else x
+    return x if modality == "rgb" else to_uint8(x if order is None else x[order], modality)
 
 
-def read_image(path):
-    """PNG, JPEG or TIFF -> (H,W,C)."""
-    try:
-        import imagecodecs                     # only here: TIFFs without compression do without it
-        return tifffile.imread(path) if path.endswith(".tif") else imagecodecs.imread(path)
-    except Exception as error:
-        raise ValueError(f"{path}: unreadable image ({type(error).__name__}: {error})") from None
+def Folder(root, modality="rgb", views=2, order=None):
+    """Square images of one size, an image a scene: a folder a class, or all in root, unlabelled.
+
+    rgb: .tif .tiff .png .jpg .jpeg of 8 bits; s1, s2c, s2a: a TIFF with all bands.
+    """
+    kinds = (".tif", ".tiff") + (".png", ".jpg", ".jpeg") * (modality == "rgb")
+    found = {c: sorted(f"{c}/{f}" for f in os.listdir(f"{root}/{c}") if f.lower().endswith(kinds))
+             for c in [*subfolders(root), "."]}
+    classes = tuple(c for c in found if found[c] and c != ".") or (".",)
+    names = [f for c in classes for f in found[c]]
+    if not names:
+        raise ValueError(f"{root}: no {modality} images ({' '.join(kinds)}) in it or its folders")
+    labels = [np.array([[f.split("/")[0] == c != "." for c in classes]], np.uint8) for f in names]
+    size = read_image(f"{root}/{names[0]}", modality, None, order).shape[1]
+    decode = partial(read_image, modality=modality, size=size, order=order)
+    return Scenes([Path(f).stem for f in names], [[f"{root}/{f}"] for f in names], labels, classes,
+                  modality, size, decode, views)
+
+
+EUROSAT_CLASSES = set("AnnualCrop Forest HerbaceousVegetation Highway Industrial Pasture "
+                      "PermanentCrop Residential River SeaLake".split())
 
 
 def EuroSAT(root, modality="s2c", views=2):
-    """EuroSAT [2], unpacked: a folder a class, an image a scene; s2c (13-band tif) or rgb (jpg)."""
-    classes = subfolders(root)
-    suffix = {"s2c": ".tif", "rgb": ".jpg"}.get(modality)
-    if suffix is None:
-        raise ValueError(f"{root}: class folders hold s2c or rgb chips, not {modality}")
-    paths = [f"{root}/{c}/{f}" for c in classes for f in sorted(os.listdir(f"{root}/{c}"))
-             if f.endswith(suffix)]
-    if not paths:
-        raise ValueError(f"{root}: no {suffix} chips in class folders for modality {modality}")
-    ids = [Path(p).stem for p in paths]
-    labels = [np.array([[c == Path(p).parent.name for c in classes]], np.uint8) for p in paths]
-    size = read_eurosat(paths[0], modality).shape[1]
-    decode = partial(read_eurosat, modality=modality, size=size)
-    return Scenes(ids, [[p] for p in paths], labels, tuple(classes), modality, size, decode, views)
+    """EuroSAT [2], unpacked: s2c (13-band tif, B8A last in the file), rgb (jpg), s1 (SAR, tif)."""
+    order = [*range(8), 12, *range(8, 12)] if modality == "s2c" else None
+    return Folder(root, modality, views, order)
+
+
+BEN_TOP = {"s1": {"BigEarthNet-S1-v1.0", "BigEarthNet-S1", "S1"}}           # v1, v2, short
+BEN_TOP["s2a"] = BEN_TOP["s2c"] = {"BigEarthNet-v1.0", "BigEarthNet-S2", "S2"}
+STATS["ben"] = (   # of its own S2 L2A pixels [SSL4EO-S12 bigearthnet_dataset_seco.py]
+    (341, 430, 614, 590, 951, 1792, 2075, 2219, 2266, 2246, 1594, 1009),
+    (555, 572, 583, 676, 730, 1096, 1273, 1365, 1356, 1302, 1079, 819))
+# 19 classes | with their CORINE labels; the last group has no class
+BEN = """Urban fabric|Continuous urban fabric|Discontinuous urban fabric;Industrial or commercial
+    units;Arable land|Non-irrigated arable land|Permanently irrigated land|Rice fields;Permanent
+    crops|Vineyards|Fruit trees and berry plantations|Olive groves|Annual crops associated with
+    permanent crops;Pastures;Complex cultivation patterns;Land principally occupied by agriculture,
+    with significant areas of natural vegetation;Agro-forestry areas;Broad-leaved forest;Coniferous
+    forest;Mixed forest;Natural grassland and sparsely vegetated areas|Natural grassland|Sparsely
+    vegetated areas;Moors, heathland and sclerophyllous vegetation|Moors and heathland|
+    Sclerophyllous vegetation;Transitional woodland, shrub|Transitional woodland/shrub;Beaches,
+    dunes, sands;Inland wetlands|Inland marshes|Peatbogs;Coastal wetlands|Salt marshes|Salines;
+    Inland waters|Water courses|Water bodies;Marine waters|Coastal lagoons|Estuaries|Sea and ocean;
+    Road and rail networks and associated land|Port areas|Airports|Mineral extraction sites|Dump
+    sites|Construction sites|Green urban areas|Sport and leisure facilities|Bare rock|Burnt areas|
+    Intertidal flats"""
+BEN = [[re.sub(r"\s+", " ", x.strip()) for x in row.split("|")] for row in BEN.split(";")]
+
+
+def read_patch(folder, modality):
+    """A patch of BigEarthNet -> uint8 (C,120,120); s2c: L2A with a plane of zeros for B10."""
+    kind, stats = ("s1", "s1") if modality == "s1" else ("s2a", "ben")
+    x = read_product(folder, kind, 120, f"{Path(folder).name}_", stats)
+    return np.insert(x, 10, 0, 0) if modality == "s2c" else x
+
+
+def BigEarthNet(root, split=None, modality="s2a", views=2, skip=False):
+    """BigEarthNet [3], v1 or v2; s1, s2a, or s2c as SSL4EO-S12 probes 13-band networks: B10 is 0.
+
+    split: a file for `listed`, or train, validation or test of v2; None: all patches.  v1's labels
+    lie in its folders, v2's in root/metadata.csv, a copy of its parquet file (README, Probing).
+    19 classes; a patch whose CORINE labels belong to none has zeros.
+    """
+    top = [f for f in subfolders(root) if f in BEN_TOP.get(modality, ())]
+    if not top:
+        raise ValueError(f"{root}: no BigEarthNet folder for modality {modality}")
+    meta, key = Path(root, "metadata.csv"), "s1_name" if modality == "s1" else "patch_id"
+    table = {r.get(key): r for r in csv.DictReader(meta.open())} if meta.exists() else {}
+    have = {p.name: p for p in sorted(Path(root, top[0]).glob("S*/S*" if table else "S*"))}
+    names = [name for name, r in table.items() if split in (None, r.get("split"))]
+    names = listed(split or meta, have, skip, names) if split or table else [*have]
+    columns, rows = {label: k for k, row in enumerate(BEN) for label in row}, []
+    for name in names:
+        try:
+            found = table[name]["labels"].split(";") if table else json.loads(
+                (have[name] / f"{name}_labels_metadata.json").read_text())["labels"]
+            rows.append(np.zeros((1, len(BEN)), np.uint8))
+            rows[-1][0, [columns[label] for label in found]] = 1
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{have[name]}: no BigEarthNet labels: {error}") from None
+    return Scenes(names, [[str(have[name])] for name in names], [y[:, :-1] for y in rows],
+                  tuple(row[0] for row in BEN[:-1]), modality, 120,
+                  partial(read_patch, modality=modality), views)
+
+
+def listed(path, have, skip=False, names=()):
+    """The images `names`, or those in the file `path`, one a line (of `a,b` the one in `have`).
+
+    One that `have` lacks is passed over with `skip`, otherwise a ValueError.
+    """
+    if not names and not os.path.isfile(path):
+        raise ValueError(f"{path}: no such list of images")
+    lines = [[Path(n).stem for n in x.split(",")] for x in names or Path(path).read_text().split()]
+    found = [next((n for n in line if n in have), None) for line in lines]
+    gone = [line[0] for line, n in zip(lines, found) if n is None]
+    if gone and not skip:
+        raise ValueError(f"{path}: {len(gone)} of {len(lines)} images are not there: "
+                         f"{', '.join(gone[:5])}")
+    return [n for n in found if n]
 
 
 def open_data(root, modality, labels=None, views=2):
@@ -287,7 +384,10 @@ def open_data(root, modality, labels=None, views=2):
         raise ValueError(f"--labels {labels}: {root} holds {'products' if products else 'classes'}")
     if products:
         return SSL4EO(root, modality, labels, views)
-    return EuroSAT(root, modality, views)
+    folders = set(subfolders(root))
+    if folders & set().union(*BEN_TOP.values()):
+        return BigEarthNet(root, None, modality, views)
+    return (EuroSAT if folders & EUROSAT_CLASSES else Folder)(root, modality, views)
 
 
 # --------------------------------------------------------------------------------- augmentation

@@ -1,6 +1,11 @@
 """Claims about probe.py: metrics by their definition, the head, the split, a frozen backbone."""
+import json
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
+import tifffile
 import torch
 
 import data
@@ -75,11 +80,137 @@ def test_the_backbone_is_bit_identical_after_feature_extraction(toy, labels):
     scenes = data.SSL4EO(toy, "s1", labels)
     net = model.build("resnet18", 2).train()
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    (features,), stats, y = probe.extract([net], data.Images(scenes, [(0, 0), (1, 2)]), 32, "cpu")
-    assert features.shape == (2, 512) and stats.shape == (2, 4) and y.shape == (2, 9)
+    images = data.Images(scenes, [(0, 0), (1, 2)])
+    stats, features = probe.extract([probe.Floor(), net], images, [None, 32], "cpu")
+    assert features.shape == (2, 512) and stats.shape == (2, 4)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     x = torch.from_numpy(scenes.image(1, 2)) / 255
-    assert np.allclose(stats[1], torch.cat([x.mean((1, 2)), x.std((1, 2))]), atol=1e-6)
+    assert np.allclose(stats[1], torch.cat([x.mean((1, 2)), x.std((1, 2))]), atol=3e-4)
+
+
+def test_a_vits_row_is_four_cls_tokens_and_the_mean_patch_and_cls_is_its_forward():
+    net, x = model.build("vit_tiny", 2, 24, 6).eval(), torch.rand(3, 2, 24, 24)
+    with torch.no_grad():
+        row, blocks = probe.describe(net, x), net.last_blocks(x, 4)
+        a, b = (192 * e for e in probe.FEATURES["cls"])
+        assert row.shape == (3, 5 * 192) and torch.equal(row[:, a:b], net(x))
+        assert torch.equal(row[:, :192], blocks[0][0])
+        assert torch.equal(row[:, 768:], net.tokens(x)[:, 1:].mean(1))
+
+
+def test_the_cache_gives_the_same_and_notices_changed_weights_images_and_sizes(
+        toy, labels, tmp_path, monkeypatch):
+    scenes = data.SSL4EO(toy, "s1", labels)
+    images, net = data.Images(scenes, [(0, 0), (1, 2)]), model.build("resnet18", 2)
+    nets, cache = [probe.Floor(), net], str(tmp_path / "c")
+    want = probe.extract(nets, images, [None, 32], "cpu")
+
+    def count():
+        reads = []
+        monkeypatch.setattr(data.Scenes, "image", lambda self, i, s: reads.append(i) or
+                            self.decode(self.files[i][s]))
+        got = probe.extract(nets, images, sizes, "cpu", cache=cache)
+        return len(reads), got
+    sizes = [None, 32]
+    first, again = count(), count()
+    assert first[0] == 2 and again[0] == 0
+    assert all(np.array_equal(a, b) for got in (first, again) for a, b in zip(got[1], want))
+    assert not [f for f in Path(cache).iterdir() if f.suffix != ".npy"]
+    sizes = [None, 24]
+    assert count()[0] == 2
+    sizes = [None, 32]
+    with torch.no_grad():
+        net.conv1.weight += 1e-3
+    assert count()[0] == 2
+    os.utime(sorted(Path(scenes.files[0][0]).iterdir())[0], (1, 1))
+    assert count()[0] == 2 and count()[0] == 0
+
+
+def test_features_that_are_not_finite_are_refused(toy, labels):
+    net = model.build("resnet18", 2)
+    with torch.no_grad():
+        net.conv1.weight[:] = float("nan")
+    with pytest.raises(ValueError, match="features are not finite"):
+        probe.extract([net], data.Images(data.SSL4EO(toy, "s1", labels), [(0, 0)]), [32], "cpu")
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_the_batched_grid_gives_the_weights_that_each_head_gets_alone(multi):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(50, 6, generator=g), torch.eye(3)[torch.randint(3, (50,), generator=g)]
+    use = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1.]])
+    rates = torch.tensor([0.1, 1.0, 3.0])
+    together = probe.sgd(x, y, use, rates, multi, 40, seed=1, batch=16)
+    assert not together[[0, 1, 4], 1].any()
+    for h in range(3):
+        alone = probe.sgd(x, y, use[h:h + 1], rates[h:h + 1], multi, 40, seed=1, batch=16)
+        assert torch.allclose(alone[:, 0], together[:, h], atol=1e-6)
+        on = use[h] > 0                                    # and those that torch.optim.SGD gets
+        g = torch.Generator().manual_seed(1)
+        layer = torch.nn.Linear(int(on.sum()), 3, bias=False)
+        layer.weight.data = 0.01 * torch.randn(6, 1, 3, generator=g)[on, 0].T
+        optimiser = torch.optim.SGD(layer.parameters(), 1.0, momentum=0.9)
+        order = torch.cat([torch.randperm(50, generator=g) for _ in range(40 * 16 // 50 + 1)])
+        velocity_rate = rates[h] * 16 / 256
+        for step, rows in enumerate(order.split(16)[:40]):
+            z = layer(x[rows][:, on])
+            loss = (torch.nn.functional.multilabel_soft_margin_loss(z, y[rows]) if multi else
+                    torch.nn.functional.cross_entropy(z, y[rows].argmax(1)))
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.param_groups[0]["lr"] = velocity_rate * (1 + np.cos(np.pi * step / 40)) / 2
+            optimiser.step()
+        assert torch.allclose(layer.weight.T, together[on, h], atol=1e-5)
+
+
+def blobs(n=200, d=10, seed=0):
+    rng = np.random.default_rng(seed)
+    kind = rng.integers(0, 3, n)
+    y = np.eye(3, dtype=np.uint8)[kind]
+    return (rng.standard_normal((n, d)) + 2 * np.eye(3, d)[kind]).astype(np.float16), y
+
+
+def test_the_grids_choice_is_the_best_on_the_fifth_fold_of_the_training_part():
+    x, y = blobs()
+    heads = [("cls", lr) for lr in (1e-6, 0.1, 1e-5)]
+
+    def right(s, t):
+        return float((s.argmax(1) == t.argmax(1)).mean())
+    fit = x[:150], y[:150], x[150:], np.arange(150)
+    scores, chosen = probe.linear(*fit, False, right, heads, None, 100, 0)
+    assert chosen[:2] == ["cls", 0.1] and chosen[2] > 0.8 and right(scores, y[150:]) > 0.7
+    one, _ = probe.linear(*fit, False, right, heads[1:2], None, 100, 0)
+    assert not np.array_equal(one, scores)                 # a single head trains on all five folds
+
+
+def test_knn_is_the_weighted_vote_of_its_definition():
+    x, y = blobs()
+    got = probe.knn(x[:150], y[:150], x[150:], None, k=7)
+    a, b = (v.astype(float) / np.linalg.norm(v.astype(float), axis=1)[:, None]
+            for v in (x[150:], x[:150]))
+    for row, cos in zip(got, a @ b.T):
+        near = np.argsort(-cos)[:7]
+        want = (np.exp((cos[near] - 1) / 0.07)[:, None] * y[near]).sum(0)
+        assert np.allclose(row, want, rtol=1e-3)
+
+
+def test_paired_bootstraps_are_narrower_than_the_spread_of_each_and_zero_against_itself():
+    rng = np.random.default_rng(0)
+    y = np.eye(2)[rng.integers(0, 2, 300)]
+    good = y + rng.normal(0, 0.6, y.shape)
+    metric = lambda s, t: np.mean(s.argmax(1) == t.argmax(1))                        # noqa: E731
+    own, gain = probe.bootstrap(metric, [good, good + 1e-9, y], y, 200)
+    assert gain[0] == gain[1] == [0, 0] and own[2] == [1, 1] and gain[2][0] > 0
+    p = metric(good, y)
+    assert abs((own[0][1] - own[0][0]) - 3.92 * np.sqrt(p * (1 - p) / 300)) < 0.03
+
+
+def test_train_frac_with_replacement_draws_as_the_published_ten_percent(toy, labels):
+    scenes = data.SSL4EO(toy, "s1", labels)
+    parts = [range(40), range(40, 60)]
+    train, test = probe.split(scenes, "bigearthnet", 42, 0.5, 0, parts, True)
+    want = np.random.default_rng(42).choice(range(40), int(0.5 * 40))
+    assert [i for i, _ in train] == sorted(want) and len(set(want)) < 20 and len(test) == 20
 
 
 def test_a_probe_of_the_toy_world_ends_in_one_json_row_with_three_values(toy, tmp_path, capsys):
@@ -95,11 +226,80 @@ def test_a_probe_of_the_toy_world_ends_in_one_json_row_with_three_values(toy, tm
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith('{"task": "ssl4eo"')
 
 
+def test_permuted_test_labels_change_neither_the_chosen_head_nor_its_scores(toy, tmp_path):
+    path = tmp_path / "b.pt"
+    torch.save(model.export_backbone(model.build("vit_tiny", 2, 24, 6)), path)
+    table = json.loads(Path(toy, "ssl4eo_multilabel.json").read_text())
+    test = [i for i in table if data.held_out([i], 0.2)[0]]
+    changed = dict(table)
+    for i, j in zip(test, test[1:] + test[:1]):
+        changed[i] = dict(zip(table[i], table[j].values()))
+    outs = []
+    for name, labels in (("a", table), ("b", changed)):
+        (tmp_path / name).write_text(json.dumps(labels))
+        outs.append(probe.main([
+            "--ckpt", str(path), "--data", toy, "--workers", "0", "--holdout", "0.4", "--head",
+            "grid", "--steps", "30", "--bootstrap", "5", "--labels", str(tmp_path / name)]))
+    assert outs[0]["chosen"] == outs[1]["chosen"] and len(outs[0]["chosen"]["checkpoint"][0]) == 3
+    assert outs[0]["value"] != outs[1]["value"] and outs[0]["n_train"] == outs[1]["n_train"]
+
+
+def test_several_checkpoints_stand_side_by_side_on_lists_of_class_folders(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for c, kind in enumerate(("Forest", "River")):
+        (tmp_path / kind).mkdir()
+        for n in range(12):
+            x = rng.integers(1000, 1400, (16, 16, 13)) + 300 * c
+            tifffile.imwrite(tmp_path / kind / f"{kind}_{n}.tif", x.astype(np.uint16),
+                             planarconfig="contig")
+    lists = []
+    for part, numbers in (("train", range(8)), ("test", range(8, 12))):
+        lists.append(str(tmp_path / f"{part}.txt"))
+        Path(lists[-1]).write_text("".join(f"{k}_{n}.tif\n" for k in ("Forest", "River")
+                                           for n in numbers))
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.save(model.export_backbone(model.build("resnet18", 13)), tmp_path / f"{seed}.pt")
+    ckpts = [str(tmp_path / "0.pt"), str(tmp_path / "1.pt")]
+    flags = ["--ckpt", *ckpts, "--task", "eurosat", "--data", str(tmp_path), "--img-size", "32",
+             "--workers", "0", "--bootstrap", "20", "--lists", *lists]
+    out = probe.main([*flags, "--classes"])
+    assert out["n_train"] == 16 and out["n_test"] == 8 and out["stats"] == 1
+    assert list(out["all"]) == [*ckpts, "random", "stats"]
+    assert out["difference"][ckpts[0]] == [0, 0] and len(out["difference"][ckpts[1]]) == 2
+    assert "called [" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="images that are in both"):
+        probe.main(flags[:-1] + [lists[0]])
+    Path(lists[0]).write_text("Forest_0.tif\nForest_1.tif")
+    with pytest.raises(ValueError, match="2 training images are of a single class"):
+        probe.main(flags)
+    Path(lists[0]).write_text("Forest_0.tif\nSea_1.tif\nSea_2.tif")
+    with pytest.raises(ValueError, match="2 of 3 images are not there: Sea_1, Sea_2"):
+        probe.main(flags)
+
+
+def test_an_rgb_checkpoint_is_told_which_channels_a_task_takes(toy, tmp_path):
+    path = tmp_path / "dinov2.pth"
+    torch.save(model.export_backbone(model.build("vit_tiny", 3, 28, 14)), path)
+    for more, message in (([], "3 channels, modality rgb has 3, ssl4eo takes s1 s2c s2a"),
+                          (["--modality", "s2c"], "3 channels, modality s2c has 13")):
+        with pytest.raises(ValueError, match=message):
+            probe.main(["--ckpt", str(path), "--data", toy, *more])
+
+
+def test_a_class_without_a_test_image_is_counted_and_all_positive_ones_score_one():
+    y = np.array([[1, 0, 1], [1, 0, 0]])
+    s = np.array([[0.1, 0.9, 0.2], [0.4, 0.1, 0.7]])
+    assert probe.average_precision(s, y, "macro") == (1 + 0.5) / 2
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--data", "/nowhere"], "/nowhere/s1: no such folder"),
     (["--modality", "s2c"], "2 channels, modality s2c has 13"),
     (["--holdout", "0"], "leaves 0 training and 0 test images"),
-    (["--task", "eurosat"], "class folders hold s2c or rgb chips, not s1"),
+    (["--task", "eurosat"], "no s1 images .* in it or its folders"),
+    (["--task", "bigearthnet"], "bigearthnet needs two"),
+    (["--lists", "a", "b"], "ssl4eo tests on scenes held out"),
     (["--labels", "/nowhere.json"], "nowhere.json: no such labels file"),
 ])
 def test_bad_flags_are_named(toy, tmp_path, flags, message):
