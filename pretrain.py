@@ -262,11 +262,13 @@ def main(argv=None):
 
     # ------------------------------------------------------------------------------------ model
     torch.manual_seed(args.seed)
-    registers = models.read_weights(args.init)[0].get("register_tokens") if args.init else None
-    backbone = models.build(args.arch, len(data.BANDS[args.modality]), args.img_size,
-                            args.patch_size, 0 if registers is None else registers.shape[1])
+    chans = len(data.BANDS[args.modality])
+    weights = models.read_weights(args.init, in_chans=chans) if args.init else ({}, [])
+    registers = weights[0].get("register_tokens")
+    backbone = models.build(args.arch, chans, args.img_size, args.patch_size,
+                            0 if registers is None else registers.shape[1])
     if args.init and not args.resume:
-        models.load_pretrained(backbone, args.init, args.adapt, quiet=rank > 0)
+        models.load_pretrained(backbone, args.init, args.adapt, rank > 0, weights)
     student = models.Branch(backbone, args.hidden, predictor=True).to(device)
     student = student.to(memory_format=torch.channels_last)      # 4-d weights: convolutions like it
     teacher = copy.deepcopy(student).requires_grad_(False)

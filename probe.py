@@ -154,7 +154,7 @@ def main(argv=None):
     device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
     if device == "cuda" and not cuda:
         raise ValueError("--device cuda: no CUDA device")
-    trained = models.build_from(args.ckpt)
+    trained = models.build_from(args.ckpt, len(data.BANDS.get(args.modality, ())))
     config = Path(args.ckpt).parent / "config.json"
     config = json.loads(config.read_text()).get("flags", {}) if config.exists() else {}
     holdout = config.get("holdout", 0.1) if args.holdout is None else args.holdout
