@@ -361,17 +361,17 @@ def ema_update(teacher, student, momentum):
 FIRST = "conv1.weight", "patch_embed.proj.weight"              # the input layer, ResNet and ViT
 BACKBONE = r"(|.*\.)(patch_embed\.proj\.weight|cls_token|layer[14]\.0\.conv1\.weight)"
 TIMM = ("mlp.w12.", "mlp.fc1."), ("mlp.w3.", "mlp.fc2."), ("register_tokens", "reg_token")
-FAMILIES = {"s_mask_token": "PerA", "optimiser": "last.pt", "encoder_k": "MoCo v2", "momentum_enc":
-            "MoCo v3", "backbone_": "DeCUR", "student": "DINO", "gamma": "as DINOv2", "cls_token":
+FAMILIES = {"s_mask_token": "PerA", "optimiser": "last.pt", "encoder_k": "MoCo v2", "momentum_":
+            "MoCo v3", "backbone_": "DeCUR", "student": "DINO", "gamma": "DINOv2's keys", "cls_to":
             "ViT without LayerScale", r"\bfc\.": "torchvision", "": "ResNet without classifier"}
 
 
 def read_weights(path, which="", in_chans=0):
     """Any checkpoint file -> (backbone tensors under upstream keys, keys left out).
 
-    Goes by keys, never by file name, and unpickles no code.  Of several backbones: the one that has
-    `which` in its prefix ("student"), is nearest to in_chans channels (DeCUR: SAR or MS), and that
-    its authors evaluate: the teacher in DINO, PerA and our runs, MoCo's query or base encoder.
+    Goes by keys, never by file name, and unpickles no code.  Of several backbones: the one with
+    `which` in its prefix ("student"), else the one its authors evaluate (the teacher in DINO, PerA
+    and our runs, MoCo's query or base encoder), else the nearest to in_chans (DeCUR: SAR or MS).
     """
     try:
         zipped, flat = zipfile.is_zipfile(path), {}
@@ -392,9 +392,9 @@ def read_weights(path, which="", in_chans=0):
         raise ValueError(f"{path}: " + (f"refused, it wants to run code ({code[1]})" if code else
                                         "damaged, or not a PyTorch checkpoint")) from None
     prefixes = [m[1] for m in (re.fullmatch(BACKBONE, k) for k in flat) if m]
-    prefix = min(prefixes, default="", key=lambda p: (which not in p, [
-        abs(sum(flat[p + k].shape[1:2]) - in_chans) for k in FIRST if p + k in flat],
-        not re.search("teacher|encoder_q|base_encoder", p)))
+    prefix = min(prefixes, default="", key=lambda p: (
+        which not in p, not re.search("teacher|encoder_q|base_encoder", p),
+        [abs(n - in_chans) for k in FIRST if p + k in flat for n in flat[p + k].shape[1:2]]))
     state = {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", k.removeprefix(prefix)): v
              for k, v in flat.items() if k.startswith(prefix)}             # DINOv2's block chunks
     gated = any(k.endswith("fc1.weight") and v.dim() and v.shape[0] > 5 * v.shape[-1]
