@@ -361,9 +361,9 @@ def ema_update(teacher, student, momentum):
 FIRST = "conv1.weight", "patch_embed.proj.weight"              # the input layer, ResNet and ViT
 BACKBONE = r"(|.*\.)(patch_embed\.proj\.weight|cls_token|layer[14]\.0\.conv1\.weight)"
 TIMM = ("mlp.w12.", "mlp.fc1."), ("mlp.w3.", "mlp.fc2."), ("register_tokens", "reg_token")
-FAMILIES = {"s_mask_token": "PerA", "optimiser": "last.pt", "encoder_k": "MoCo v2", "momentum_":
-            "MoCo v3", "backbone_": "DeCUR", "student": "DINO", "gamma": "DINOv2's keys", "cls_to":
-            "ViT without LayerScale", r"\bfc\.": "torchvision", "": "ResNet without classifier"}
+FAMILIES = {"s_mask_token": "PerA", "optimiser": "last.pt", "encoder_k": "MoCo v2",
+            "momentum_encoder": "MoCo v3", "backbone_": "DeCUR", "student": "DINO",
+            r"\bfc\.": "torchvision", "gamma": "DINOv2's keys", "": "bare backbone"}   # first hit
 
 
 def read_weights(path, which="", in_chans=0):
@@ -466,7 +466,7 @@ def load_pretrained(model, path, adapt="random", quiet=False, weights=None):
     report["ignored"] = rest + [k for k in state if k not in start]
     absent = ("mask_token", "num_batches_tracked") + ("gamma",) * ("gamma" not in keys)
     wrong = [f"has no tensor {k}" for k in start if k not in state and not k.endswith(absent)]
-    wrong += [f"has {k}, which the model lacks" for k in state    # a deeper net is not a shallower
+    wrong += [f"has {k}, which the model lacks" for k in state    # a deeper one is another network
               if k not in start and re.match(r"layer\d|blocks|register_tokens", k)]
     for name, own in start.items():
         new, verdict = state.get(name, own), "loaded"
