@@ -16,10 +16,12 @@ Sentinel-2, 3 for RGB); everything after it does not know what a satellite is.
 Letters: B batch, C channels, H W pixels, P patch side, N = (H/P)(W/P) patches, D width,
 R registers.
 """
+import argparse
 import math
 import re
 import sys
-from collections import OrderedDict
+import zipfile
+from collections import Counter, OrderedDict
 
 import torch
 import torch.distributed as dist
@@ -330,7 +332,7 @@ def build(arch, in_chans, img_size=224, patch_size=14, registers=0, drop_path=0.
     """
     spec = dict(locals())
     if arch in RESNETS:
-        model = ResNet(*RESNETS[arch], in_chans)
+        model, spec = ResNet(*RESNETS[arch], in_chans), {"arch": arch, "in_chans": in_chans}
     elif arch in VITS:
         layerscale = arch != "vit_pera_g" if layerscale is None else layerscale
         model = ViT(*VITS[arch], in_chans, img_size, patch_size, registers, drop_path,
@@ -446,59 +448,76 @@ def ema_update(teacher, student, momentum):
 
 # ----------------------------------------------------------------------------- weights in and out
 
-ANCHORS = "patch_embed.proj.weight", "layer1.0.conv1.weight"   # every ViT, every ResNet has one
-RGB_BANDS = {12: (3, 2, 1), 13: (3, 2, 1), 3: (0, 1, 2)}       # where R, G, B sit: B4, B3, B2
+FIRST = "conv1.weight", "patch_embed.proj.weight"              # the input layer, ResNet and ViT
+BACKBONE = r"(|.*\.)(patch_embed\.proj\.weight|cls_token|layer[14]\.0\.conv1\.weight)"
+TIMM = ("mlp.w12.", "mlp.fc1."), ("mlp.w3.", "mlp.fc2."), ("register_tokens", "reg_token")
+FAMILIES = {"s_mask_token": "PerA", "optimiser": "last.pt", "encoder_k": "MoCo v2",
+            "momentum_encoder": "MoCo v3", "backbone_": "DeCUR", "student": "DINO",
+            r"\bfc\.": "torchvision", "gamma": "DINOv2's keys", "": "bare backbone"}   # first hit
 
 
-def read_weights(path, which="teacher"):
+def read_weights(path, which="", in_chans=0):
     """Any checkpoint file -> (backbone tensors under upstream keys, keys left out).
 
-    Goes by keys, never by file name, and never unpickles code.  Training files hold the backbone
-    twice; `which` names the copy wanted where both are there.  Raises ValueError, naming the file.
+    Goes by keys, never by file name, and unpickles no code.  Of several backbones: the one with
+    `which` in its prefix ("student"), else the one its authors evaluate (the teacher in DINO, PerA
+    and our runs, MoCo's query or base encoder), else the nearest to in_chans (DeCUR: SAR or MS).
     """
     try:
-        blob = torch.load(path, map_location="cpu", weights_only=True)
+        zipped, flat = zipfile.is_zipfile(path), {}
+        if zipped and any(i.compress_type for i in zipfile.ZipFile(path).infolist()):
+            raise RuntimeError                                # torch.save never compresses
+        with torch.serialization.safe_globals([argparse.Namespace]):         # DINO saves its flags
+            level = [("", torch.load(path, "cpu", weights_only=True, mmap=zipped))]
+        for _ in range(4):         # as deep as optimiser.state.0.exp_avg; a dict may contain itself
+            items = [(p + str(k), v) for p, d in level if isinstance(d, dict) for k, v in d.items()]
+            flat |= {k: v for k, v in items if isinstance(v, torch.Tensor)}
+            level = {id(v): (f"{k}.", v) for k, v in items}.values()
+        if any(v.is_meta or v.nbytes > v.untyped_storage().nbytes() + 2**30 for v in flat.values()):
+            raise RuntimeError                                # one number that poses as gigabytes
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    except Exception as error:                 # torch.load raises half a dozen kinds
-        code = "GLOBAL" in str(error) or "Unsupported global" in str(error)
-        why = "refused, it wants to run code" if code else "damaged, or not a PyTorch checkpoint"
-        raise ValueError(f"{path}: {why}") from None
-    flat = {}
-
-    def flatten(prefix, node):
-        for key, value in node.items():
-            if isinstance(value, torch.Tensor):
-                flat[f"{prefix}{key}"] = value
-            elif isinstance(value, dict):
-                flatten(f"{prefix}{key}.", value)
-    flatten("", blob if isinstance(blob, dict) else {})
-    prefixes = [key.removesuffix(a) for key in flat for a in ANCHORS if key.endswith(a)]
-    if not prefixes:
-        raise ValueError(f"{path}: no ViT or ResNet backbone in it ({len(flat)} tensors)")
-    if "pos_embed" not in " ".join(flat) and any(k.endswith(ANCHORS[0]) for k in flat):
-        raise ValueError(f"{path}: a ViT without a position table (pos_embed)")
-    prefix = min(prefixes, key=lambda p: (which not in p, prefixes.index(p)))
-    state = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
+    except Exception as error:                                # torch.load raises half a dozen kinds
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(f"{path}: " + (f"refused, it wants to run code ({code[1]})" if code else
+                                        "damaged, or not a PyTorch checkpoint")) from None
+    prefixes = [m[1] for m in (re.fullmatch(BACKBONE, k) for k in flat) if m]
+    prefix = min(prefixes, default="", key=lambda p: (
+        which not in p, not re.search("teacher|encoder_q|base_encoder", p),
+        [abs(n - in_chans) for k in FIRST if p + k in flat for n in flat[p + k].shape[1:2]]))
+    state = {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", k.removeprefix(prefix)): v
+             for k, v in flat.items() if k.startswith(prefix)}             # DINOv2's block chunks
+    gated = any(k.endswith("fc1.weight") and v.dim() and v.shape[0] > 5 * v.shape[-1]
+                for k, v in state.items())                     # SwiGLU's: 16/3 times D; an MLP's: 4
+    for ours, timms in TIMM[0 if gated else 2:]:
+        state = {k.replace(timms, ours): v for k, v in state.items()}
+    resnet = any(k.startswith("layer") for k in state)
+    for name, dims in ((FIRST[0], 4),) if resnet else ((FIRST[1], 4), ("pos_embed", 3)):
+        if name not in state or state[name].dim() != dims or 0 in state[name].shape:
+            raise ValueError(f"{path}: no ViT or ResNet, has no {dims}-dimensional tensor {name}")
+    if "register_tokens" in state and state["pos_embed"].shape[1] ** 0.5 % 1 == 0:
+        state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))   # timm: cls_token includes it
     return state, [k for k in flat if not k.startswith(prefix)]
 
 
-def build_from(path):
-    """The backbone in a file, loaded: architecture, channels, patch, size read off the tensors."""
-    state, _ = read_weights(path)
-    if "conv1.weight" in state:
-        arch = "resnet50" if "layer1.0.conv3.weight" in state else "resnet18"
-        model = build(arch, state["conv1.weight"].shape[1])
+def build_from(path, in_chans=0, quiet=True):
+    """The backbone in a file, loaded: architecture, channels, patch, size read off the tensors.
+
+    in_chans only chooses between several.  Heads are in no tensor: a ViT-S with 12 is read as 6.
+    """
+    weights = state, _ = read_weights(path, in_chans=in_chans)
+    if FIRST[0] in state:
+        arch = "resnet50" if any("conv3" in k for k in state) else "resnet18"
+        model = build(arch, state[FIRST[0]].shape[1])
     else:
-        dim, in_chans, patch, _ = state[ANCHORS[0]].shape
-        depth = 1 + max(int(k.split(".")[1]) for k in state if re.match(r"blocks\.\d+\.", k))
-        arch = next((a for a, v in VITS.items() if v[:2] == (dim, depth)), None)
-        if arch is None:
-            raise ValueError(f"{path}: a ViT {dim} wide and {depth} deep is not one of {[*VITS]}")
-        registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+        dim, in_chans, patch, _ = state[FIRST[1]].shape
+        depth = len({k.split(".")[1] for k in state if re.match(r"blocks\.\d+\.", k)})
+        arch = next((a for a, v in VITS.items() if v[:2] == (dim, depth)),
+                    f"{path}, a ViT {dim} wide and {depth} deep")
+        registers = state["register_tokens"].numel() // dim if "register_tokens" in state else 0
         model = build(arch, in_chans, math.isqrt(state["pos_embed"].shape[1] - 1) * patch, patch,
-                      registers, layerscale="blocks.0.ls1.gamma" in state)
-    load_pretrained(model, path, quiet=True)
+                      registers, layerscale=any(k.endswith("gamma") for k in state))
+    load_pretrained(model, path, quiet=quiet, weights=weights)
     return model
 
 
@@ -507,80 +526,79 @@ def adapt_input(weight, fresh, adapt):
 
     random: the fresh initialisation, as SoftCon does.  mean: the average over the file's channels
     in every band, rescaled by C_file / C so that the output keeps its size.  rgb: copied to the
-    bands that are red, green and blue (B4, B3, B2), fresh elsewhere.
+    bands that are red, green and blue (B4, B3, B2), fresh elsewhere.  12 and 13 bands, whatever
+    `adapt`, share all but B10, which goes or gets 0: the output is the file's at B10 = 0.
     """
-    C = fresh.shape[1]
-    if adapt == "mean":
-        return weight.mean(1, keepdim=True).expand_as(fresh) * (weight.shape[1] / C)
-    if adapt == "rgb":
-        if weight.shape[1] != 3 or C not in RGB_BANDS:
-            raise ValueError(f"adapt=rgb goes from 3 channels to 12 or 13, not {weight.shape[1]} "
-                             f"to {C}")
-        fresh = fresh.clone()
-        fresh[:, RGB_BANDS[C]] = weight
+    weight, C_file, C = weight.to(fresh), weight.shape[1], fresh.shape[1]
+    if {C_file, C} == {12, 13}:                                              # B10 has index 10
+        return torch.cat([weight[:, :10], 0 * fresh[:, 12:], weight[:, C_file - 2:]], 1)
+    if adapt == "random":
         return fresh
-    if adapt != "random":
-        raise ValueError(f"unknown adapt {adapt!r}; choose random, mean or rgb")
-    return fresh
+    if adapt == "mean":
+        return weight.mean(1, keepdim=True).expand_as(fresh) * (C_file / C)
+    if adapt != "rgb" or C_file != 3 or C not in (12, 13):
+        raise ValueError(f"adapt={adapt} does not lead from {C_file} to {C} channels")
+    return fresh.index_copy(1, torch.tensor([3, 2, 1], device=fresh.device), weight)
 
 
 @torch.no_grad()
-def load_pretrained(model, path, adapt="random", quiet=False):
+def load_pretrained(model, path, adapt="random", quiet=False, weights=None):
     """Fill `model` from a checkpoint file; returns and prints what happened to every tensor.
 
-    {"loaded", "resampled" (position table), "adapted" (input layer), "fresh" (kept its random
-    start), "ignored" (in the file, not in the model)} -> lists of names.  A tensor that the file
-    lacks or has in another shape is a ValueError naming it; expected absences are the mask token,
-    LayerScale (1, the identity, stands in) and batch counters.  So is a block only in the file.
+    {"loaded", "resampled" (position table), "adapted" (input layer), "fresh" (kept its start),
+    "ignored" (only in the file)} -> lists of names.  A tensor that the file lacks or has in another
+    shape, or a block only in the file, is a ValueError naming it; mask token, LayerScale (1 then,
+    the identity) and batch counters may be absent.  weights: read_weights(path), if called before.
     """
-    state, rest = read_weights(path)
-    for name in state:                         # a deeper network must not pass as a shallower one
-        if name not in model.state_dict() and re.match(r"layer\d|blocks|register_tokens", name):
-            raise ValueError(f"{path}: has {name}, which the model lacks")
+    state, rest = weights or read_weights(path, in_chans=model.in_chans)
+    start, filled, keys = model.state_dict(), {}, " ".join([*state, *rest])
     report = {k: [] for k in ("loaded", "resampled", "adapted", "fresh")}
-    report["ignored"] = rest + [k for k in state if k not in model.state_dict()]
-    plain = not any(k.endswith("gamma") for k in state)
-    absent = ("mask_token", "num_batches_tracked") + ("gamma",) * plain
-    filled = {}
-    for name, own in model.state_dict().items():
-        new, verdict = state.get(name), "loaded"
-        if new is None:
-            if not name.endswith(absent):
-                raise ValueError(f"{path}: has no tensor {name}, which the model needs")
-            new, verdict = own, "fresh"
-        elif name == "pos_embed" and new.shape != own.shape and new.shape[2] == own.shape[2]:
+    report["ignored"] = rest + [k for k in state if k not in start]
+    absent = ("mask_token", "num_batches_tracked") + ("gamma",) * ("gamma" not in keys)
+    wrong = [f"has no tensor {k}" for k in start if k not in state and not k.endswith(absent)]
+    wrong += [f"has {k}, which the model lacks" for k in state    # a deeper one is another network
+              if k not in start and re.match(r"layer\d|blocks|register_tokens", k)]
+    for name, own in start.items():
+        new, verdict = state.get(name, own), "loaded"
+        if name in FIRST and new.shape[1] != own.shape[1] and new[:, :0].shape == own[:, :0].shape:
+            new, verdict = adapt_input(new, own, adapt), "adapted"
+        elif name == "pos_embed" and new.shape != own.shape and (new.shape[1] - 1) ** 0.5 % 1 == 0:
             side = math.isqrt(own.shape[1] - 1)
             new, verdict = resample_positions(new, side, side, model.registers > 0), "resampled"
-        elif name in ("conv1.weight", ANCHORS[0]) and new.shape[1] != own.shape[1]:
-            if (new.shape[0], *new.shape[2:]) == (own.shape[0], *own.shape[2:]):
-                new = adapt_input(new, own, adapt)
-                verdict = "fresh" if adapt == "random" else "adapted"
         if new.shape != own.shape:
-            raise ValueError(f"{path}: {name} is {tuple(new.shape)}, the model's is "
-                             f"{tuple(own.shape)}")
+            wrong.append(f"{name} is {tuple(new.shape)}, the model's is {tuple(own.shape)}")
         filled[name] = new
-        report[verdict].append(name)
+        report["fresh" if new is own else verdict].append(name)
+    if wrong:
+        raise ValueError(f"{path}: {'; '.join(wrong[:3])}")
     model.load_state_dict(filled)
     if not quiet:
-        print(f"{path}: " + ", ".join(f"{len(v)} {k}" for k, v in report.items()))
-        for verdict in ("resampled", "adapted", "fresh"):
-            for name in report[verdict]:
-                print(f"  {verdict}: {name} {tuple(filled[name].shape)}")
+        print(f"{path}: {next(v for k, v in FAMILIES.items() if re.search(k, keys))}, as "
+              f"{model.spec}, {sum(p.numel() for p in model.parameters()):,} parameters")
+        for verdict, names in report.items():
+            tops = Counter(re.match(r"((state_dict|model|module)\.)*([^.]*)", k)[3] for k in names)
+            names = names if len(names) < 4 else [f"{k}.* ({n})" for k, n in tops.items()]
+            print(f"  {tops.total()} {verdict}: {', '.join(names)}")
     return report
 
 
-def export_backbone(model):
-    """The state dict to publish: upstream keys and nothing else, on the CPU, contiguous."""
-    return {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+def export_backbone(model, timm=False):
+    """The state dict to publish, on the CPU: strict in torchvision (fc = Identity), DINOv2's ViT
+    and, without LayerScale, PerA's.  timm=True: strict in timm, which has no mask token, names
+    SwiGLU as an MLP and, beside registers, keeps the position of CLS in cls_token."""
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    for ours, timms in TIMM if timm else ():
+        state = {k.replace(ours, timms): v for k, v in state.items() if k != "mask_token"}
+    if "reg_token" in state:
+        state["cls_token"] += state["pos_embed"][:, :1]
+        state["pos_embed"] = state["pos_embed"][:, 1:].clone()
+    return state
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] != "inspect":
         sys.exit("usage: python model.py inspect FILE")
     try:
-        found = build_from(sys.argv[2])
+        build_from(sys.argv[2], quiet=False)
     except ValueError as error:
         sys.exit(f"model.py: error: {error}")
-    size = sum(p.numel() for p in found.parameters())
-    print(f"{type(found).__name__}, {found.in_chans} channels, {found.embed_dim} wide, "
-          f"{size:,} parameters")

@@ -345,18 +345,19 @@ def main(argv=None):
 
     # ------------------------------------------------------------------------------------ model
     torch.manual_seed(args.seed)
-    init = models.read_weights(args.init)[0] if args.init else {}
-    registers = init["register_tokens"].shape[1] if "register_tokens" in init else 0
-    layerscale = not pera or "blocks.0.ls1.gamma" in init           # PerA has none of its own
+    chans = len(data.BANDS[args.modality])
+    weights = models.read_weights(args.init, in_chans=chans) if args.init else ({}, [])
+    registers = weights[0].get("register_tokens", torch.empty(1, 0)).shape[1]
+    layerscale = not pera or "blocks.0.ls1.gamma" in weights[0]     # PerA has none of its own
 
     def side(drop_path, predict):
-        backbone = models.build(args.arch, len(data.BANDS[args.modality]), args.img_size,
-                                args.patch_size, registers, drop_path, layerscale)
+        backbone = models.build(args.arch, chans, args.img_size, args.patch_size, registers,
+                                drop_path, layerscale)
         return models.SparseBranch(backbone, args.prototypes, args.hidden, predict) if pera else \
             models.Branch(backbone, args.hidden, predict)
     student, teacher = side(args.drop_path, True), side(0.0, False).requires_grad_(False)
     if args.init and not args.resume:
-        models.load_pretrained(student.backbone, args.init, args.adapt, quiet=rank > 0)
+        models.load_pretrained(student.backbone, args.init, args.adapt, rank > 0, weights)
     teacher.load_state_dict(student.state_dict(), strict=False)          # but for what it lacks
     for branch in (student, teacher):                                    # convolutions like it
         branch.to(device, memory_format=torch.channels_last)

@@ -274,7 +274,8 @@ def main(argv=None):
         raise ValueError(f"--train-frac {args.train_frac}: must lie in (0, 1]")
     nets, sizes, holdout, modality = [Floor()], [None], args.holdout, args.modality
     for path in args.ckpt:
-        net, config = models.build_from(path), Path(path).parent / "config.json"
+        net = models.build_from(path, len(data.BANDS.get(args.modality, ())))
+        config = Path(path).parent / "config.json"
         config = json.loads(config.read_text()).get("flags", {}) if config.exists() else {}
         kept = config.get("holdout", 0.1 if args.holdout is None else 1)
         if args.holdout is not None and args.holdout > kept:
