@@ -246,9 +246,7 @@ def read_labels(path):
 
 def read_image(path, modality, size=None, order=None):
     """One TIFF, PNG or JPEG -> uint8 (C,P,P); order: where the file keeps each band of `modality`.
-
-    A PNG's or JPEG's grey is repeated, a PNG's alpha left out; rgb of other than 8 bits is refused.
-    """
+    A PNG's or JPEG's grey is repeated, a PNG's alpha left out; other bands or types are refused."""
     bands, dtype = len(BANDS[modality]), np.dtype(DTYPE.get(modality, np.uint8))
     if path.lower().endswith((".tif", ".tiff")):
         x = read_tiff(path)
@@ -264,18 +262,16 @@ def read_image(path, modality, size=None, order=None):
     x = x.transpose(1, 2, 0) if x.ndim == 3 and len(x) == bands else x         # band after band
     if x.shape[2:] != (bands,) or x.dtype != dtype or not np.isfinite(x).all():
         raise ValueError(f"{path}: {x.dtype} {x.shape}, expected {bands} finite bands of {dtype}")
-    if x.shape[:2] != (size or len(x),) * 2:
-        raise ValueError(f"{path}: {x.shape[:2]} pixels, the others have {size or len(x)} x "
-                         f"{size or len(x)}")
+    size = size or len(x)
+    if x.shape[:2] != (size, size):
+        raise ValueError(f"{path}: {x.shape[:2]} pixels, the others have {size} x {size}")
     x = x.transpose(2, 0, 1)
     return x if modality == "rgb" else to_uint8(x if order is None else x[order], modality)
 
 
 def Folder(root, modality="rgb", views=2, order=None):
-    """Square images of one size, an image a scene: a folder a class, or all in root, unlabelled.
-
-    rgb: .tif .tiff .png .jpg .jpeg of 8 bits; s1, s2c, s2a: a TIFF with all bands.
-    """
+    """Square images of one size, an image a scene: a folder a class, or all in root, unlabelled;
+    rgb: TIFF, PNG or JPEG of 8 bits; s1, s2c, s2a: TIFFs with all bands (order: read_image)."""
     kinds = (".tif", ".tiff") + (".png", ".jpg", ".jpeg") * (modality == "rgb")
     found = {c: sorted(f"{c}/{f}" for f in os.listdir(f"{root}/{c}") if f.lower().endswith(kinds))
              for c in [*subfolders(root), "."]}
@@ -324,17 +320,16 @@ BEN = [[re.sub(r"\s+", " ", x.strip()) for x in row.split("|")] for row in BEN.s
 
 def read_patch(folder, modality):
     """A patch of BigEarthNet -> uint8 (C,120,120); s2c: L2A with a plane of zeros for B10."""
-    kind, stats = ("s1", "s1") if modality == "s1" else ("s2a", "ben")
-    x = read_product(folder, kind, 120, f"{Path(folder).name}_", stats)
+    kind = ("s1", "s1") if modality == "s1" else ("s2a", "ben")
+    x = read_product(folder, kind[0], 120, f"{Path(folder).name}_", kind[1])
     return np.insert(x, 10, 0, 0) if modality == "s2c" else x
 
 
 def BigEarthNet(root, split=None, modality="s2a", views=2, skip=False):
     """BigEarthNet [3], v1 or v2; s1, s2a, or s2c as SSL4EO-S12 probes 13-band networks: B10 is 0.
 
-    split: a file for `listed`, or train, validation or test of v2; None: all patches.  v1's labels
-    lie in its folders, v2's in root/metadata.csv, a copy of its parquet file (README, Probing).
-    19 classes; a patch whose CORINE labels belong to none has zeros.
+    split: a file for `listed`, or a part of v2 (train, ...); None: all patches.  v2's labels lie in
+    root/metadata.csv (README, Probing).  19 classes; zeros if the CORINE labels belong to none.
     """
     top = [f for f in subfolders(root) if f in BEN_TOP.get(modality, ())]
     if not top:
@@ -359,10 +354,8 @@ def BigEarthNet(root, split=None, modality="s2a", views=2, skip=False):
 
 
 def listed(path, have, skip=False, names=()):
-    """The images `names`, or those in the file `path`, one a line (of `a,b` the one in `have`).
-
-    One that `have` lacks is passed over with `skip`, otherwise a ValueError.
-    """
+    """`names`, or those in the file `path`, one a line (of `a,b` the one in `have`); one that
+    `have` lacks is a ValueError, or with `skip` passed over."""
     if not names and not os.path.isfile(path):
         raise ValueError(f"{path}: no such list of images")
     lines = [[Path(n).stem for n in x.split(",")] for x in names or Path(path).read_text().split()]

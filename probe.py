@@ -4,10 +4,9 @@
     python probe.py --ckpt backbone.pt --data DIR --task eurosat --seeds 5  EuroSAT, 10 classes
     python probe.py --ckpt a.pt b.pt --data DIR --task bigearthnet --lists train.csv test.csv
 
-Three rows every time, by the same head, on the same test images: the checkpoint, its architecture
-with random weights, and the floor, mean and deviation of each band.  The backbone never trains: an
-image becomes a row of features, once.  The default head, ridge regression, is closed form, so
-nothing depends on luck.  The last line is a JSON object, values 0 to 1.
+Three rows, by the same head on the same test images: the checkpoint, its architecture with random
+weights, and the floor, mean and deviation of each band.  The backbone never trains: an image
+becomes a row of features, once.  The last line is a JSON object, values 0 to 1.
 
 [1] Oquab et al. 2023, DINOv2, B.3: many linear heads    [2] Caron et al. 2021, DINO: neighbours
 [3] SSL4EO-S12, linear_BE_moco.py, linear_EU_moco.py; FG-MAE, linear_BE_s1_mae.py
@@ -113,7 +112,9 @@ def ridge(x, y, x_test, group):
     """
     def fit(x, y, at):                                                         # (17, n_at, K)
         (x, at), offset = standardise(x, at), y.mean(0)
-        values, vectors = np.linalg.eigh(x.T @ x)                              # (D,), (D,D)
+        wide = x.shape[1] > len(x)                     # then the smaller x x^T has all there is
+        values, vectors = np.linalg.eigh(x @ x.T if wide else x.T @ x)         # (D,), (D,D)
+        vectors = x.T @ vectors / np.sqrt(values.clip(1e-9 * values[-1])) if wide else vectors
         left, right = at @ vectors, vectors.T @ (x.T @ (y - offset))           # (n_at,D), (D,K)
         return [left / (values + p * len(x)) @ right + offset for p in PENALTIES]
     fold = folds(group)
@@ -266,7 +267,6 @@ def main(argv=None):
     flag("--workers", type=int, default=2, help="reading processes")
     args = parser.parse_args(argv)
 
-    # ---------------------------------------------------------------------- checkpoints and data
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     if args.device == "cuda" != device:
         raise ValueError("--device cuda: no CUDA device")

@@ -44,15 +44,16 @@ def test_a_perfect_ranking_scores_one_and_a_constant_one_the_prevalence():
     assert abs(probe.average_precision(np.zeros((4, 2)), y) - 3 / 8) < 1e-12
 
 
-def test_ridge_is_the_normal_equations_with_the_penalty_that_explicit_cross_validation_picks():
+@pytest.mark.parametrize("D", [8, 70])                             # fewer than rows, and more
+def test_ridge_is_the_normal_equations_with_the_penalty_that_explicit_cross_validation_picks(D):
     rng = np.random.default_rng(0)
-    x, y = rng.standard_normal((40, 8)), (rng.random((40, 3)) < 0.5).astype(float)
-    x_test, group = rng.standard_normal((5, 8)), np.repeat(np.arange(10), 4)
+    x, y = rng.standard_normal((40, D)), (rng.random((40, 3)) < 0.5).astype(float)
+    x_test, group = rng.standard_normal((5, D)), np.repeat(np.arange(10), 4)
 
     def fit(x, y, at, penalty):
         mean, std = x.mean(0), x.std(0)
         z, centre = (x - mean) / std, y.mean(0)
-        w = np.linalg.solve(z.T @ z + penalty * len(x) * np.eye(8), z.T @ (y - centre))
+        w = np.linalg.solve(z.T @ z + penalty * len(x) * np.eye(D), z.T @ (y - centre))
         return (at - mean) / std @ w + centre
     errors = []
     for penalty in probe.PENALTIES:
