@@ -512,8 +512,9 @@ def build_from(path, in_chans=0, quiet=True):
     else:
         dim, in_chans, patch, _ = state[FIRST[1]].shape
         depth = len({k.split(".")[1] for k in state if re.match(r"blocks\.\d+\.", k)})
-        arch = next((a for a, v in VITS.items() if v[:2] == (dim, depth)),
-                    f"{path}, a ViT {dim} wide and {depth} deep")
+        arch = next((a for a, v in VITS.items() if v[:2] == (dim, depth)), None)
+        if arch is None:
+            raise ValueError(f"{path}: a ViT {dim} wide and {depth} deep is not one of {[*VITS]}")
         registers = state["register_tokens"].numel() // dim if "register_tokens" in state else 0
         model = build(arch, in_chans, math.isqrt(state["pos_embed"].shape[1] - 1) * patch, patch,
                       registers, layerscale=any(k.endswith("gamma") for k in state))
