@@ -161,7 +161,8 @@ class Centre(torch.nn.Module):
         if dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
-        self.value.lerp_(mean, 1 - self.momentum)
+        self.value = self.value.lerp(mean, 1 - self.momentum)     # a new tensor: the backward pass
+                                                                  # still needs the one it replaces
 
 
 def dino_loss(student, teacher, centre, tau_teacher, tau_student=0.1):
@@ -199,7 +200,7 @@ def pixel_loss(guess, pixels, learn):
     return 768 * F.mse_loss(full(guess), full(target))
 
 
-def pera_loss(student, teacher, prototypes, centre, tau_teacher, crops, n_global):
+def pera_loss(student, teacher, prototypes, centre, tau_teacher, crops, n_global, tau=0.1):
     """PerA's two losses on CLS [4]: (dino, koleo), crop by crop.
 
     student, teacher: embeddings (crops B, 384), crop-major; prototypes: their two matrices (K,384).
@@ -209,7 +210,7 @@ def pera_loss(student, teacher, prototypes, centre, tau_teacher, crops, n_global
     """
     def one(s, t, spread):
         s, t = F.linear(s, prototypes[0]), F.linear(t, prototypes[1])            # (B,K)
-        return dino_loss(s, t, centre, tau_teacher), koleo(s) if spread else s.new_zeros(())
+        return dino_loss(s, t, centre, tau_teacher, tau), koleo(s) if spread else s.new_zeros(())
     terms = [checkpoint(one, s, t, i < n_global, use_reentrant=False, preserve_rng_state=False)
              for i, (s, t) in enumerate(zip(student.chunk(crops), teacher.chunk(crops)))]
     return sum(dino for dino, _ in terms) / crops, sum(spread for _, spread in terms)

@@ -487,16 +487,19 @@ def read_weights(path, which="", in_chans=0):
         [abs(n - in_chans) for k in FIRST if p + k in flat for n in flat[p + k].shape[1:2]]))
     state = {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", k.removeprefix(prefix)): v
              for k, v in flat.items() if k.startswith(prefix)}             # DINOv2's block chunks
-    gated = any(k.endswith("fc1.weight") and v.dim() and v.shape[0] > 5 * v.shape[-1]
+    gated = any(k.endswith("mlp.fc1.weight") and v.dim() and v.shape[0] > 5 * v.shape[-1]
                 for k, v in state.items())                     # SwiGLU's: 16/3 times D; an MLP's: 4
     for ours, timms in TIMM[0 if gated else 2:]:
         state = {k.replace(timms, ours): v for k, v in state.items()}
-    resnet = any(k.startswith("layer") for k in state)
+    resnet = any(re.match(r"layer\d\.", k) for k in state)
     for name, dims in ((FIRST[0], 4),) if resnet else ((FIRST[1], 4), ("pos_embed", 3)):
         if name not in state or state[name].dim() != dims or 0 in state[name].shape:
             raise ValueError(f"{path}: no ViT or ResNet, has no {dims}-dimensional tensor {name}")
     if "register_tokens" in state and state["pos_embed"].shape[1] ** 0.5 % 1 == 0:
         state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))   # timm: cls_token includes it
+    shapes = [tuple(state[k].shape) for k in (FIRST[1], "pos_embed") if not resnet]
+    if shapes and (shapes[0][2] != shapes[0][3] or shapes[1][0] != 1 or shapes[1][1] < 2):
+        raise ValueError(f"{path}: {shapes[0]} and {shapes[1]} are no ViT's patches and positions")
     return state, [k for k in flat if not k.startswith(prefix)]
 
 
@@ -507,7 +510,7 @@ def build_from(path, in_chans=0, quiet=True):
     """
     weights = state, _ = read_weights(path, in_chans=in_chans)
     if FIRST[0] in state:
-        arch = "resnet50" if any("conv3" in k for k in state) else "resnet18"
+        arch = "resnet50" if "layer1.0.conv3.weight" in state else "resnet18"
         model = build(arch, state[FIRST[0]].shape[1])
     else:
         dim, in_chans, patch, _ = state[FIRST[1]].shape
@@ -557,8 +560,9 @@ def load_pretrained(model, path, adapt="random", quiet=False, weights=None):
     report["ignored"] = rest + [k for k in state if k not in start]
     absent = ("mask_token", "num_batches_tracked") + ("gamma",) * ("gamma" not in keys)
     wrong = [f"has no tensor {k}" for k in start if k not in state and not k.endswith(absent)]
-    wrong += [f"has {k}, which the model lacks" for k in state    # a deeper one is another network
-              if k not in start and re.match(r"layer\d|blocks|register_tokens", k)]
+    body = r"layer\d|conv1|bn1|blocks|norm_pre|patch_embed|reg"   # a deeper net is not a shallower
+    wrong += [f"has {k}, which the model lacks" for k in state if k not in start
+              and re.match(body, k)]
     for name, own in start.items():
         new, verdict = state.get(name, own), "loaded"
         if name in FIRST and new.shape[1] != own.shape[1] and new[:, :0].shape == own[:, :0].shape:
@@ -566,8 +570,12 @@ def load_pretrained(model, path, adapt="random", quiet=False, weights=None):
         elif name == "pos_embed" and new.shape != own.shape and (new.shape[1] - 1) ** 0.5 % 1 == 0:
             side = math.isqrt(own.shape[1] - 1)
             new, verdict = resample_positions(new, side, side, model.registers > 0), "resampled"
+        if name == "mask_token" and new.shape != own.shape:           # MAE's, of its decoder
+            new = own
         if new.shape != own.shape:
             wrong.append(f"{name} is {tuple(new.shape)}, the model's is {tuple(own.shape)}")
+        elif new.is_floating_point() != own.is_floating_point():
+            wrong.append(f"{name} is {new.dtype}, the model's is {own.dtype}")
         filled[name] = new
         report["fresh" if new is own else verdict].append(name)
     if wrong:

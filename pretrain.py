@@ -110,7 +110,7 @@ FLAGS = {            # name: default, help, and what argparse needs beyond the t
         "seed": (0, "of everything"),
         "device": ("auto", "auto: CUDA if there is one", {"choices": ["auto", "cpu", "cuda"]}),
         "amp": ("auto", "bf16 autocast; auto: on CUDA", {"choices": ["auto", "bf16", "off"]})}}
-FREE = {"data", "labels", "init", "max_steps", "out", "resume", "save_every", "log_every",
+FREE = {"data", "labels", "max_steps", "out", "resume", "save_every", "log_every",
         "workers", "cache", "device"}
 
 
@@ -136,6 +136,12 @@ def parse(argv):
                  "save_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    for name, low, high in (("drop_path", 0, 0.99), ("crop_min", 0.01, 1), ("jitter", 0, 1),
+                            ("grey", 0, 1), ("warmup", 0, 1), ("momentum", 0, 1),
+                            ("prototypes", 2 * (args.method == "pera"), 2 ** 31)):
+        if not low <= getattr(args, name) <= high:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in "
+                         f"{low} to {high}")
     args.out = args.out or f"runs/{args.method}_{args.modality}"
     return args
 
@@ -243,7 +249,7 @@ def pera_step(net, x, y, args, dice, now):
         s, cls, guess = net.ddp(mine, keep, learn[0])                   # guess (n_global B, m, PPC)
         matrices = [b.cls_head.prototypes() for b in (net.student, net.teacher)]         # (K,384)
         dino, spread = losses.pera_loss(s, t, matrices, net.centre.value, now["teacher_tau"],
-                                        n_global + n_local, n_global)
+                                        n_global + n_local, n_global, args.tau)
     sigmas = 4 * losses.patchify(mine[0] - 0.5, args.patch_size)         # the sensor's z-scores
     pixel = losses.pixel_loss(guess, sigmas, learn[0])
     net.centre.update(t.float().mean(0, keepdim=True) @ matrices[1].T)   # scores are linear in t

@@ -597,3 +597,24 @@ def test_inspect_says_what_a_file_is_and_how_it_loads_in_a_few_lines(
         inspect(monkeypatch, "inspect", tmp_path / "x")
     with pytest.raises(SystemExit, match="usage"):
         inspect(monkeypatch)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"norm_pre.weight": torch.ones(48)}, "has norm_pre.weight, which the model lacks"),
+    ({"patch_embed.norm.weight": torch.ones(48)}, "has patch_embed.norm.weight, which the model"),
+    ({"norm.bias": torch.ones(48, dtype=torch.int8)}, "norm.bias is torch.int8, the model's is"),
+    ({"pos_embed": torch.ones(1, 1, 48)}, "are no ViT's patches and positions"),
+    ({"pos_embed": torch.ones(2, 257, 48)}, "are no ViT's patches and positions"),
+    ({"patch_embed.proj.weight": torch.ones(48, 3, 14, 7)}, "are no ViT's patches and positions"),
+])
+def test_what_would_load_wrongly_is_named(small, tmp_path, change, message):
+    torch.save(fill(vit()) | change, tmp_path / "x")
+    with pytest.raises(ValueError, match=message):
+        models.load_pretrained(models.build("vit_small", 3), tmp_path / "x")
+
+
+def test_a_mask_token_of_another_shape_and_a_tall_head_do_not_matter(small, tmp_path):
+    more = {"mask_token": torch.ones(1, 1, 32), "head.fc1.weight": torch.ones(512, 48)}
+    torch.save(fill(vit()) | more, tmp_path / "x")
+    report = models.load_pretrained(models.build("vit_small", 3), tmp_path / "x")
+    assert report["fresh"] == ["mask_token"] and report["ignored"] == ["head.fc1.weight"]

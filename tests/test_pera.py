@@ -117,10 +117,13 @@ def test_pera_loss_adds_up_crop_by_crop_with_the_gradients_of_the_whole():
     a, b = (torch.randn(20, 8, generator=g).double() for _ in "ab")
     s.requires_grad_(), a.requires_grad_()
     centre = torch.randn(1, 20, generator=g).double()
-    dino, spread = losses.pera_loss(s, t, (a, b), centre, 0.04, 5, 2)
+    running = losses.Centre(20).double()
+    running.value = centre.clone()
+    dino, spread = losses.pera_loss(s, t, (a, b), running.value, 0.04, 5, 2, 0.3)
+    running.update(torch.randn(9, 20, generator=g).double())   # must not reach the backward pass
     got = torch.autograd.grad(dino + 0.1 * spread, (s, a))
     x, y = s @ a.T, t @ b.T
-    plain = losses.dino_loss(x, y, centre, 0.04)            # equal crops: the mean of the means
+    plain = losses.dino_loss(x, y, centre, 0.04, 0.3)       # equal crops: the mean of the means
     near = losses.koleo(x[:3]) + losses.koleo(x[3:6])
     want = torch.autograd.grad(plain + 0.1 * near, (s, a))
     assert torch.allclose(dino, plain, atol=1e-12) and torch.allclose(spread, near, atol=1e-12)
@@ -288,6 +291,14 @@ def test_k_steps_resume_and_k_steps_equal_2k_steps_bit_for_bit(toy, tmp_path):
     assert np.allclose(want, [x["loss"] for x in log], atol=1e-4)
 
 
+def test_the_students_temperature_is_the_flags(toy, tmp_path):
+    logs = []
+    for tau in ("0.1", "1"):
+        run(toy, tmp_path / tau, "--max-steps", 1, "--crops", 1, 0, "--tau", tau)
+        logs.append(json.loads((tmp_path / tau / "log.jsonl").read_text()))
+    assert logs[0]["dino"] != logs[1]["dino"] and logs[0]["koleo"] == logs[1]["koleo"]
+
+
 def test_guesses_of_hidden_pixels_improve_on_held_out_images(toy, tmp_path):
     run(toy, tmp_path / "r", "--crops", 1, 0, "--epochs", 5, "--lr", 1e-3)
     scenes = data.SSL4EO(toy, "s1", f"{toy}/ssl4eo_multilabel.json")
@@ -367,3 +378,11 @@ def test_ema_of_a_copy_follows_only_what_the_teacher_has():
     models.ema_update(teacher, net, 0.75)
     for name, p in teacher.named_parameters():
         assert torch.allclose(p, net.get_parameter(name) - 0.75, atol=1e-5), name
+
+
+@pytest.mark.parametrize("flag, value", [("--prototypes", "0"), ("--drop-path", "1.0"),
+                                         ("--jitter", "3.0"), ("--crop-min", "2.0")])
+def test_values_out_of_range_are_refused_by_flag(flag, value, capsys):
+    with pytest.raises(SystemExit):
+        pretrain.parse(["--modality", "s1", *PERA, flag, value])
+    assert f"{flag} {value}: must lie in" in capsys.readouterr().err
