@@ -265,6 +265,57 @@ def test_the_views_of_a_pair_share_the_crop_and_differ_in_colour(monkeypatch):
         assert [v.shape for v in seen["student"]] == [(6, 13, 32, 32), (24, 13, 16, 16)]
 
 
+def test_a_step_wires_views_masks_targets_temperatures_and_centre_as_published(monkeypatch):
+    """What reaches the networks and the losses in one real step."""
+    args = pretrain.parse(["--modality", "s1", *PERA, "--tau", "0.2"])
+    args.amp, seen = "off", {}
+    student = models.SparseBranch(models.build("vit_tiny", 2, 24, 6), 64, 32, predict=True)
+    teacher = models.SparseBranch(models.build("vit_tiny", 2, 24, 6), 64, 32)
+    start = torch.randn(1, 64)
+    centre = losses.Centre(64)
+    centre.value = start
+
+    def spy(name, function):
+        def call(*inputs):
+            seen.setdefault(name, []).append(inputs)
+            return function(*inputs)
+        return call
+    net = type("Net", (), {"student": student, "ddp": staticmethod(spy("student", student)),
+                           "teacher": teacher, "centre": centre})
+    teacher.forward = spy("teacher", teacher.forward)
+    for module, name in ((losses, "pera_loss"), (losses, "pixel_loss"), (data, "draw_crops"),
+                         (data, "draw_colours")):
+        monkeypatch.setattr(module, name, spy(name, getattr(module, name)))
+    x = torch.randint(256, (4, 1, 2, 24, 24), dtype=torch.uint8)
+    pretrain.pera_step(net, x, torch.zeros(4, 1, 9), args, pretrain.Dice(0, 0, 0, 0, 1),
+                       {"teacher_tau": 0.04})
+    mine, keep, learn = seen["student"][0]
+    theirs, others = seen["teacher"][0]
+    for a, b, extra in zip(keep, others, ([learn], [])):                   # global, local crops
+        for rows in zip(a, b, *(e for e in extra)):
+            assert torch.cat(rows).unique().numel() == sum(map(len, rows))
+    assert [k.shape for k in keep] == [(8, 3), (12, 1)] and others[0].shape == (8, 10)
+    assert [c[2:] for c in seen["draw_crops"]] == [(0.4, 1.0), (0.05, 0.4)]
+    assert [(c[3], c[5], c[6]) for c in seen["draw_colours"]] == [
+        (0.8, pytest.approx(0.08), 0), (0.1, 0, 0)] * 2                    # student, teacher
+    _, pixels, asked = seen["pixel_loss"][0]
+    assert torch.equal(pixels, losses.patchify(4 * (mine[0] - 0.5), 6)) and asked is learn
+    used = seen["pera_loss"][0]
+    assert used[3] is start and used[4:] == (0.04, 5, 2, 0.2)
+    scores = used[1].mean(0) @ teacher.cls_head.prototypes().T
+    assert torch.allclose(centre.value, 0.9 * start + 0.1 * scores, atol=1e-5)
+
+
+def test_a_runs_schedules_are_logged_with_peras_numbers(toy, tmp_path):
+    run(toy, tmp_path / "r", "--crops", 1, 0, "--epochs", 2)                # 28 steps, warm-up 3
+    log = [json.loads(x) for x in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    lr, wd, m, tau = ([x[k] for x in log] for k in ("lr", "weight_decay", "momentum",
+                                                   "teacher_tau"))
+    assert len(log) == 28 and lr[0] == 0 and lr[2] == lr[3] == 1e-3 and lr[-1] < 1e-5
+    assert wd[0] == 0.04 and 0.198 < wd[-1] < 0.2 and m[0] == 0.992 and 0.9999 < m[-1] < 1
+    assert tau[0] == 0.03 and tau[3] == tau[-1] == 0.05 and abs(tau[1] - 0.03 - 0.02 / 3) < 1e-6
+
+
 def test_the_teacher_gets_no_gradient_and_moves_by_one_minus_m_of_the_difference(toy, tmp_path):
     state = run(toy, tmp_path / "r", "--max-steps", 1, "--momentum", 0.75, "--warmup", 0)
     torch.manual_seed(0)
