@@ -1,4 +1,4 @@
-"""Masks and losses: pure functions on tensors.  [reading time: 8 minutes]
+"""Masks and losses: pure functions on tensors.  [reading time: 12 minutes]
 
 SoftCon [1] trains a student on two views of a scene: its query q_i must find the teacher's key k_i
 of the same scene among the keys of all scenes (hard, InfoNCE [2]), and its similarity to every

@@ -1,4 +1,4 @@
-"""Backbones, heads, and getting weights in and out.  [reading time: 15 minutes]
+"""Backbones, heads, and getting weights in and out.  [reading time: 18 minutes]
 
 Two families, written out once each: a ResNet with torchvision's parameter names and a ViT with
 DINOv2's, so that a checkpoint trained here loads into those code bases without a converter, and

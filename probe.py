@@ -276,6 +276,8 @@ def main(argv=None):
     for path in args.ckpt:
         net = models.build_from(path, len(data.BANDS.get(args.modality, ())))
         config = Path(path).parent / "config.json"
+        if not config.exists():
+            print(f"{config}: not there; --img-size and --holdout of the run are not known")
         config = json.loads(config.read_text()).get("flags", {}) if config.exists() else {}
         kept = config.get("holdout", 0.1 if args.holdout is None else 1)
         if args.holdout is not None and args.holdout > kept:
