@@ -41,6 +41,7 @@ CLASSES = ("water", "trees", "grass", "flooded vegetation", "crops", "shrub & sc
 S2 = "B1 B2 B3 B4 B5 B6 B7 B8 B8A B9 B10 B11 B12".split()
 BANDS = {"s1": ["VV", "VH"], "s2c": S2, "s2a": [b for b in S2 if b != "B10"],
          "rgb": ["R", "G", "B"]}
+COLOURS = {"s1": [0, 1, 0], "s2c": [3, 2, 1], "s2a": [3, 2, 1], "rgb": [0, 1, 2]}    # for the eye
 SHRINK = {"B1": 6, "B9": 6, "B10": 6, **dict.fromkeys(["B5", "B6", "B7", "B8A", "B11", "B12"], 2)}
 # units and types on disk: S1 backscatter in dB, float32; S2 reflectance x 10000, uint16
 DTYPE = {"s1": np.float32, "s2c": np.uint16, "s2a": np.uint16}

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,18 @@ class Floor(torch.nn.Module):
         return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1)
 
 
-def cached(folder, nets, images, sizes):
+def look(x, size, centre=1.0, crops=None):
+    """uint8 (B,C,P,P) -> float (B,C,size,size) in [0,1]: the central share `centre` of each side,
+    resized (size None: not); or where `crops` (data.draw_crops) looks."""
+    if crops:
+        return data.crop(x, crops, size or x.shape[-1])
+    rim = round(x.shape[-1] * (1 - centre) / 2)
+    x = x[..., rim:x.shape[-2] - rim, rim:x.shape[-1] - rim].float() / 255
+    return x if size in (None, x.shape[-1]) else F.interpolate(x, (size, size), mode="bilinear",
+                                                               antialias=True)
+
+
+def cached(folder, nets, images, sizes, view):
     """A file for the features of each net, named by all that made them: code, images, weights."""
     base = hashlib.sha256(images.scenes.modality.encode() + Path(data.__file__).read_bytes() +
                           Path(models.__file__).read_bytes())
@@ -56,28 +68,32 @@ def cached(folder, nets, images, sizes):
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             base.update(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns} ".encode())
     for net, size in zip(nets, sizes):
-        digest = hashlib.sha256(f"{base.hexdigest()} {type(net)} {size}".encode())
+        digest = hashlib.sha256(f"{base.hexdigest()} {type(net)} {size} {view}".encode())
         for name, v in net.state_dict().items():
             digest.update(name.encode() + v.cpu().numpy().tobytes())
         yield f"{folder}/{digest.hexdigest()[:32]}.npy"
 
 
 @torch.no_grad()
-def extract(nets, images, sizes, device, batch_size=64, workers=0, cache=None):
+def extract(nets, images, sizes, device, batch_size=64, workers=0, cache=None, centre=1.0, draw=0,
+            area=1.0):
     """One pass over `images` -> the features of each net, float16 (n,D or 5D).
 
-    Pixels as in training, resized to sizes[k] (None: not).  What the folder `cache` holds is not
-    computed again; a kill leaves whole files there or none.
+    Pixels as in training, resized to sizes[k] (None: not), of the central share `centre` of each
+    side; draw > 0: of that random crop of `area` or more of the image, mirrored or not [3].  What
+    the folder `cache` holds is not computed again; a kill leaves whole files there or none.
     """
-    paths = [*cached(cache, nets, images, sizes)] if cache else [""] * len(nets)
+    view = centre, draw, area
+    paths = [*cached(cache, nets, images, sizes, view)] if cache else [""] * len(nets)
     out = [np.load(p) if os.path.exists(p) else [] for p in paths]
     todo = [k for k, rows in enumerate(out) if not len(rows)]
+    g = torch.Generator().manual_seed(draw)
     loader = DataLoader(images, batch_size, num_workers=workers) if todo else ()
-    for x, _, _ in tqdm(loader, "features", leave=False):
-        x = x.to(device).float() / 255                                         # (B,C,P,P)
-        for k in todo:
-            z = x if sizes[k] in (None, x.shape[-1]) else F.interpolate(
-                x, (sizes[k],) * 2, mode="bilinear", antialias=True)
+    for x, _, _ in tqdm(loader, f"draw {draw}" if draw else "features", leave=False):
+        x, crops = x.to(device), data.draw_crops(len(x), g, area) | {
+            "flip_y": torch.ones(len(x))} if draw else None                    # [3] mirror sideways
+        for k in todo:                                                         # (B,C,P,P)
+            z = look(x, sizes[k], centre, crops)
             out[k].append(describe(nets[k].eval().to(device), z).half().cpu().numpy())
     for k in todo:
         out[k] = np.concatenate(out[k])
@@ -92,9 +108,29 @@ def extract(nets, images, sizes, device, batch_size=64, workers=0, cache=None):
     return out
 
 
+def show(folder, net, images, size):
+    """A PNG of each image: its colours beside the last patch tokens of a ViT, whose three principal
+    components over all these images are red, green and blue."""
+    if not hasattr(net, "last_blocks"):
+        raise ValueError("--show: a ResNet has no patch tokens")
+    import imagecodecs
+    x = torch.stack([torch.from_numpy(x) for x, _, _ in images])               # (n,C,P,P)
+    with torch.no_grad():
+        tokens = net.eval().cpu().last_blocks(look(x, size), 1)[0][1].flatten(0, 1)     # (nN,D)
+    tokens -= tokens.mean(0)
+    pca = tokens @ torch.linalg.svd(tokens, full_matrices=False)[2][:3].T      # (nN,3)
+    low, high = torch.quantile(pca, torch.tensor([0.02, 0.98]), dim=0)
+    pca = ((pca - low) / (high - low)).clamp(0, 1).view(len(x), size // net.patch_size, -1, 3)
+    pca = F.interpolate(255 * pca.permute(0, 3, 1, 2), x.shape[-2:]).byte()    # (n,3,P,P)
+    both = torch.cat([x[:, data.COLOURS[images.scenes.modality]], pca], 3).permute(0, 2, 3, 1)
+    os.makedirs(folder, exist_ok=True)
+    for (i, s), picture in zip(images.pairs, both.contiguous().numpy()):
+        imagecodecs.imwrite(f"{folder}/{images.scenes.ids[i]}_{s}.png", picture)
+
+
 # ------------------------------------------------------------------------------------------- heads
 
-PENALTIES = np.logspace(-6, 2, 17)                                             # per training row
+PENALTIES = np.logspace(-6, 2, 17)                            # on the mean loss of a training row
 
 
 def folds(group):
@@ -105,22 +141,45 @@ def folds(group):
     return fold
 
 
-def ridge(x, y, x_test, group):
-    """Scores (n_test,K) of a linear map fitted to multi-hot y (n,K) on features x (n,D), float64.
-
-    The penalty is the one of PENALTIES with the smallest squared error in 5-fold cross-validation.
-    """
-    def fit(x, y, at):                                                         # (17, n_at, K)
-        (x, at), offset = standardise(x, at), y.mean(0)
-        wide = x.shape[1] > len(x)                     # then the smaller x x^T has all there is
-        values, vectors = np.linalg.eigh(x @ x.T if wide else x.T @ x)         # (D,), (D,D)
-        vectors = x.T @ vectors / np.sqrt(values.clip(1e-9 * values[-1])) if wide else vectors
-        left, right = at @ vectors, vectors.T @ (x.T @ (y - offset))           # (n_at,D), (D,K)
-        return [left / (values + p * len(x)) @ right + offset for p in PENALTIES]
+def validated(fit, x, y, x_test, group):
+    """Scores (n_test,K) of `fit` with the penalty whose squared error in 5-fold cross-validation is
+    smallest.  fit(x (n,D), y (n,K) multi-hot, at (m,D)) -> (penalties, m, K)."""
     fold = folds(group)
-    errors = sum(((np.stack(fit(x[fold != f], y[fold != f], x[fold == f])) - y[fold == f]) ** 2)
-                 .sum((1, 2)) for f in range(min(5, fold.max() + 1)))          # (17,)
+    errors = sum(((fit(x[fold != f], y[fold != f], x[fold == f]) - y[fold == f]) ** 2)
+                 .sum((1, 2)) for f in range(min(5, fold.max() + 1)))
     return fit(x, y, x_test)[int(np.argmin(errors))]
+
+
+def ridge(x, y, at):
+    """Linear maps of least squared error + penalty |W|^2 for all PENALTIES, closed form, float64:
+    one eigendecomposition serves all."""
+    (x, at), offset = standardise(x, at), y.mean(0)
+    wide = x.shape[1] > len(x)                         # then the smaller x x^T has all there is
+    values, vectors = np.linalg.eigh(x @ x.T if wide else x.T @ x)             # (D,), (D,D)
+    vectors = x.T @ vectors / np.sqrt(values.clip(1e-9 * values[-1])) if wide else vectors
+    left, right = at @ vectors, vectors.T @ (x.T @ (y - offset))               # (m,D), (D,K)
+    return np.stack([left / (values + p * len(x)) @ right + offset for p in PENALTIES])
+
+
+def logistic(x, y, at, multi):
+    """Probabilities by least log loss (softmax; multi: sigmoids) + penalty |W|^2 / 2, for penalties
+    from 1 down to 1e-4: LBFGS in float64, each from where the last ended."""
+    x, at, y = (torch.from_numpy(v).double() for v in (*standardise(x, at), y))
+    W, b = (torch.zeros(n, y.shape[1], dtype=y.dtype, requires_grad=True) for n in (x.shape[1], 1))
+    loss, activate = ((F.binary_cross_entropy_with_logits, torch.sigmoid) if multi else
+                      (F.cross_entropy, partial(torch.softmax, dim=1)))
+    out = []
+    for p in PENALTIES[12:3:-2]:
+        optimiser = torch.optim.LBFGS([W, b], max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure():
+            value = loss(x @ W + b, y) * (y.shape[1] if multi else 1) + p / 2 * W.square().sum()
+            optimiser.zero_grad()
+            value.backward()
+            return value
+        optimiser.step(closure)
+        out.append(activate(at @ W + b).detach().numpy())
+    return np.stack(out)
 
 
 def standardise(x, *others):
@@ -128,7 +187,7 @@ def standardise(x, *others):
     return [(v - mean) / std for v in (x, *others)]
 
 
-def knn(x, y, x_test, group, k=20, tau=0.07):
+def knn(x, y, x_test, k=20, tau=0.07):
     """The k training rows most alike vote, each with exp(cosine / tau) [2]."""
     x, x_test, y = (torch.from_numpy(v).float() for v in (x, x_test, y))
     near = [(rows @ F.normalize(x).T).topk(min(k, len(x)))                     # 2 x (m,k)
@@ -253,7 +312,7 @@ def main(argv=None):
     flag("--skip-missing", action="store_true", help="go on without listed images that are absent")
     flag("--train-frac", type=float, help="share to train on; default 1, folders 0.7 of each class")
     flag("--replace", action="store_true", help="draw that share with replacement, as published")
-    flag("--head", choices=["ridge", "knn", "linear", "grid"], default="ridge")
+    flag("--head", choices=["ridge", "logistic", "knn", "linear", "grid"], default="ridge")
     flag("--feature", choices=list(FEATURES), default="cls", help="of a ViT; 4: last 4 blocks")
     flag("--lr", type=float, default=0.1, help="of --head linear, for 256 rows")
     flag("--steps", type=int, default=12500, help="of --head linear and grid, 128 rows each")
@@ -261,6 +320,12 @@ def main(argv=None):
     flag("--seeds", type=int, default=1, help="random backbones, and draws of the training part")
     flag("--seed", type=int, default=0, help="the first of them")
     flag("--cache", help="folder that keeps features")
+    flag("--centre", type=float, default=1.0, help="look at this share of each side; published: "
+         "0.875 (resize 256, crop 224)")
+    flag("--draws", type=int, default=0, help="train the head on so many random crops, mirrored or "
+         "not, of each image instead, as published")
+    flag("--area", type=float, default=0.8, help="their least share of the image; EuroSAT: 0.08")
+    flag("--show", help="folder for pictures of 8 test images: colours, PCA of a ViT's patches")
     flag("--bootstrap", type=int, default=200, help="resamplings for 95 %% intervals; 0: none")
     flag("--classes", action="store_true", help="a line a class; accuracy: with confusions")
     flag("--device", default="auto", choices=["auto", "cpu", "cuda"])
@@ -316,10 +381,16 @@ def main(argv=None):
         sizes.append(sizes[1])
     splits = [split(scenes, args.task, seed, frac, holdout, parts, args.replace) for seed in seeds]
     pairs = sorted({p for train, test in splits for p in train + test})
-    images = data.Images(scenes, pairs)
-    features = extract(nets, images, sizes, device, 64, args.workers, args.cache)
-    row, scene = {pair: j for j, pair in enumerate(pairs)}, np.array([i for i, _ in pairs])
-    y = np.stack([scenes.labels[i][s] for i, s in pairs])
+    drawn = sorted({p for train, _ in splits for p in train})
+    views = [extract(nets, data.Images(scenes, drawn if draw else pairs), sizes, device, 64,
+                     args.workers, args.cache, args.centre, draw, args.area if draw else 1.0)
+             for draw in range(args.draws + 1)]
+    features, at, of = [np.concatenate(v) for v in zip(*views)], {}, pairs + args.draws * drawn
+    y, scene = np.stack([scenes.labels[i][s] for i, s in of]), np.array([i for i, _ in of])
+    for j, pair in enumerate(of):
+        at.setdefault(pair, []).append(j)                        # rows: the image itself, its draws
+    if args.show:
+        show(args.show, nets[1], data.Images(scenes, splits[0][1][:8]), sizes[1])
 
     # ------------------------------------------------------------------------- heads and rows
     multi, n = args.task in ("ssl4eo", "bigearthnet"), len(args.ckpt)
@@ -333,7 +404,8 @@ def main(argv=None):
     table = {name: {m: [] for m in metrics} for name in names}
     chosen, scores = {name: [] for name in names}, {}
     for k, (seed, parts) in enumerate(zip(seeds, splits)):
-        train, test = ([row[p] for p in part] for part in parts)
+        train, test = [j for p in parts[0] for j in at[p][args.draws > 0:]], [
+            at[p][0] for p in parts[1]]
         for name, j in zip(names, [*range(1, n + 1), n + 1 + k, 0]):
             x, dim = features[j], nets[j].embed_dim if hasattr(nets[j], "last_blocks") else None
             if args.head in ("linear", "grid"):
@@ -344,18 +416,19 @@ def main(argv=None):
                 chosen[name].append(choice)
             else:
                 x = x[:, slice(*(dim * e for e in FEATURES[args.feature]))] if dim else x
-                scores[name] = (ridge if args.head == "ridge" else knn)(
-                    x[train], y[train], x[test], scene[train])
+                fit = {"ridge": ridge, "logistic": partial(logistic, multi=multi)}.get(args.head)
+                scores[name] = validated(fit, x[train], y[train], x[test], scene[train]) if fit \
+                    else knn(x[train], y[train], x[test])
             for m, function in metrics.items():
                 table[name][m].append(round(float(function(scores[name], y[test])), 5))
     empty, width = int((~y[test].any(0)).sum()), max(12, *map(len, names))
-    print(f"{len(train)} training and {len(test)} test images ({empty} classes have none: not in "
+    print(f"{len(parts[0])} training, {len(test)} test images ({empty} classes have none: not in "
           f"macro), mean ± deviation over {args.seeds} seed(s)\n{'':{width}}",
           *(f"{m:>17}" for m in metrics))
     for name, row in table.items():
         print(f"{name:{width}}", *(f"{np.mean(v):9.4f} ± {np.std(v):.4f}" for v in row.values()))
     value, *_, random, stats = (round(float(np.mean(v[first])), 5) for v in table.values())
-    out = {"task": args.task, "metric": first, "n_train": len(train), "n_test": len(test),
+    out = {"task": args.task, "metric": first, "n_train": len(parts[0]), "n_test": len(test),
            "value": value, "random": random, "stats": stats, "seeds": args.seeds, "head": args.head,
            "std": round(float(np.std(table[names[0]][first])), 5), "chosen": chosen, "all": table,
            "empty_classes": empty, "ckpt": args.ckpt[0] if n == 1 else args.ckpt}

@@ -43,7 +43,8 @@ def test_masks_are_disjoint_sorted_and_have_peras_counts(n, counts):
 
 
 def test_masks_are_uniform_over_positions_and_follow_the_seed_alone():
-    draw = lambda s: losses.disjoint_masks(20000, 36, generator=torch.Generator().manual_seed(s))  # noqa: E731,E501
+    def draw(seed):
+        return losses.disjoint_masks(20000, 36, generator=torch.Generator().manual_seed(seed))
     for part in draw(0):
         seen = torch.bincount(part.flatten(), minlength=36).double()
         p = part.shape[1] / 36                     # each position is a Binomial(20000, p)
@@ -111,7 +112,7 @@ def test_pixel_loss_is_peras_sum_over_16_by_16_rgb_patches():
 
 
 def test_pera_loss_adds_up_crop_by_crop_with_the_gradients_of_the_whole():
-    """Re-stated with all scores at once: mean over crops of dino, sum over global crops of koleo."""
+    """Re-stated with all scores at once: dino as mean over crops, koleo summed over global ones."""
     g = torch.Generator().manual_seed(0)
     s, t = (F.normalize(torch.randn(15, 8, generator=g).double()) for _ in "st")     # 5 crops of 3
     a, b = (torch.randn(20, 8, generator=g).double() for _ in "ab")
@@ -206,7 +207,7 @@ def test_neither_side_ever_computes_what_it_does_not_see():
     net([torch.rand(2, 2, 24, 24)], [teacher])
     assert lengths == [2 * (1 + 10)] * 12
     x = torch.rand(2, 2, 24, 24)
-    blank = losses.blank_patches(x, teacher, 6)          # what only the student sees may be anything
+    blank = losses.blank_patches(x, teacher, 6)       # what only the student sees is free
     assert torch.equal(net([x], [teacher])[1], net([blank], [teacher])[1])
 
 

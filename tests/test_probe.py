@@ -25,7 +25,7 @@ def ap_reference(scores, targets):
 
 def test_average_precision_is_its_definition_with_ties_and_empty_classes():
     rng = np.random.default_rng(0)
-    for trial in range(500):
+    for trial in range(3000):
         n, c = rng.integers(1, 12), rng.integers(1, 5)
         scores = rng.integers(0, 4, (n, c)) / 4 if trial % 2 else rng.standard_normal((n, c))
         targets = rng.random((n, c)) < rng.choice([0.1, 0.5, 1.0])
@@ -63,7 +63,8 @@ def test_ridge_is_the_normal_equations_with_the_penalty_that_explicit_cross_vali
             e += ((fit(x[~out], y[~out], x[out], penalty) - y[out]) ** 2).sum()
         errors.append(e)
     best = probe.PENALTIES[int(np.argmin(errors))]
-    assert np.allclose(probe.ridge(x, y, x_test, group), fit(x, y, x_test, best), atol=1e-8)
+    got = probe.validated(probe.ridge, x, y, x_test, group)
+    assert np.allclose(got, fit(x, y, x_test, best), atol=1e-8)
 
 
 def test_the_split_is_by_location_among_the_scenes_that_pretraining_held_out(toy, labels):
@@ -186,7 +187,7 @@ def test_the_grids_choice_is_the_best_on_the_fifth_fold_of_the_training_part():
 
 def test_knn_is_the_weighted_vote_of_its_definition():
     x, y = blobs()
-    got = probe.knn(x[:150], y[:150], x[150:], None, k=7)
+    got = probe.knn(x[:150], y[:150], x[150:], k=7)
     a, b = (v.astype(float) / np.linalg.norm(v.astype(float), axis=1)[:, None]
             for v in (x[150:], x[:150]))
     for row, cos in zip(got, a @ b.T):
@@ -308,3 +309,68 @@ def test_bad_flags_are_named(toy, tmp_path, flags, message):
     torch.save(model.export_backbone(model.build("resnet18", 2)), path)
     with pytest.raises(ValueError, match=message):
         probe.main(["--ckpt", str(path), "--data", toy, "--workers", "0", *flags])
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_logistic_ends_where_the_gradient_of_the_penalised_log_loss_is_zero(multi):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((60, 4))
+    y = (x @ rng.standard_normal((4, 3)) + rng.standard_normal((60, 3)) > 0).astype(float)
+    y = y if multi else np.eye(3)[(x[:, :3] + rng.standard_normal((60, 3))).argmax(1)]
+    z = (x - x.mean(0)) / x.std(0)
+    fits = probe.logistic(x, y, x, multi)
+    for penalty, p in zip((1, 0.1, 0.01, 0.001, 0.0001), fits, strict=True):
+        W = -z.T @ (p - y) / (len(x) * penalty)            # what a zero gradient says W must be
+        rest = (np.log(p / (1 - p)) if multi else np.log(p) - np.log(p).mean(1, keepdims=True))
+        rest = rest - z @ (W if multi else W - W.mean(1, keepdims=True))
+        assert abs(rest - rest.mean(0)).max() < 1e-4 + 1e-5 / penalty     # only the intercept
+        assert np.allclose(p.mean(0), y.mean(0), atol=1e-4)
+    losses = [-(y * np.log(p) + multi * (1 - y) * np.log(1 - p)).sum(1).mean() for p in fits]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.1
+
+
+def test_draws_are_seeded_crops_mirrored_sideways_and_cached_apart(toy, labels, tmp_path):
+    scenes = data.SSL4EO(toy, "s1", labels)
+    images, net = data.Images(scenes, [(i, 0) for i in range(20)]), torch.nn.Flatten()
+    take = lambda **view: probe.extract([net], images, [12], "cpu", 64, 0,         # noqa: E731
+                                        str(tmp_path / "c"), **view)[0].reshape(20, 2, 12, 12)
+    plain, a, b = take(), take(draw=1, area=0.5), take(draw=2, area=0.5)
+    assert np.array_equal(a, take(draw=1, area=0.5)) and len(os.listdir(tmp_path / "c")) == 3
+    assert not np.array_equal(a, b) and not np.array_equal(a, plain)
+    whole = take(draw=1, area=1.0)                        # aspect alone moves pixels
+    same = [np.corrcoef(whole[i].ravel(), plain[i].ravel())[0, 1] for i in range(20)]
+    turned = [np.corrcoef(whole[i, ..., ::-1].ravel(), plain[i].ravel())[0, 1] for i in range(20)]
+    assert 4 <= np.greater(turned, same).sum() <= 16 and np.maximum(same, turned).min() > 0.6
+    x = torch.from_numpy(scenes.image(3, 0))[None]
+    half = probe.look(x, None, 0.5)
+    assert half.shape[-1] == 12 and torch.equal(half, x[..., 6:18, 6:18] / 255)
+
+
+def test_the_head_trains_on_the_draws_and_is_tested_on_the_images_themselves(
+        toy, tmp_path, monkeypatch):
+    path, seen = tmp_path / "b.pt", []
+    torch.save(model.export_backbone(model.build("resnet18", 2)), path)
+    head = probe.validated
+    monkeypatch.setattr(probe, "validated", lambda *a: seen.append(a) or head(*a))
+    flags = ["--ckpt", str(path), "--data", toy, "--workers", "0", "--holdout", "0.4",
+             "--bootstrap", "0", "--img-size", "24"]
+    one, two = probe.main(flags), probe.main([*flags, "--draws", "2"])
+    assert one["n_train"] == two["n_train"] and one["value"] != two["value"]
+    (_, x, _, x_test, group), (_, x2, _, x2_test, group2) = seen[0], seen[3]
+    assert len(x2) == 2 * len(x) and np.array_equal(x_test, x2_test)
+    assert np.array_equal(np.sort(group2), np.sort(np.tile(group, 2)))
+    assert not (x2[:, None] == x[None]).all(2).any()
+
+
+def test_show_writes_colours_beside_the_main_directions_of_the_patches(toy, labels, tmp_path):
+    import imagecodecs
+    scenes = data.SSL4EO(toy, "s1", labels)
+    images = data.Images(scenes, [(0, 1), (4, 2)])
+    probe.show(str(tmp_path / "p"), model.build("vit_tiny", 2, 24, 4), images, 24)
+    x = imagecodecs.imread(tmp_path / "p" / f"{scenes.ids[4]}_2.png")
+    assert x.shape == (24, 48, 3) and len(os.listdir(tmp_path / "p")) == 2
+    assert np.array_equal(x[:, :24].transpose(2, 0, 1), scenes.image(4, 2)[[0, 1, 0]])
+    patches = x[:, 24:].reshape(6, 4, 6, 4, 3).swapaxes(1, 2).reshape(36, 16, 3)
+    assert (patches == patches[:, :1]).all() and len(np.unique(patches[:, 0], axis=0)) > 20
+    with pytest.raises(ValueError, match="a ResNet has no patch tokens"):
+        probe.show(str(tmp_path / "p"), model.build("resnet18", 2), images, 36)
