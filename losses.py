@@ -125,18 +125,18 @@ def softcon_loss(q, k, yq, yk, tau=0.2, weight=0.5, form="bce", soft_tau=None):
     """
     rank, keys = dist.get_rank() if dist.is_initialized() else 0, gather(k)      # (M,D)
     hard = info_nce(q, keys, tau, offset=rank * len(q))
-    soft = soft_over_ranks(q, k, yq, yk, form, soft_tau)
+    soft = soft_over_ranks(q, keys, yq, gather(yk), form, soft_tau)
     return hard + weight * soft, hard, soft
 
 
 def soft_over_ranks(q, k, yq, yk, form="bce", tau=None):
-    """soft_contrastive of this rank's queries against the keys (N,D) and labels of all ranks.
+    """soft_contrastive of this rank's queries (N,D) against the keys (M,D) and labels of all ranks.
 
     DDP averages the ranks' losses: dividing by (labelled rows anywhere) / ranks instead of the
     labelled rows here turns that average into the mean over all labelled rows.
     """
-    k, yk, valid = gather(k), gather(yk), has_labels(gather(yq))         # (M,D), (M,C), (M,)
-    return soft_contrastive(q, k, yq, yk, form, tau, valid.sum() * len(q) / len(k))
+    rows = has_labels(gather(yq)).sum() * len(q) / len(k)
+    return soft_contrastive(q, k, yq, yk, form, tau, rows)
 
 
 # ------------------------------------------------------------------------------------------- PerA

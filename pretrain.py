@@ -259,8 +259,9 @@ def pera_step(net, x, y, args, dice, now):
     loss = dino + 0.1 * spread + 0.01 * pixel
     if args.soft_weight:
         rows = [v[:n_global * len(x)].chunk(n_global) for v in (cls, features)]
-        parts["soft"] = sum(losses.soft_over_ranks(q, k, y, y, args.soft_form, args.soft_tau)
-                            for q, k in zip(*rows)) / n_global
+        parts["soft"] = sum(
+            losses.soft_over_ranks(q, losses.gather(k), y, losses.gather(y), args.soft_form,
+                                   args.soft_tau) for q, k in zip(*rows)) / n_global
         loss = loss + args.soft_weight * parts["soft"]
     return loss, parts, cls, features[:len(x)]
 
