@@ -170,7 +170,8 @@ def logistic(x, y, at, multi):
                       (F.cross_entropy, partial(torch.softmax, dim=1)))
     out = []
     for p in PENALTIES[12:3:-2]:
-        optimiser = torch.optim.LBFGS([W, b], max_iter=200, line_search_fn="strong_wolfe")
+        optimiser = torch.optim.LBFGS([W, b], max_iter=200, tolerance_grad=1e-4,
+                                      tolerance_change=1e-6, line_search_fn="strong_wolfe")
 
         def closure():
             value = loss(x @ W + b, y) * (y.shape[1] if multi else 1) + p / 2 * W.square().sum()
