@@ -427,7 +427,8 @@ def main(argv=None):
           f"macro), mean ± deviation over {args.seeds} seed(s)\n{'':{width}}",
           *(f"{m:>17}" for m in metrics))
     for name, row in table.items():
-        print(f"{name:{width}}", *(f"{np.mean(v):9.4f} ± {np.std(v):.4f}" for v in row.values()))
+        print(f"{name:{width}}", *(f"{np.mean(v):9.4f} ± {np.std(v):.4f}" for v in row.values()),
+              *chosen[name])                       # --head grid: feature, rate, validation value
     value, *_, random, stats = (round(float(np.mean(v[first])), 5) for v in table.values())
     out = {"task": args.task, "metric": first, "n_train": len(parts[0]), "n_test": len(test),
            "value": value, "random": random, "stats": stats, "seeds": args.seeds, "head": args.head,

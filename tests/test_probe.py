@@ -323,7 +323,7 @@ def test_logistic_ends_where_the_gradient_of_the_penalised_log_loss_is_zero(mult
         logits = np.log(p / (1 - p)) if multi else np.log(p) - np.log(p).mean(1, keepdims=True)
         W, rest, *_ = np.linalg.lstsq(np.c_[z, np.ones(60)], logits, rcond=None)
         gradient = z.T @ (p - y) / 60 + penalty * W[:4]
-        assert rest.max() < 1e-9 and abs(gradient).max() < 2e-4    # linear, and at the minimum
+        assert rest.max() < 1e-9 and abs(gradient).max() < 5e-4    # linear, and at the minimum
         assert np.allclose(p.mean(0), y.mean(0), atol=1e-3)
     losses = [-(y * np.log(p) + multi * (1 - y) * np.log(1 - p)).sum(1).mean() for p in fits]
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.1
