@@ -20,6 +20,7 @@ normalization"].  RGB images are uint8 already and stay as they are.
 import argparse
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -433,29 +434,34 @@ def crop(x, p, size):
     theta = torch.stack([p["w"] * p["flip_x"], zero, p["x"], zero, p["h"] * p["flip_y"], p["y"]], 1)
     grid = F.affine_grid(theta.view(-1, 2, 3), (len(x), x.shape[1], size, size),
                          align_corners=False)
-    return F.grid_sample(x.float() / 255, grid, padding_mode="border", align_corners=False)
+    x = F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
+    return x.div_(255)
 
 
 def colour(x, p):
     """float (n,C,H,W) in [0,1] and what draw_colours drew -> the same in that light."""
-    blurred = p["blur"].nonzero()[:, 0]                                    # known without a sync
+    blurred, tinted = p["blur"].nonzero()[:, 0], (p["saturation"] != 1).any()  # known on the CPU
+    reach = math.ceil(3 * float(p["blur"].max()) * x.shape[-1] / 224)
     p = {k: v.to(x.device, non_blocking=True).view(-1, 1, 1, 1) for k, v in p.items()}
     decibel = 1 / (4 * torch.tensor(STATS["s1"][1], device=x.device).view(-1, 1, 1))
-    x = x * p["brightness"] + (p["offset"] * decibel if x.shape[1] == 2 else 0)
-    mean = x.mean((2, 3), keepdim=True)
-    x = ((x - mean) * p["contrast"] + mean).clamp(0, 1)
+    offset = p["offset"] * decibel if x.shape[1] == 2 else 0
+    mean = x.mean((2, 3), keepdim=True) * p["brightness"] + offset   # then contrast, as one product
+    x = torch.addcmul(mean + (offset - mean) * p["contrast"], x,
+                      p["brightness"] * p["contrast"]).clamp_(0, 1)
     mean = x.mean(1, keepdim=True)
-    x = mean + p["saturation"] * (x - mean)
+    x = torch.lerp(mean, x, p["saturation"]) if tinted else x
     if x.shape[1] == 3:                                              # turn about the grey axis
         side = (x.roll(1, 1) - x.roll(-1, 1)) / 3 ** 0.5
         turn = 2 * torch.pi * p["hue"]
         x = (mean + turn.cos() * (x - mean) + turn.sin() * side).clamp(0, 1)
-    if len(blurred):                                                   # K x K^T, rows of K sum to 1
-        size, rows = x.shape[-1], blurred.to(x.device)
-        at = torch.arange(size, device=x.device)
+    if len(blurred):                                               # down, then across, over +- 3 std
+        n, C, size, rows = len(blurred), *x.shape[1:3], blurred.to(x.device)
+        at = torch.arange(-reach, reach + 1, device=x.device).view(-1, 1)      # (taps, 1)
         std = (p["blur"][rows] * size / 224).clamp_min(1e-3)
-        K = (-((at[:, None] - at) / std).square() / 2).softmax(-1)         # (b, 1, size, size)
-        x = x.index_copy(0, rows, K @ x[rows] @ K.mT)
+        K = (-(at / std).square() / 2).softmax(2).repeat_interleave(C, 0)      # (nC, 1, taps, 1)
+        y = F.pad(x[rows], (reach,) * 4, mode="replicate").flatten(0, 1)[None]   # (1, nC, ., .)
+        y = F.conv2d(F.conv2d(y, K, groups=n * C), K.mT, groups=n * C)         # (1, nC, size, size)
+        x = x.index_copy(0, rows, y.view(n, C, size, size))
     return x
 
 
