@@ -71,6 +71,16 @@ def read_tiff(path):
         raise ValueError(f"{path}: unreadable TIFF ({type(error).__name__}: {error})") from None
 
 
+def read_text(path):
+    """A text file's content; ValueError, naming the file, if it is missing or not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable text file ({type(error).__name__})") from None
+
+
 def to_uint8(x, modality):
     """(C,H,W) in the sensor's units -> uint8, mean - 2 std at 0, mean + 2 std at 255.
 
@@ -230,8 +240,9 @@ def SSL4EO(root, modality, labels=None, seasons=2):
 
 def read_labels(path):
     """{scene: {product: [class index, ...]}} from the json, whose classes are strings "0".."8"."""
+    text = read_text(path)
     try:
-        table = json.loads(Path(path).read_text())
+        table = json.loads(text)
         for i, mine in table.items():
             for product, classes in mine.items():
                 for c in classes:
@@ -239,9 +250,7 @@ def read_labels(path):
                         raise ValueError(f"unknown class {c!r} in scene {i}, product {product}")
                 mine[product] = [int(c) for c in classes]
         return table
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such labels file") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not labels of the form {{scene: {{product: [class]}}}}: "
                          f"{error}") from None
 
@@ -337,19 +346,21 @@ def BigEarthNet(root, split=None, modality="s2a", views=2, skip=False):
     if not top:
         raise ValueError(f"{root}: no BigEarthNet folder for modality {modality}")
     meta, key = Path(root, "metadata.csv"), "s1_name" if modality == "s1" else "patch_id"
-    table = {r.get(key): r for r in csv.DictReader(meta.open())} if meta.exists() else {}
-    have = {p.name: p for p in sorted(Path(root, top[0]).glob("S*/S*" if table else "S*"))}
+    v2 = meta.exists()
+    table = {r.get(key) or "": r for r in csv.DictReader(read_text(meta).splitlines())} if v2 else {}
+    have = {p.name: p for p in sorted(Path(root, top[0]).glob("S*/S*" if v2 else "S*"))}
     names = [name for name, r in table.items() if split in (None, r.get("split"))]
-    names = listed(split or meta, have, skip, names) if split or table else [*have]
+    names = listed(split or meta, have, skip, names) if split or v2 else [*have]
     columns, rows = {label: k for k, row in enumerate(BEN) for label in row}, []
     for name in names:
         try:
-            found = table[name]["labels"].split(";") if table else json.loads(
-                (have[name] / f"{name}_labels_metadata.json").read_text())["labels"]
+            found = table[name]["labels"].split(";") if v2 else json.loads(
+                read_text(have[name] / f"{name}_labels_metadata.json"))["labels"]
             rows.append(np.zeros((1, len(BEN)), np.uint8))
             rows[-1][0, [columns[label] for label in found]] = 1
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{have[name]}: no BigEarthNet labels: {error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{meta if v2 else have[name]}: no BigEarthNet labels of {name}: "
+                             f"{error}") from None
     return Scenes(names, [[str(have[name])] for name in names], [y[:, :-1] for y in rows],
                   tuple(row[0] for row in BEN[:-1]), modality, 120,
                   partial(read_patch, modality=modality), views)
@@ -358,9 +369,7 @@ def BigEarthNet(root, split=None, modality="s2a", views=2, skip=False):
 def listed(path, have, skip=False, names=()):
     """`names`, or those in the file `path`, one a line (of `a,b` the one in `have`); one that
     `have` lacks is a ValueError, or with `skip` passed over."""
-    if not names and not os.path.isfile(path):
-        raise ValueError(f"{path}: no such list of images")
-    lines = [[Path(n).stem for n in x.split(",")] for x in names or Path(path).read_text().split()]
+    lines = [[Path(n).stem for n in x.split(",")] for x in names or read_text(path).split()]
     found = [next((n for n in line if n in have), None) for line in lines]
     gone = [line[0] for line, n in zip(lines, found) if n is None]
     if gone and not skip:

@@ -294,6 +294,19 @@ def split(scenes, task, seed, train_frac, holdout, parts=None, replace=False):
     return train, test
 
 
+def run_flags(path):
+    """img_size, holdout and labels of the run whose config.json it is, as far as they are there."""
+    if not path.exists():
+        print(f"{path}: not there; --img-size and --holdout of the run are not known")
+        return {}
+    try:
+        flags, kinds = json.loads(data.read_text(path)).get("flags", {}), {
+            "img_size": int, "holdout": float, "labels": str}
+        return {k: kind(flags[k]) for k, kind in kinds.items() if k in flags}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a run's config.json ({error})") from None
+
+
 TASKS = {"ssl4eo": (data.SSL4EO, "s1 s2c s2a"), "bigearthnet": (data.BigEarthNet, "s1 s2a s2c"),
          "eurosat": (data.EuroSAT, "s1 s2c rgb"), "folder": (data.Folder, "s1 s2c s2a rgb")}
 
@@ -341,10 +354,7 @@ def main(argv=None):
     nets, sizes, holdout, modality = [Floor()], [None], args.holdout, args.modality
     for path in args.ckpt:
         net = models.build_from(path, len(data.BANDS.get(args.modality, ())))
-        config = Path(path).parent / "config.json"
-        if not config.exists():
-            print(f"{config}: not there; --img-size and --holdout of the run are not known")
-        config = json.loads(config.read_text()).get("flags", {}) if config.exists() else {}
+        config = run_flags(Path(path).parent / "config.json")
         kept = config.get("holdout", 0.1 if args.holdout is None else 1)
         if args.holdout is not None and args.holdout > kept:
             raise ValueError(f"--holdout {args.holdout}: the run held out {kept}, saw the others")

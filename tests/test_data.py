@@ -245,7 +245,7 @@ def test_labels_that_do_not_fit_are_named(toy, labels, tmp_path, change, message
 
 
 def test_a_labels_file_that_is_missing_or_no_json_is_named(toy, tmp_path):
-    with pytest.raises(ValueError, match="l.json: no such labels file"):
+    with pytest.raises(ValueError, match="l.json: no such file"):
         data.SSL4EO(toy, "s2c", str(tmp_path / "l.json"))
     Path(tmp_path, "l.json").write_text("<html>")
     with pytest.raises(ValueError, match="l.json: not labels"):

@@ -123,7 +123,7 @@ def test_without_labels_info_nce_alone_is_trained(toy, tmp_path, capsys):
     (["--batch-size", "4", "--accum", "4"], "softcon needs at least 2"),
     (["--batch-size", "9", "--accum", "2"], "9 does not divide into 1 rank"),
     (["--batch-size", "500"], "500 exceeds the .* training scenes"),
-    (["--labels", "/nowhere.json"], "/nowhere.json: no such labels file"),
+    (["--labels", "/nowhere.json"], "/nowhere.json: no such file"),
     (["--init", "/nowhere.pth"], "/nowhere.pth: No such file"),
     (["--mask-ratio", "1"], "mask ratio 1.0 leaves no patch"),
     (["--resume"], "--resume: no .*last.pt"),

@@ -302,7 +302,7 @@ def test_a_class_without_a_test_image_is_counted_and_all_positive_ones_score_one
     (["--task", "eurosat"], "no s1 images .* in it or its folders"),
     (["--task", "bigearthnet"], "bigearthnet needs two"),
     (["--lists", "a", "b"], "ssl4eo tests on scenes held out"),
-    (["--labels", "/nowhere.json"], "nowhere.json: no such labels file"),
+    (["--labels", "/nowhere.json"], "nowhere.json: no such file"),
 ])
 def test_bad_flags_are_named(toy, tmp_path, flags, message):
     path = tmp_path / "b.pt"

@@ -76,7 +76,7 @@ def test_split_lists_choose_patches_and_absent_ones_are_counted_and_named(ben, t
     with pytest.raises(ValueError, match="train.csv: 7 of 8 .* not there: gone_0, .*, gone_4$"):
         data.BigEarthNet(ben, str(path), "s2a")
     assert data.BigEarthNet(ben, str(path), "s2a", skip=True).ids == [PATCH]
-    with pytest.raises(ValueError, match="/nowhere.csv: no such list"):
+    with pytest.raises(ValueError, match="/nowhere.csv: no such file"):
         data.BigEarthNet(ben, "/nowhere.csv")
 
 
@@ -100,8 +100,8 @@ def test_bigearthnet_v2_takes_labels_and_split_from_the_exported_table(tmp_path)
 
 @pytest.mark.parametrize("harm, message", [
     (lambda f: (f / f"{PATCH}_labels_metadata.json").write_text('{"labels": ["Lawn"]}'),
-     "no BigEarthNet labels: 'Lawn'"),
-    (lambda f: (f / f"{PATCH}_labels_metadata.json").unlink(), "no BigEarthNet labels: .*No such"),
+     "no BigEarthNet labels of .*: 'Lawn'"),
+    (lambda f: (f / f"{PATCH}_labels_metadata.json").unlink(), "no BigEarthNet labels of .*no such file"),
     (lambda f: (f / f"{PATCH}_B02.tif").unlink(), f"{PATCH}_B02.tif: missing"),
     (lambda f: tifffile.imwrite(f / f"{PATCH}_B05.tif", np.zeros((120, 120), np.uint16)),
      "B05.tif: .120, 120. pixels, expected 60 x 60"),
