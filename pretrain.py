@@ -15,18 +15,27 @@ In both the teacher is an average of past students and gets no gradient.  All ra
 function of (--seed, step): data order, seasons, crops, masks.  So a resumed run repeats the
 undisturbed one, and W ranks see, together, what one rank would see.
 
+SIGTERM or SIGINT: the step is finished, saved, and the command that goes on is printed; a second
+one, a second later, ends at once.
+
 Defaults in brackets; four of them: softcon on the toy world, on --data; pera on the toy world, on
 --data.
 """
 import argparse
+import itertools
 import json
 import math
 import os
 import platform
+import re
 import resource
+import shlex
+import signal
 import subprocess
 import sys
 import time
+import zipfile
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,7 +76,9 @@ FLAGS = {            # name: default, help, and what argparse needs beyond the t
         "local-size": (0, "pera: side of a local crop, 0.05 to --crop-min of the image"),
         "jitter": (0.0, "strength of brightness and contrast; on s1, pera only: of a dB offset"),
         "grey": (0.0, "share of views whose bands become their mean; pera: of the student's"),
-        "cache": (4.0, "decode once and keep in memory if it fits in this many GB per rank")},
+        "cache": (4.0, "decode once and keep in memory if it fits in this many GB per rank"),
+        "on-bad": ("stop", "when a file cannot be read: stop, or skip = say so, take another\n"
+                   "scene, stop when more than 1 % are bad", {"choices": ["stop", "skip"]})},
     "model": {
         "method": ("softcon", "what to minimise", {"choices": ["softcon", "pera"]}),
         "arch": (None, "backbone; pera takes a ViT", {"choices": [*models.RESNETS, *models.VITS]}),
@@ -103,15 +114,17 @@ FLAGS = {            # name: default, help, and what argparse needs beyond the t
         "clip": (0.0, "gradient norm at most this; 0: any")},
     "run": {
         "out": (None, "folder (runs/METHOD_MODALITY)"),
-        "resume": (False, "go on from OUT/last.pt"),
+        "resume": (False, "go on from OUT/last.pt, or from last_1.pt if that is damaged"),
+        "resume-with-changes": (None, "flags, e.g. tau epochs, whose values may differ from the\n"
+                                "run's; data, labels: what lies there may", {"nargs": "*"}),
         "save-every": (500, "steps between checkpoints"),
         "log-every": (10, "steps between lines of log.jsonl"),
         "workers": (2, "reading processes per rank"),
         "seed": (0, "of everything"),
         "device": ("auto", "auto: CUDA if there is one", {"choices": ["auto", "cpu", "cuda"]}),
         "amp": ("auto", "bf16 autocast; auto: on CUDA", {"choices": ["auto", "bf16", "off"]})}}
-FREE = {"data", "labels", "max_steps", "out", "resume", "save_every", "log_every",
-        "workers", "cache", "device"}
+FREE = {"data", "labels", "max_steps", "out", "resume", "resume_with_changes", "save_every",
+        "log_every", "workers", "cache", "on_bad", "device"}
 
 
 def parse(argv):
@@ -269,14 +282,77 @@ def pera_step(net, x, y, args, dice, now):
 # --------------------------------------------------------------------------------------------- run
 
 
-def save(path, state):
-    """Write beside, flush to disk, rename: `path` is always a whole file."""
+def save(path, content, older=None):
+    """Write text or a state beside `path`, flush to disk, rename: `path` is always whole; the one
+    it replaces becomes `older`.  If that fails both stay, and OSError names `path`."""
     part = f"{path}.part"
-    with open(part, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if older and os.path.exists(path):
+            os.replace(path, older)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:      # the second is what torch makes of a full disk
+        Path(part).unlink(missing_ok=True)
+        raise OSError(f"{path}: not written ({error}); what was there before still is") from None
+
+
+def newest(paths, say):
+    """First of the checkpoints `paths` that is whole, step and flags; the others are named."""
+    for path in filter(os.path.exists, paths):
+        try:
+            with zipfile.ZipFile(path) as file:             # torch.load looks at no checksums
+                if file.testzip():
+                    raise zipfile.BadZipFile
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            return path, state, state["step"], state["flags"]
+        except Exception as error:                          # torch.load raises half a dozen kinds
+            problem = f"{path}: not a whole checkpoint of a run ({type(error).__name__})"
+            say(problem)
+    raise ValueError(problem)
+
+
+def listen(_=None):
+    """A list to which SIGTERM and SIGINT are added.  A second one ends the process at once, unless
+    it follows within a second: torchrun passes on what a scheduler has sent to all processes.
+    Reading processes call this too, and so leave it to the one they read for to end them."""
+    asked = []
+
+    def note(number, _):
+        if asked and time.monotonic() - asked[0] > 1:
+            os._exit(128 + number)
+        asked.append(time.monotonic())
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+    return asked
+
+
+def largest(value, world):
+    """The largest int `value` of any rank.  It travels from CPU to CPU (gloo): no GPU is waited
+    for, and a rank that has died is noticed at once, where NCCL would wait for minutes."""
+    value = torch.tensor(value)
+    if world > 1:
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
+
+
+class Spare:
+    """(x, y, "") of `scenes`; for one that cannot be read those of another of `train`, drawn by its
+    key, and the reason."""
+
+    def __init__(self, scenes, train):
+        self.scenes, self.train = scenes, train
+
+    def __getitem__(self, key):
+        reason, (i, seed) = "", key
+        for other in (i, *np.random.default_rng([*seed, 1]).choice(self.train, 9)):
+            try:
+                return *self.scenes[int(other), seed], reason
+            except ValueError as error:
+                reason = reason or str(error)
+        raise ValueError(reason)
 
 
 def commit():
@@ -289,7 +365,8 @@ def commit():
     return run.stdout.strip() or "unknown"
 
 
-def main(argv=None):
+def main(argv=None, asked=()):
+    """asked: a list that fills when the run shall stop, as `listen` gives."""
     args = parse(argv)
 
     # --------------------------------------------------------------------- processes and device
@@ -315,15 +392,21 @@ def main(argv=None):
         h, w = models.check_grid(size, size, args.patch_size)     # and refuse ratios that cannot be
         losses.disjoint_masks(1, h * w, *args.ratios) if pera else losses.block_mask(
             1, (h, w), args.mask_ratio)
-    if os.path.exists(f"{args.out}/last.pt") and not args.resume:
+    ckpt, older = f"{args.out}/last.pt", f"{args.out}/last_1.pt"
+    there = os.path.exists(ckpt) or os.path.exists(older)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    args.resume |= there and attempt != "0"
+    if there and not args.resume:
         raise ValueError(f"--out {args.out}: holds a run; --resume continues it, "
                          f"another --out keeps it")
-    if args.resume and not os.path.exists(f"{args.out}/last.pt"):
-        raise ValueError(f"--resume: no {args.out}/last.pt")
+    if args.resume and not there:
+        raise ValueError(f"--resume: no {ckpt}")
     if world > 1:
         torch.cuda.set_device(device) if cuda else torch.set_num_threads(
             max(1, os.cpu_count() // locals_))
-        dist.init_process_group("nccl" if cuda else "gloo")
+        store = next(dist.rendezvous("env://"))[0]   # restarted ranks shall not look for dead ones
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=rank,
+                                world_size=world, store=dist.PrefixStore(attempt, store))
     say = tqdm.write if rank == 0 else lambda *_: None
     say(f"{' '.join(sys.argv)}\n{json.dumps(vars(args))}\npython {platform.python_version()}, "
         f"torch {torch.__version__}, commit {commit()}, {world} x {device.type}, amp {args.amp}")
@@ -349,8 +432,12 @@ def main(argv=None):
     if len(train) < args.batch_size:
         raise ValueError(f"--batch-size {args.batch_size} exceeds the {len(train)} training scenes")
     if n_images * len(data.BANDS[args.modality]) * scenes.size ** 2 < args.cache * 1e9:
-        scenes.preload(train, args.workers)
-        args.workers = 0
+        try:
+            scenes.preload(train, args.workers)
+            args.workers = 0
+        except ValueError:
+            if args.on_bad == "stop":                       # else read from disk, replaced by Spare
+                raise
 
     # ------------------------------------------------------------------------------------ model
     torch.manual_seed(args.seed)
@@ -391,49 +478,54 @@ def main(argv=None):
 
     # ----------------------------------------------------------------------------------- resume
     start, log = 0, Path(args.out, "log.jsonl")
-    flags = {"scenes": len(train)} | {k: v for k, v in vars(args).items() if k not in FREE}
+    rows = {"data": [f"{scenes.ids[i]} ".encode() for i in train],
+            "labels": [scenes.labels[i].tobytes() for i in train]}
+    flags = {k: v for k, v in vars(args).items() if k not in FREE} | {
+        k: f"{len(v)} scenes, crc {zlib.crc32(b''.join(v)):08x}" for k, v in rows.items()}
+    kept = {"student": student, "teacher": teacher, "centre": net.centre, "optimiser": optimiser}
     if args.resume:
+        path, state, start, old = newest((ckpt, older), say)
+        changed = {k.replace("_", "-"): k for k in flags if old.get(k) != flags[k]}
+        for name, k in changed.items():
+            if name not in (args.resume_with_changes or ()):
+                raise ValueError(f"--{name} {flags[k]}: the run in {args.out} has {old.get(k)}; "
+                                 f"to change it: --resume-with-changes {name}")
         try:
-            state = torch.load(f"{args.out}/last.pt", map_location="cpu", weights_only=True)
-            old, start = state["flags"], state["step"]
-        except Exception as error:                            # torch.load raises half a dozen kinds
-            raise ValueError(f"{args.out}/last.pt: not a whole checkpoint of a run "
-                             f"({type(error).__name__})") from None
-        for k in flags:
-            if old.get(k) != flags[k]:
-                raise ValueError(f"--{k.replace('_', '-')} {flags[k]}: the run in {args.out} has "
-                                 f"{old.get(k)}")
-        if start >= stop:
-            raise ValueError(f"--resume: {args.out} is at step {start} already, the end is {stop}")
-        student.load_state_dict(state["student"])
-        teacher.load_state_dict(state["teacher"])
-        net.centre.load_state_dict(state["centre"])
-        optimiser.load_state_dict(state["optimiser"])
-        say(f"resumed {args.out}/last.pt at step {start}")
+            for name, part in kept.items():
+                part.load_state_dict(state[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(f"{path}: {name} does not fit ({type(error).__name__})") from None
+        say(f"resumed {path} at step {start}" + ", changed: " * bool(changed) + ", ".join(changed))
+        if state.get("world", world) != world:
+            say(f"{world} ranks instead of {state['world']}: data, draws and schedules go on; not "
+                f"exact are the rounding of sums, drop path, and pera's KoLeo, which is per rank")
+    if largest(start, world) != start:
+        raise ValueError(f"--out {args.out}: ranks begin at different steps; it must be one folder")
     if rank == 0:
         os.makedirs(args.out, exist_ok=True)
-        versions = {"python": platform.python_version(), "torch": torch.__version__,
-                    "commit": commit()}
-        Path(args.out, "config.json").write_text(
-            json.dumps({"flags": vars(args), **versions, "world": world}, indent=1))
-        lines = log.read_text().splitlines() if args.resume and log.exists() else []
-        lines = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= start]
-        log.write_text("".join(f"{x}\n" for x in lines))
+        if args.resume and path == older and os.path.exists(ckpt):
+            os.replace(ckpt, f"{ckpt}.damaged")               # it shall not become the older one
+        save(f"{args.out}/config.json", json.dumps({
+            "flags": vars(args), "python": platform.python_version(), "torch": torch.__version__,
+            "commit": commit(), "world": world}, indent=1))
+        lines = log.read_text(errors="replace") if start and log.exists() else ""
+        lines = re.finditer(r'^{"step": (\d+), .*}\n', lines, re.M)          # a cut-off one is none
+        save(log, "".join(x[0] for x in lines if int(x[1]) <= start))
 
     def checkpoint(step):
         if rank == 0:
-            save(f"{args.out}/last.pt",
-                 {"student": student.state_dict(), "teacher": teacher.state_dict(),
-                  "centre": net.centre.state_dict(), "optimiser": optimiser.state_dict(),
-                  "step": step, "flags": flags})
             save(f"{args.out}/backbone.pt", models.export_backbone(teacher.backbone))
+            save(ckpt, {"step": step, "flags": flags, "world": world}
+                 | {name: part.state_dict() for name, part in kept.items()}, older)
 
     # ------------------------------------------------------------------------------------- loop
-    loader = iter(DataLoader(scenes, batch_sampler=batches(train, args, world, rank, start, stop),
-                             num_workers=args.workers, pin_memory=cuda))
+    loader = iter(DataLoader(Spare(scenes, train) if args.on_bad == "skip" else scenes,
+                             batch_sampler=batches(train, args, world, rank, start, stop),
+                             num_workers=args.workers, pin_memory=cuda, worker_init_fn=listen))
     bar = tqdm(range(start, stop), args.method, stop, initial=start, disable=rank > 0)
     clock, waited, since = time.perf_counter(), 0.0, start
-    step_function, warned = pera_step if pera else softcon_step, False
+    step_function, low, skipped = pera_step if pera else softcon_step, 0, set()
+    bad = torch.zeros(3, device=device)             # the first step that is not finite, from 1; why
     for step in bar:
         warmup = round(args.warmup * total)
         now = {"lr": schedule(step, total, args.lr, 1e-6, warmup),
@@ -450,8 +542,14 @@ def main(argv=None):
         numbers = 0
         for micro in range(args.accum):
             t = time.perf_counter()
-            x, y = next(loader)                                  # (B,V,C,P,P) uint8, (B,V,K)
+            x, y, *reasons = next(loader)                        # (B,V,C,P,P) uint8, (B,V,K)
             waited += time.perf_counter() - t
+            for reason in {*itertools.chain(*reasons)} - skipped - {""}:
+                tqdm.write(f"--on-bad skip: {reason}")
+                skipped.add(reason)
+            if len(skipped) > 0.01 * len(train):
+                raise ValueError(f"--on-bad skip: {len(skipped)} bad files are more than 1 % of "
+                                 f"{len(train)} scenes")
             x, y = (v.to(device, non_blocking=True) for v in (x, y))
             dice = Dice(args.seed, step, micro, rank, world)
             net.ddp.require_backward_grad_sync = micro == args.accum - 1
@@ -461,15 +559,24 @@ def main(argv=None):
                 now["soft_share"] = losses.soft_share(q, loss - soft, soft)
             (loss / args.accum).backward()
             numbers += torch.stack([loss, *parts.values()]).detach() / args.accum
-        if logging or saving or args.clip:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in decay + plain])
+        if world > 1:
+            dist.all_reduce(numbers)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in decay + plain])
+        fresh = torch.stack([torch.full_like(norm, step + 1), numbers[0] / world, norm])
+        bad = torch.where((bad[0] > 0) | fresh.isfinite().all(), bad, fresh)
+        optimiser.found_inf = (bad[0] > 0).float()   # on the device: from there on no weight moves
+        stopping = largest(len(asked), world) and step + 1 < stop
+        saving = saving or stopping
         if logging or saving:
-            if world > 1:
-                dist.all_reduce(numbers)
+            if bad[0] > 0:
+                at, why = int(bad[0]) - 1, "loss {:g}, gradient norm {:g}".format(*bad[1:])
+                keys = itertools.chain(*batches(train, args, 1, 0, at, at + 1))
+                if rank == 0:
+                    save(f"{args.out}/bad_step.json", json.dumps({
+                        "step": at, "why": why, "scenes": [scenes.ids[i] for i, _ in keys]}))
+                raise ValueError(f"step {at}: {why}; stopped before the weights changed, the last "
+                                 f"checkpoint is from before; the scenes: {args.out}/bad_step.json")
             numbers = dict(zip(("loss", *parts), (numbers / world).tolist()))
-            if not math.isfinite(numbers["loss"] + float(norm)):
-                raise ValueError(f"step {step}: loss {numbers['loss']}, gradient norm "
-                                 f"{float(norm)}; stopped, the last checkpoint is from before")
         if args.clip:
             torch.nn.utils.clip_grads_with_norm_(decay + plain, args.clip, norm)
         optimiser.step()
@@ -479,31 +586,40 @@ def main(argv=None):
             std, eff = losses.collapse(features)
             seconds = time.perf_counter() - clock
             rate = scenes.views * args.batch_size * (step + 1 - since) / seconds
-            if (std < 0.05 or eff < 2) and step > warmup and not warned:
+            low = (low + 1) * (step > warmup and (std < 0.05 or eff < 2))
+            if low == 10:                                              # lines of the log in a row
                 say(f"step {step + 1}: the teacher's features collapse: std {std:.3f} of 1, "
                     f"effective rank {eff:.1f}; lower --lr or raise --teacher-tau, --batch-size")
-                warned = True
             memory = (torch.cuda.max_memory_allocated() if cuda else
                       resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)     # KiB on Linux
             now = {"step": step + 1, "epoch": (step + 1) / per_epoch, **numbers, **now,
                    "gradient_norm": float(norm), "feature_std": std, "effective_rank": eff,
                    "images_per_s": rate, "data_wait": waited / seconds,
                    "peak_memory_gb": memory / 1e9}
-            with log.open("a") as file:
-                file.write(json.dumps({k: round(v, 6) for k, v in now.items()}) + "\n")
+            try:
+                with log.open("a") as file:
+                    file.write(json.dumps({k: round(v, 6) for k, v in now.items()}) + "\n")
+            except OSError as error:
+                raise OSError(f"{log}: not written ({error})") from None
             bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {rate:.0f} images/s")
             clock, waited, since = time.perf_counter(), 0.0, step + 1
         if saving:
             checkpoint(step + 1)
-    say(f"{args.out}: config.json log.jsonl last.pt backbone.pt at step {stop}\n"
-        f"next: python probe.py --ckpt {args.out}/backbone.pt"
-        + (f" --data {args.data}" if args.data else ""))
+        if stopping:
+            run = f"torchrun --nproc-per-node {locals_}" if world > 1 else "python"
+            say(f"stopped at step {step + 1}, saved; to go on:\n{run} "
+                f"{shlex.join([a for a in sys.argv if a != '--resume'])} --resume")
+            break
+    else:
+        say(f"{args.out}: config.json log.jsonl last.pt backbone.pt at step {max(start, stop)}\n"
+            f"next: python probe.py --ckpt {args.out}/backbone.pt"
+            + (f" --data {args.data}" if args.data else ""))
     if world > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     try:
-        main()
+        main(asked=listen())
     except (ValueError, OSError) as error:
         sys.exit(f"pretrain.py: error: {str(error).strip().splitlines()[-1]}")

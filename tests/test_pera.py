@@ -373,7 +373,7 @@ def test_guesses_of_hidden_pixels_improve_on_held_out_images(toy, tmp_path):
 
 def test_collapse_is_said_in_words(toy, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(losses, "collapse", lambda features: (0.01, 1.2))
-    run(toy, tmp_path / "r", "--max-steps", 4, "--warmup", 0)
+    run(toy, tmp_path / "r", "--max-steps", 12, "--warmup", 0)
     said = capsys.readouterr().out
     assert said.count("features collapse: std 0.010 of 1, effective rank 1.2") == 1
 
