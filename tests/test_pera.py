@@ -371,13 +371,6 @@ def test_guesses_of_hidden_pixels_improve_on_held_out_images(toy, tmp_path):
     assert errors[1] < 0.9 * errors[0]
 
 
-def test_collapse_is_said_in_words(toy, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(losses, "collapse", lambda features: (0.01, 1.2))
-    run(toy, tmp_path / "r", "--max-steps", 12, "--warmup", 0)
-    said = capsys.readouterr().out
-    assert said.count("features collapse: std 0.010 of 1, effective rank 1.2") == 1
-
-
 def test_layerscale_comes_with_the_init_file_and_not_otherwise(toy, tmp_path):
     path = tmp_path / "dinov2.pth"
     torch.save(models.export_backbone(models.build("vit_tiny", 3, 28, 14, registers=2)), path)
