@@ -349,8 +349,12 @@ def main(argv=None):
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     if args.device == "cuda" != device:
         raise ValueError("--device cuda: no CUDA device")
-    if args.train_frac is not None and not 0 < args.train_frac <= 1:
-        raise ValueError(f"--train-frac {args.train_frac}: must lie in (0, 1]")
+    for name, low, high in (("train-frac", 1e-6, 1), ("holdout", 0, 1), ("centre", 0.1, 1),
+                            ("area", 0.01, 1), ("draws", 0, 1000), ("seeds", 1, 1000),
+                            ("seed", 0, 2 ** 32), ("img-size", 1, 4096), ("steps", 1, 10 ** 8), ("bootstrap", 0, 10 ** 6)):
+        value = getattr(args, name.replace("-", "_"))
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name} {value}: must lie in {low} to {high}")
     nets, sizes, holdout, modality = [Floor()], [None], args.holdout, args.modality
     for path in args.ckpt:
         net = models.build_from(path, len(data.BANDS.get(args.modality, ())))

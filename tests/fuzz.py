@@ -15,7 +15,7 @@ import csv
 import io
 import json
 import multiprocessing
-import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -127,15 +127,26 @@ def files(folder):
              "vit_tiny", "--hidden", "16", "--batch-size", "4", "--epochs", "4", "--holdout", "0.4",
              "--workers", "0", "--log-every", "1", "--device", "cpu", "--out", str(root / "run")]
     pretrain.main([*flags, "--max-steps", "1"])
+    more = [*flags, "--resume", "--max-steps", "2"]
+    shutil.copytree(root / "run", root / "whole")
+    pretrain.main([*more, "--out", str(root / "whole")])
+
+    def resume(path):
+        pretrain.main(more)
+        ours, theirs = ((root / run / "backbone.pt").read_bytes() for run in ("run", "whole"))
+        assert ours == theirs
     for name in ("last.pt", "log.jsonl"):
-        add("resume", root / "run" / name,
-            lambda path: pretrain.main([*flags, "--resume", "--max-steps", "2"]))
+        add("resume", root / "run" / name, resume)
     add("config", root / "run" / "config.json", lambda path: probe.main(
         ["--ckpt", str(root / "run" / "backbone.pt"), "--data", toy, "--workers", "0",
          "--bootstrap", "0", "--device", "cpu"]))
     probed = ["--ckpt", str(root / "run" / "backbone.pt"), "--data", toy, "--workers", "0",
               "--bootstrap", "2", "--device", "cpu", "--steps", "3"]
     return out, {"pretrain": flags, "probe": probed}
+
+
+def too_long(*_):
+    raise KeyboardInterrupt("a minute without an answer")
 
 
 def one(kind, good, commands, rng, folder):
@@ -157,13 +168,15 @@ def one(kind, good, commands, rng, folder):
         named = name
     else:
         path, content, read = good[kind][rng.integers(len(good[kind]))]
-        kept = {p: p.read_bytes() for p in Path(path).parent.iterdir() if p.is_file()}
+        folder = Path(path).parent
+        kept = {p: p.read_bytes() for p in folder.iterdir() if p.is_file()}
         Path(path).write_bytes(mutate(rng, content))
         what, named = f"{path}", Path(path).name
 
         def work():
             read(path)
     try:
+        signal.signal(signal.SIGALRM, too_long)
         signal.alarm(60)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             work()
@@ -177,9 +190,12 @@ def one(kind, good, commands, rng, folder):
         return "wrong", f"{what}: {type(error).__name__}: {error}"
     finally:
         signal.alarm(0)
-        for p, was in kept.items() if kind != "flags" else ():
-            if not p.exists() or p.read_bytes() != was:
-                p.write_bytes(was)
+        if kind != "flags":
+            for p in {*folder.iterdir()} - {*kept}:
+                p.unlink() if p.is_file() else None
+            for p, was in kept.items():
+                if not p.exists() or p.read_bytes() != was:
+                    p.write_bytes(was)
 
 
 def worker(kinds, seed, start, stop, good, commands, folder, results):
