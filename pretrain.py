@@ -122,9 +122,10 @@ FLAGS = {            # name: default, help, and what argparse needs beyond the t
         "workers": (2, "reading processes per rank"),
         "seed": (0, "of everything"),
         "device": ("auto", "auto: CUDA if there is one", {"choices": ["auto", "cpu", "cuda"]}),
-        "amp": ("auto", "bf16 autocast; auto: on CUDA", {"choices": ["auto", "bf16", "off"]})}}
+        "amp": ("auto", "bf16 autocast; auto: on CUDA", {"choices": ["auto", "bf16", "off"]}),
+        "compile": (False, "torch.compile both networks: minutes first, then faster, most on CUDA")}}
 FREE = {"data", "labels", "max_steps", "out", "resume", "resume_with_changes", "save_every",
-        "log_every", "workers", "cache", "on_bad", "device"}
+        "log_every", "workers", "cache", "on_bad", "device", "compile"}
 
 
 def parse(argv):
@@ -205,6 +206,33 @@ class Dice:
 
 
 # ------------------------------------------------------------------------------------- the methods
+
+
+def networks(args, device, load=False, quiet=True):
+    """Student, teacher and centre of --method; load: the student's backbone from --init.
+
+    The teacher starts as a copy, has neither predictor nor guesses, and gets no gradient.
+    """
+    pera, chans = args.method == "pera", len(data.BANDS[args.modality])
+    weights = models.read_weights(args.init, in_chans=chans) if args.init else ({}, [])
+    registers = weights[0].get("register_tokens", torch.empty(1, 0)).shape[1]
+    layerscale = not pera or "blocks.0.ls1.gamma" in weights[0]     # PerA has none of its own
+
+    def side(drop_path, predict):
+        backbone = models.build(args.arch, chans, args.img_size, args.patch_size, registers,
+                                drop_path, layerscale)
+        return models.SparseBranch(backbone, args.prototypes, args.hidden, predict) if pera else \
+            models.Branch(backbone, args.hidden, predict)
+    student, teacher = side(args.drop_path, True), side(0.0, False).requires_grad_(False)
+    if load:
+        models.load_pretrained(student.backbone, args.init, args.adapt, quiet, weights)
+    teacher.load_state_dict(student.state_dict(), strict=False)          # but for what it lacks
+    for branch in (student, teacher):
+        branch.to(device, memory_format=torch.channels_last)             # convolutions like it
+        if args.compile:
+            branch.compile()
+    return SimpleNamespace(student=student, ddp=student, teacher=teacher,
+                           centre=losses.Centre(args.prototypes).to(device))
 
 
 def softcon_step(net, x, y, args, dice, now):
@@ -441,24 +469,8 @@ def main(argv=None, asked=()):
 
     # ------------------------------------------------------------------------------------ model
     torch.manual_seed(args.seed)
-    chans = len(data.BANDS[args.modality])
-    weights = models.read_weights(args.init, in_chans=chans) if args.init else ({}, [])
-    registers = weights[0].get("register_tokens", torch.empty(1, 0)).shape[1]
-    layerscale = not pera or "blocks.0.ls1.gamma" in weights[0]     # PerA has none of its own
-
-    def side(drop_path, predict):
-        backbone = models.build(args.arch, chans, args.img_size, args.patch_size, registers,
-                                drop_path, layerscale)
-        return models.SparseBranch(backbone, args.prototypes, args.hidden, predict) if pera else \
-            models.Branch(backbone, args.hidden, predict)
-    student, teacher = side(args.drop_path, True), side(0.0, False).requires_grad_(False)
-    if args.init and not args.resume:
-        models.load_pretrained(student.backbone, args.init, args.adapt, rank > 0, weights)
-    teacher.load_state_dict(student.state_dict(), strict=False)          # but for what it lacks
-    for branch in (student, teacher):                                    # convolutions like it
-        branch.to(device, memory_format=torch.channels_last)
-    net = SimpleNamespace(student=student, ddp=student, teacher=teacher,
-                          centre=losses.Centre(args.prototypes).to(device))
+    net = networks(args, device, args.init and not args.resume, rank > 0)
+    student, teacher = net.student, net.teacher
     if world > 1:
         net.ddp = DistributedDataParallel(student, gradient_as_bucket_view=True)
 

@@ -351,7 +351,8 @@ def main(argv=None):
         raise ValueError("--device cuda: no CUDA device")
     for name, low, high in (("train-frac", 1e-6, 1), ("holdout", 0, 1), ("centre", 0.1, 1),
                             ("area", 0.01, 1), ("draws", 0, 1000), ("seeds", 1, 1000),
-                            ("seed", 0, 2 ** 32), ("img-size", 1, 4096), ("steps", 1, 10 ** 8), ("bootstrap", 0, 10 ** 6)):
+                            ("seed", 0, 2 ** 32), ("img-size", 1, 4096),
+                            ("steps", 1, 10 ** 8), ("bootstrap", 0, 10 ** 6)):
         value = getattr(args, name.replace("-", "_"))
         if value is not None and not low <= value <= high:
             parser.error(f"--{name} {value}: must lie in {low} to {high}")
