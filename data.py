@@ -7,6 +7,7 @@ more images (seasons), each a uint8 array (C,P,P) on one pixel grid with a multi
     EuroSAT(root, "s2c")  root/{class}/{class}_{n}.tif (13 bands; SAR: 2) or .jpg (RGB) [2]
     Folder(root, "rgb")   images in class folders or side by side, any of TIFF, PNG and JPEG
     BigEarthNet(root)     root/BigEarthNet-{...}/{patch}/{patch}_{band}.tif, v1 and v2 [3]
+    Packed(root)          what `python data.py pack` made of any of these: one file of pixels
     make_toy(root)        writes a procedural SSL4EO-S12 tree, labels included
 
 Radiometry, the same for all: x' = (x - mean) / (4 std) + 1/2, clipped to [0,1] (that is mean +- 2
@@ -19,13 +20,14 @@ normalization"].  RGB images are uint8 already and stay as they are.
 """
 import argparse
 import csv
+import fcntl
 import json
 import os
 import re
 import shutil
+import struct
 import sys
 import zlib
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -61,23 +63,55 @@ STATS = {   # mean, std of the full SSL4EO-S12 set [SSL4EO-S12 convert_rgb.py; t
 def read_tiff(path):
     """First page as an array; ValueError, naming the file, if it is missing, cut off or no TIFF."""
     try:
-        with tifffile.TiffFile(path) as file:
-            return file.pages[0].asarray()
+        x = plain_tiff(np.fromfile(path, np.uint8))
+        if x is None:
+            with tifffile.TiffFile(path) as file:
+                x = file.pages[0].asarray()
+        return x.astype(x.dtype.newbyteorder("="), copy=False)
     except FileNotFoundError:
         raise ValueError(f"{path}: missing") from None
     except Exception as error:                 # tifffile and codecs raise a dozen kinds
         raise ValueError(f"{path}: unreadable TIFF ({type(error).__name__}: {error})") from None
 
 
+def plain_tiff(raw):
+    """The bytes of a TIFF -> (H,W), if its first page is one band in one uncompressed block; None:
+    ask tifffile, which opens anything, and takes ten times as long to open it."""
+    try:
+        order = {b"II*\0": "<", b"MM\0*": ">"}[raw[:4].tobytes()]
+        at, = struct.unpack_from(order + "I", raw, 4)
+        n, = struct.unpack_from(order + "H", raw, at)
+        tags = dict.fromkeys((259, 266, 277, 317, 339, 32997), (1,)) # what TIFF takes for granted
+        for tag, kind, count, value in struct.iter_unpack(order + "HHI4s",
+                                                          raw[at + 2:at + 2 + 12 * n]):
+            if tag in tags or tag in (256, 257, 258, 273, 279, 322):
+                form = f"{order}{count}{ {3: 'H', 4: 'I'}[kind]}"
+                near = struct.calcsize(form) <= 4                    # else value says where it is
+                tags[tag] = struct.unpack_from(form, value if near else raw, 0 if near else
+                                               struct.unpack(order + "I", value)[0])
+        kind = {(8, 1): "u1", (16, 1): "u2", (32, 3): "f4"}[tags.pop(258) + tags.pop(339)]
+        (w,), (h,), starts, sizes = (tags.pop(k) for k in (256, 257, 273, 279))
+        ends = np.add(starts, sizes)
+        if set(tags.values()) != {(1,)} or (ends[:-1] != starts[1:]).any():
+            return None                                              # compressed, tiled, in pieces
+        return raw[starts[0]:ends[-1]].view(order + kind).reshape(h, w)
+    except (KeyError, ValueError, struct.error):
+        return None
+
+
 def to_uint8(x, modality):
-    """(C,H,W) in the sensor's units -> uint8, mean - 2 std at 0, mean + 2 std at 255.
+    """C bands (H,W) in the sensor's units -> uint8, mean - 2 std at 0, mean + 2 std at 255.
 
     Values beyond saturate.  (A plain cast would wrap: reflectance 12000 as x/10000*255 gives 50.)
     """
-    mean, std = (np.float32(v)[:, None, None] for v in STATS[modality])
-    x = np.subtract(x, mean - 2 * std, dtype=np.float32)
-    x *= 255 / (4 * std)
-    return np.clip(x + 0.5, 0, 255, out=x).astype(np.uint8)
+    mean, std = np.float32(STATS[modality])
+    out = np.empty((len(x), *x[0].shape), np.uint8)
+    for band, low, gain, y in zip(x, mean - 2 * std, 255 / (4 * std), out):    # fits in the cache
+        band = np.subtract(band, low, dtype=np.float32)
+        band *= gain
+        band += 0.5
+        y[:] = np.clip(band, 0, 255, out=band)
+    return out
 
 
 def resize(x, size):
@@ -89,29 +123,40 @@ def resize(x, size):
     return F.interpolate(x, (size, size), mode="bilinear", antialias=size < x.shape[-1])[0].numpy()
 
 
-def read_product(folder, modality, size, prefix="", stats=None):
+def read_band(path, modality, size):
+    """One band file -> (H,W) of the sensor's type and finite, about size x size pixels."""
+    x = read_tiff(path)
+    if x.dtype != DTYPE[modality]:
+        raise ValueError(f"{path}: {x.dtype} pixels, {modality} has {DTYPE[modality].__name__}")
+    if x.ndim != 2 or max(abs(n - size) for n in x.shape) > size // 40:
+        raise ValueError(f"{path}: {x.shape} pixels, expected {size} x {size}")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{path}: NaN or infinite pixels")
+    return x
+
+
+def read_product(folder, modality, size, prefix="", stats=None, scale=to_uint8):
     """One S1 or S2 product folder of TIFFs {prefix}{band}.tif -> uint8 (C,size,size).
 
     10, 20 and 60 m bands have size, size/2 and size/6 pixels and are resampled to one grid.
+    scale(bands, name in STATS) makes the result.  ValueError: a line for each bad file.
     """
-    bands = np.empty((len(BANDS[modality]), size, size), np.float32)
-    for i, name in enumerate(BANDS[modality]):
+    bands, bad = [], []
+    for name in BANDS[modality]:
         on_disk = prefix + re.sub(r"^B(\d)$", r"B0\1", name) if prefix else name
-        path = f"{folder}/{on_disk}.tif"
-        band, native = read_tiff(path), size // SHRINK.get(name, 1)
-        if band.dtype != DTYPE[modality]:
-            raise ValueError(f"{path}: {band.dtype} pixels, {modality} has "
-                             f"{DTYPE[modality].__name__}")
-        if band.ndim != 2 or max(abs(n - native) for n in band.shape) > native // 40:
-            raise ValueError(f"{path}: {band.shape} pixels, expected {native} x {native}")
-        if not np.isfinite(band).all():
-            raise ValueError(f"{path}: NaN or infinite pixels")
-        bands[i] = resize(band, size)
-    return to_uint8(bands, stats or modality)
+        try:
+            x = read_band(f"{folder}/{on_disk}.tif", modality, size // SHRINK.get(name, 1))
+            bands.append(resize(x, size).reshape(size, size))
+        except ValueError as error:
+            bad.append(str(error))
+    if bad:
+        raise ValueError("\n".join(bad))
+    return scale(bands, stats or modality)
 
 
 class Scenes(Dataset):
-    """Scenes of one or more images.  scenes[i] or scenes[i, seed] -> (x, y) with
+    """Scenes of one or more images.  scenes[i] or scenes[i, seed] -> (x, y), a list of them ->
+    the same for a batch, with one more axis in front:
 
         x  uint8 (V, C, P, P)   `views` different images of scene i, drawn with `seed`; a scene
         y  uint8 (V, K)         with fewer repeats them; y: multi-hot labels, all 0 = unlabelled
@@ -135,13 +180,23 @@ class Scenes(Dataset):
         return self.decode(self.files[i][s])
 
     def __getitem__(self, key):
-        i, seed = key if isinstance(key, tuple) else (key, 0)
-        chosen = np.random.default_rng(seed).permutation(len(self.files[i]))
-        chosen = np.resize(chosen, self.views)
-        return np.stack([self.image(i, s) for s in chosen]), self.labels[i][chosen]
+        if not isinstance(key, list):
+            x, y = self[[key]]
+            return x[0], y[0]
+        pairs = []
+        for k in key:
+            i, seed = k if isinstance(k, tuple) else (k, 0)
+            chosen = np.random.default_rng(seed).permutation(len(self.files[i]))
+            pairs += [(i, s) for s in np.resize(chosen, self.views)]
+        x = np.stack([self.image(i, s) for i, s in pairs]) if self.memory is None else \
+            np.asarray(self.memory[[self.first[i] + s for i, s in pairs]])     # one copy, no more
+        y = np.stack([self.labels[i][s] for i, s in pairs])
+        return tuple(v.reshape(len(key), self.views, *v.shape[1:]) for v in (x, y))
 
     def preload(self, scenes, workers=0):
         """Decode the named scenes once and keep them in memory, so that no epoch reads again."""
+        if self.memory is not None:
+            return
         todo = [(i, s) for i in scenes for s in range(len(self.files[i]))]
         memory = np.zeros((self.first[-1], len(BANDS[self.modality]), self.size, self.size),
                           np.uint8)
@@ -244,7 +299,7 @@ def read_labels(path):
                          f"{error}") from None
 
 
-def read_image(path, modality, size=None, order=None):
+def read_image(path, modality, size=None, order=None, scale=to_uint8):
     """One TIFF, PNG or JPEG -> uint8 (C,P,P); order: where the file keeps each band of `modality`.
     A PNG's or JPEG's grey is repeated, a PNG's alpha left out; other bands or types are refused."""
     bands, dtype = len(BANDS[modality]), np.dtype(DTYPE.get(modality, np.uint8))
@@ -266,7 +321,7 @@ def read_image(path, modality, size=None, order=None):
     if x.shape[:2] != (size, size):
         raise ValueError(f"{path}: {x.shape[:2]} pixels, the others have {size} x {size}")
     x = x.transpose(2, 0, 1)
-    return x if modality == "rgb" else to_uint8(x if order is None else x[order], modality)
+    return x if modality == "rgb" else scale(x if order is None else x[order], modality)
 
 
 def Folder(root, modality="rgb", views=2, order=None):
@@ -318,10 +373,10 @@ BEN = """Urban fabric|Continuous urban fabric|Discontinuous urban fabric;Industr
 BEN = [[re.sub(r"\s+", " ", x.strip()) for x in row.split("|")] for row in BEN.split(";")]
 
 
-def read_patch(folder, modality):
+def read_patch(folder, modality, scale=to_uint8):
     """A patch of BigEarthNet -> uint8 (C,120,120); s2c: L2A with a plane of zeros for B10."""
     kind = ("s1", "s1") if modality == "s1" else ("s2a", "ben")
-    x = read_product(folder, kind[0], 120, f"{Path(folder).name}_", kind[1])
+    x = read_product(folder, kind[0], 120, f"{Path(folder).name}_", kind[1], scale)
     return np.insert(x, 10, 0, 0) if modality == "s2c" else x
 
 
@@ -370,6 +425,10 @@ def listed(path, have, skip=False, names=()):
 def open_data(root, modality, labels=None, views=2):
     """The reader that fits what lies in `root`; labels: a json, or "classes" for class folders."""
     subfolders(root)                                                       # names a missing root
+    if os.path.exists(f"{root}/images.uint8"):
+        if labels:
+            raise ValueError(f"--labels {labels}: {root} is packed, with the labels it has")
+        return Packed(root, modality, views)
     products = any(os.path.isdir(f"{root}/{m}") for m in DTYPE)
     if products and not os.path.isdir(f"{root}/{modality}"):
         raise ValueError(f"{root}: has no modality {modality}")
@@ -381,6 +440,100 @@ def open_data(root, modality, labels=None, views=2):
     if folders & set().union(*BEN_TOP.values()):
         return BigEarthNet(root, None, modality, views)
     return (EuroSAT if folders & EUROSAT_CLASSES else Folder)(root, modality, views)
+
+
+# -------------------------------------------------------------------------- packing and checking
+
+
+def in_parallel(job, items, workers, title):
+    """job(item) of each, in order, from `workers` processes (0: this one); shows a progress bar."""
+    return tqdm(DataLoader(items, None, collate_fn=job, num_workers=workers), title)
+
+
+def image(scenes, pair):
+    return torch.from_numpy(scenes.image(*pair))              # a tensor: workers share its memory
+
+
+def pack(scenes, out, workers=0):
+    """All images of `scenes`, as read, in one file: out/images.uint8 (n,C,P,P), scene by scene.
+
+    out/index.jsonl has two lines, the CRC-32 of the second, and all else that Packed gives back.
+    `out` appears when it is whole.  Until then the file grows in out.part{...}, named by what goes
+    in, image by image: after a kill, the same call cuts off half an image and goes on from there.
+    """
+    if os.path.exists(out):
+        raise ValueError(f"{out}: exists; pack never overwrites")
+    pairs = [(i, s) for i, f in enumerate(scenes.files) for s in range(len(f))]
+    size = len(BANDS[scenes.modality]) * scenes.size ** 2
+    index = json.dumps({
+        "modality": scenes.modality, "size": scenes.size, "classes": scenes.classes,
+        "ids": scenes.ids, "seasons": [len(f) for f in scenes.files],
+        "labels": [np.flatnonzero(y).tolist() for rows in scenes.labels for y in rows]}).encode()
+    part = f"{os.path.normpath(out)}.part{zlib.crc32(index + repr(scenes.files).encode()):08x}"
+    os.makedirs(part, exist_ok=True)
+    with open(f"{part}/images.uint8", "ab") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)                # not two at a time
+        done = file.tell() // size
+        file.truncate(done * size)
+        for x in in_parallel(partial(image, scenes), pairs[done:], workers, f"packing {out}"):
+            file.write(x.numpy())
+        file.flush()
+        os.fsync(file.fileno())
+        Path(part, "index.jsonl").write_bytes(b"%d\n%b" % (zlib.crc32(index), index))
+        os.rename(part, out)
+
+
+def Packed(root, modality, views=2):
+    """What `pack` wrote; image() gives views of the file, mapped into memory and not read ahead."""
+    crc, _, index = Path(root, "index.jsonl").read_bytes().partition(b"\n")
+    if crc != b"%d" % zlib.crc32(index):
+        raise ValueError(f"{root}/index.jsonl: damaged, its checksum does not fit")
+    index, path = json.loads(index), f"{root}/images.uint8"
+    if modality != index["modality"]:
+        raise ValueError(f"{root}: holds modality {index['modality']}, not {modality}")
+    at = np.cumsum([0] + index["seasons"]).tolist()
+    shape = (at[-1], len(BANDS[modality]), index["size"], index["size"])
+    if os.path.getsize(path) != np.prod(shape):
+        raise ValueError(f"{path}: {os.path.getsize(path)} bytes, {shape} are {np.prod(shape)}")
+    labels = np.zeros((at[-1], len(index["classes"])), np.uint8)
+    for y, present in zip(labels, index["labels"]):
+        y[present] = 1
+    scenes = Scenes(index["ids"], [range(a, b) for a, b in zip(at, at[1:])],
+                    np.split(labels, at[1:-1]), tuple(index["classes"]), modality, index["size"],
+                    None, views)
+    scenes.memory = np.memmap(path, np.uint8, "r", shape=shape)
+    return scenes
+
+
+def complaint(scenes, pair):
+    """What is wrong with an image, a line for each bad file; nothing: ''."""
+    try:
+        scenes.image(*pair)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def moments(x, name):
+    """C bands (H,W) in the sensor's units -> (C,8): mean, mean square, min, max, the shares below
+    and above what to_uint8 keeps, and the mean and std that STATS[name] has."""
+    x, (mean, std) = np.float64(x).reshape(len(x), -1).T, np.float64(STATS[name])      # (HW,C)
+    return np.stack([x.mean(0), (x * x).mean(0), x.min(0), x.max(0), (x < mean - 2 * std).mean(0),
+                     (x > mean + 2 * std).mean(0), mean, std], 1)
+
+
+def statistics(scenes, workers=0):
+    """As `moments`, over all images, and the std where the mean square was."""
+    if scenes.memory is not None:
+        raise ValueError("packed images have no sensor units: take the folder they come from")
+    files = [f for row in scenes.files for f in row]
+    total, low, high = 0, np.inf, -np.inf
+    for x in in_parallel(partial(scenes.decode, scale=moments), files, workers, "statistics"):
+        total, low, high = total + np.array(x), np.minimum(low, x), np.maximum(high, x)
+    total /= len(files)
+    total[:, 1] = np.sqrt((total[:, 1] - total[:, 0] ** 2).clip(0))
+    total[:, 2], total[:, 3] = low[:, 2], high[:, 3]
+    return total
 
 
 # --------------------------------------------------------------------------------- augmentation
@@ -589,10 +742,9 @@ def make_toy(root, scenes=2000, size=36, seed=0, workers=None):
     part = f"{root}.part{os.getpid()}"
     os.makedirs(part)
     try:
-        with ProcessPoolExecutor(workers) as pool:
-            job = partial(write_toy_scene, root=part, size=size, seed=seed)
-            entries = list(tqdm(pool.map(job, range(scenes), chunksize=8), f"toy world {root}",
-                                scenes))
+        job = partial(write_toy_scene, root=part, size=size, seed=seed)
+        entries = in_parallel(job, range(scenes), os.cpu_count() if workers is None else workers,
+                              f"toy world {root}")
         Path(part, "ssl4eo_multilabel.json").write_text(json.dumps(dict(entries)))
         Path(part, "toy.json").write_text(json.dumps(done))
         os.rename(part, root)
@@ -609,12 +761,47 @@ def main(argv=None):
     toy.add_argument("--scenes", type=int, default=2000, help="locations, four seasons each")
     toy.add_argument("--size", type=int, default=36, help="pixels of a 10 m band; multiple of 6")
     toy.add_argument("--seed", type=int, default=0, help="another seed, another world")
+    for name, text in (("pack", "put all images into one file, which --data takes as well"),
+                       ("check", "read everything, list every bad file"),
+                       ("stats", "what STATS would be, and how much of it is clipped")):
+        sub = commands.add_parser(name, help=text)
+        sub.add_argument("root", help="any folder that pretrain.py's --data takes")
+        sub.add_argument("--modality", required=True,
+                         choices=list(DTYPE if name == "stats" else BANDS))
+        sub.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+        if name == "pack":
+            sub.add_argument("out", help="a new folder")
+            sub.add_argument("--labels", help="as in pretrain.py")
     args = parser.parse_args(argv)
-    make_toy(args.root, args.scenes, args.size, args.seed)
+    if args.command == "toy":
+        return make_toy(args.root, args.scenes, args.size, args.seed)
+    default = f"{args.root}/ssl4eo_multilabel.json"
+    labels = args.command == "pack" and (
+        args.labels or (default if os.path.exists(default) else None))
+    scenes = open_data(args.root, args.modality, labels)
+    n = sum(map(len, scenes.files))
+    if args.command == "pack":
+        if not labels and scenes.memory is None:
+            scenes.labels = [np.zeros_like(y) for y in scenes.labels]
+        pack(scenes, args.out, args.workers)
+        print(f"{args.out}: {n} images of {len(scenes)} scenes, "
+              f"{sum(int(y.any(1).sum()) for y in scenes.labels)} labelled")
+    elif args.command == "check":
+        pairs = [(i, s) for i, f in enumerate(scenes.files) for s in range(len(f))]
+        found = [line for x in in_parallel(partial(complaint, scenes), pairs, args.workers,
+                                           "checking") for line in x.splitlines()]
+        print(*found, f"{args.root}: {n} images of {len(scenes)} scenes, {len(found)} bad files",
+              sep="\n")
+        sys.exit(bool(found))
+    else:
+        print("band      mean       std       min       max  below  above   STATS: mean       std")
+        for band, x in zip(BANDS[args.modality], statistics(scenes, args.workers)):
+            print(f"{band:4}" + "{:10.2f}{:10.2f}{:10.2f}{:10.2f}{:7.2%}{:7.2%}{:13.2f}{:10.2f}"
+                  .format(*x))
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"data.py: error: {error}")
+        sys.exit(f"data.py: error: {str(error).strip().splitlines()[-1]}")

@@ -336,7 +336,7 @@ def main(argv=None):
     default = f"{root}/ssl4eo_multilabel.json"
     labels = args.labels or (default if os.path.exists(default) else None)
     scenes = data.open_data(root, args.modality, labels, views=1 if pera else 2)
-    if not labels:
+    if not labels and scenes.memory is None:                  # a packed folder brings its own
         scenes.labels = [np.zeros_like(y) for y in scenes.labels]
     train = np.flatnonzero(~data.held_out(scenes.ids, args.holdout))
     n_images = sum(len(scenes.files[i]) for i in train)
@@ -428,7 +428,7 @@ def main(argv=None):
             save(f"{args.out}/backbone.pt", models.export_backbone(teacher.backbone))
 
     # ------------------------------------------------------------------------------------- loop
-    loader = iter(DataLoader(scenes, batch_sampler=batches(train, args, world, rank, start, stop),
+    loader = iter(DataLoader(scenes, None, sampler=batches(train, args, world, rank, start, stop),
                              num_workers=args.workers, pin_memory=cuda))
     bar = tqdm(range(start, stop), args.method, stop, initial=start, disable=rank > 0)
     clock, waited, since = time.perf_counter(), 0.0, start
