@@ -22,6 +22,7 @@ import argparse
 import csv
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -75,28 +76,26 @@ def read_tiff(path):
 
 
 def plain_tiff(raw):
-    """The bytes of a TIFF -> (H,W), if its first page is one band in one uncompressed block; None:
-    ask tifffile, which opens anything, and takes ten times as long to open it."""
+    """The bytes of a TIFF -> (H,W) if its first page is one band in one uncompressed block; None:
+    ask tifffile, which opens anything, and takes ten times as long over it."""
+    tags = {k: (1,) for k in (256, 257, 258, 259, 266, 273, 277, 279, 317, 322, 339, 32997)}
     try:
-        order = {b"II*\0": "<", b"MM\0*": ">"}[raw[:4].tobytes()]
-        at, = struct.unpack_from(order + "I", raw, 4)
-        n, = struct.unpack_from(order + "H", raw, at)
-        tags = dict.fromkeys((259, 266, 277, 317, 339, 32997), (1,)) # what TIFF takes for granted
-        for tag, kind, count, value in struct.iter_unpack(order + "HHI4s",
-                                                          raw[at + 2:at + 2 + 12 * n]):
-            if tag in tags or tag in (256, 257, 258, 273, 279, 322):
-                form = f"{order}{count}{ {3: 'H', 4: 'I'}[kind]}"
-                near = struct.calcsize(form) <= 4                    # else value says where it is
-                tags[tag] = struct.unpack_from(form, value if near else raw, 0 if near else
-                                               struct.unpack(order + "I", value)[0])
-        kind = {(8, 1): "u1", (16, 1): "u2", (32, 3): "f4"}[tags.pop(258) + tags.pop(339)]
-        (w,), (h,), starts, sizes = (tags.pop(k) for k in (256, 257, 273, 279))
-        ends = np.add(starts, sizes)
-        if set(tags.values()) != {(1,)} or (ends[:-1] != starts[1:]).any():
-            return None                                              # compressed, tiled, in pieces
-        return raw[starts[0]:ends[-1]].view(order + kind).reshape(h, w)
+        at, = struct.unpack_from("<I", raw, 4)
+        n, = struct.unpack_from("<H", raw, at)
+        for at in range(at + 2, at + 2 + 12 * n, 12):
+            tag, kind, count, value = struct.unpack_from("<HHII", raw, at)
+            if tag in tags:
+                form = f"<{count}" + {3: "H", 4: "I"}[kind]
+                here = struct.calcsize(form) <= 4                    # else `value` says where
+                tags[tag] = struct.unpack_from(form, raw, at + 8 if here else value)
+        w, h, bits, starts, sizes, kind = (tags.pop(k) for k in (256, 257, 258, 273, 279, 339))
+        kind = {(8, 1): "u1", (16, 1): "<u2", (32, 3): "<f4"}[bits + kind]
+        ends, rest = np.add(starts, sizes), {raw[:4].tobytes(), *tags.values()}
+        if rest == {b"II*\0", (1,)} and (ends[:-1] == starts[1:]).all():
+            return raw[starts[0]:ends[-1]].view(kind).reshape(h + w)
     except (KeyError, ValueError, struct.error):
-        return None
+        pass
+    return None
 
 
 def to_uint8(x, modality):
@@ -180,27 +179,27 @@ class Scenes(Dataset):
         return self.decode(self.files[i][s])
 
     def __getitem__(self, key):
-        if not isinstance(key, list):
-            x, y = self[[key]]
-            return x[0], y[0]
-        pairs = []
-        for k in key:
-            i, seed = k if isinstance(k, tuple) else (k, 0)
-            chosen = np.random.default_rng(seed).permutation(len(self.files[i]))
-            pairs += [(i, s) for s in np.resize(chosen, self.views)]
-        x = np.stack([self.image(i, s) for i, s in pairs]) if self.memory is None else \
-            np.asarray(self.memory[[self.first[i] + s for i, s in pairs]])     # one copy, no more
+        keys = [k if isinstance(k, tuple) else (k, 0)
+                for k in (key if isinstance(key, list) else [key])]
+        chosen = [np.resize(np.random.default_rng(seed).permutation(len(self.files[i])), self.views)
+                  for i, seed in keys]
+        pairs = [(i, s) for (i, _), row in zip(keys, chosen) for s in row]
+        x = np.stack([self.image(*p) for p in pairs]) if self.memory is None else (
+            self.memory[[self.first[i] + s for i, s in pairs]])           # one copy, and no second
         y = np.stack([self.labels[i][s] for i, s in pairs])
-        return tuple(v.reshape(len(key), self.views, *v.shape[1:]) for v in (x, y))
+        x, y = (v.reshape(len(keys), self.views, *v.shape[1:]) for v in (x, y))
+        return (x, y) if isinstance(key, list) else (x[0], y[0])
+
+    def pairs(self, scenes):
+        return [(i, s) for i in scenes for s in range(len(self.files[i]))]
 
     def preload(self, scenes, workers=0):
         """Decode the named scenes once and keep them in memory, so that no epoch reads again."""
         if self.memory is not None:
             return
-        todo = [(i, s) for i in scenes for s in range(len(self.files[i]))]
         memory = np.zeros((self.first[-1], len(BANDS[self.modality]), self.size, self.size),
                           np.uint8)
-        images = Images(self, todo)
+        images = Images(self, self.pairs(scenes))
         for x, _, at in tqdm(DataLoader(images, 64, num_workers=workers), "reading", leave=False):
             memory[at] = x
         self.memory = memory
@@ -426,9 +425,7 @@ def open_data(root, modality, labels=None, views=2):
     """The reader that fits what lies in `root`; labels: a json, or "classes" for class folders."""
     subfolders(root)                                                       # names a missing root
     if os.path.exists(f"{root}/images.uint8"):
-        if labels:
-            raise ValueError(f"--labels {labels}: {root} is packed, with the labels it has")
-        return Packed(root, modality, views)
+        return Packed(root, modality, views, labels)
     products = any(os.path.isdir(f"{root}/{m}") for m in DTYPE)
     if products and not os.path.isdir(f"{root}/{modality}"):
         raise ValueError(f"{root}: has no modality {modality}")
@@ -450,67 +447,58 @@ def in_parallel(job, items, workers, title):
     return tqdm(DataLoader(items, None, collate_fn=job, num_workers=workers), title)
 
 
-def image(scenes, pair):
-    return torch.from_numpy(scenes.image(*pair))              # a tensor: workers share its memory
-
-
 def pack(scenes, out, workers=0):
     """All images of `scenes`, as read, in one file: out/images.uint8 (n,C,P,P), scene by scene.
 
-    out/index.jsonl has two lines, the CRC-32 of the second, and all else that Packed gives back.
-    `out` appears when it is whole.  Until then the file grows in out.part{...}, named by what goes
-    in, image by image: after a kill, the same call cuts off half an image and goes on from there.
+    out/index.jsonl: the CRC-32 of its second line; all else that Packed gives back.  `out` appears
+    when it is whole.  Until then the file grows, image by image, in out.part{...}, named by what
+    goes in: after a kill the same call cuts off half an image and goes on from there.
     """
     if os.path.exists(out):
         raise ValueError(f"{out}: exists; pack never overwrites")
-    pairs = [(i, s) for i, f in enumerate(scenes.files) for s in range(len(f))]
-    size = len(BANDS[scenes.modality]) * scenes.size ** 2
-    index = json.dumps({
-        "modality": scenes.modality, "size": scenes.size, "classes": scenes.classes,
-        "ids": scenes.ids, "seasons": [len(f) for f in scenes.files],
-        "labels": [np.flatnonzero(y).tolist() for rows in scenes.labels for y in rows]}).encode()
+    pairs, size = scenes.pairs(range(len(scenes))), len(BANDS[scenes.modality]) * scenes.size ** 2
+    index = {k: getattr(scenes, k) for k in ("modality", "size", "classes", "ids")}
+    index = json.dumps(index | {"labels": [y.tolist() for y in scenes.labels]}).encode()
     part = f"{os.path.normpath(out)}.part{zlib.crc32(index + repr(scenes.files).encode()):08x}"
     os.makedirs(part, exist_ok=True)
     with open(f"{part}/images.uint8", "ab") as file:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)                # not two at a time
         done = file.tell() // size
         file.truncate(done * size)
-        for x in in_parallel(partial(image, scenes), pairs[done:], workers, f"packing {out}"):
-            file.write(x.numpy())
+        for x, *_ in in_parallel(None, Images(scenes, pairs[done:]), workers, f"packing {out}"):
+            file.write(np.ascontiguousarray(x))
         file.flush()
         os.fsync(file.fileno())
         Path(part, "index.jsonl").write_bytes(b"%d\n%b" % (zlib.crc32(index), index))
         os.rename(part, out)
 
 
-def Packed(root, modality, views=2):
+def Packed(root, modality, views=2, labels=None):
     """What `pack` wrote; image() gives views of the file, mapped into memory and not read ahead."""
+    path = f"{root}/images.uint8"
     crc, _, index = Path(root, "index.jsonl").read_bytes().partition(b"\n")
     if crc != b"%d" % zlib.crc32(index):
         raise ValueError(f"{root}/index.jsonl: damaged, its checksum does not fit")
-    index, path = json.loads(index), f"{root}/images.uint8"
-    if modality != index["modality"]:
-        raise ValueError(f"{root}: holds modality {index['modality']}, not {modality}")
-    at = np.cumsum([0] + index["seasons"]).tolist()
-    shape = (at[-1], len(BANDS[modality]), index["size"], index["size"])
-    if os.path.getsize(path) != np.prod(shape):
-        raise ValueError(f"{path}: {os.path.getsize(path)} bytes, {shape} are {np.prod(shape)}")
-    labels = np.zeros((at[-1], len(index["classes"])), np.uint8)
-    for y, present in zip(labels, index["labels"]):
-        y[present] = 1
-    scenes = Scenes(index["ids"], [range(a, b) for a, b in zip(at, at[1:])],
-                    np.split(labels, at[1:-1]), tuple(index["classes"]), modality, index["size"],
-                    None, views)
+    index = json.loads(index)
+    if labels or modality != index["modality"]:
+        raise ValueError(f"{root}: packed with its labels, for --modality {index['modality']} only")
+    rows = [np.array(y, np.uint8) for y in index["labels"]]
+    at, n = np.cumsum([0] + [len(y) for y in rows]).tolist(), os.path.getsize(path)
+    shape = at[-1], len(BANDS[modality]), index["size"], index["size"]
+    if n != math.prod(shape):
+        raise ValueError(f"{path}: {n} bytes, but {shape} pixels make {math.prod(shape)}")
+    scenes = Scenes(index["ids"], [range(*ends) for ends in zip(at, at[1:])], rows,
+                    index["classes"], modality, index["size"], None, views)
     scenes.memory = np.memmap(path, np.uint8, "r", shape=shape)
     return scenes
 
 
 def complaint(scenes, pair):
-    """What is wrong with an image, a line for each bad file; nothing: ''."""
+    """What is wrong with an image, a line for each bad file, or nothing."""
     try:
         scenes.image(*pair)
     except (ValueError, OSError) as error:
-        return str(error)
+        return f"{error}\n"
     return ""
 
 
@@ -526,14 +514,12 @@ def statistics(scenes, workers=0):
     """As `moments`, over all images, and the std where the mean square was."""
     if scenes.memory is not None:
         raise ValueError("packed images have no sensor units: take the folder they come from")
-    files = [f for row in scenes.files for f in row]
-    total, low, high = 0, np.inf, -np.inf
-    for x in in_parallel(partial(scenes.decode, scale=moments), files, workers, "statistics"):
-        total, low, high = total + np.array(x), np.minimum(low, x), np.maximum(high, x)
-    total /= len(files)
-    total[:, 1] = np.sqrt((total[:, 1] - total[:, 0] ** 2).clip(0))
-    total[:, 2], total[:, 3] = low[:, 2], high[:, 3]
-    return total
+    job, files = partial(scenes.decode, scale=moments), [f for row in scenes.files for f in row]
+    x = np.stack([*in_parallel(job, files, workers, "statistics")])                    # (n,C,8)
+    out = x.mean(0)
+    out[:, 1] = np.sqrt((out[:, 1] - out[:, 0] ** 2).clip(0))
+    out[:, 2], out[:, 3] = x[..., 2].min(0), x[..., 3].max(0)
+    return out
 
 
 # --------------------------------------------------------------------------------- augmentation
@@ -766,42 +752,37 @@ def main(argv=None):
                        ("stats", "what STATS would be, and how much of it is clipped")):
         sub = commands.add_parser(name, help=text)
         sub.add_argument("root", help="any folder that pretrain.py's --data takes")
-        sub.add_argument("--modality", required=True,
-                         choices=list(DTYPE if name == "stats" else BANDS))
-        sub.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
         if name == "pack":
             sub.add_argument("out", help="a new folder")
-            sub.add_argument("--labels", help="as in pretrain.py")
+        sub.add_argument("--modality", choices=DTYPE if name == "stats" else BANDS, required=True)
+        sub.add_argument("--labels", help="as in pretrain.py")
+        sub.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args(argv)
     if args.command == "toy":
-        return make_toy(args.root, args.scenes, args.size, args.seed)
+        make_toy(args.root, args.scenes, args.size, args.seed)
+        return False
     default = f"{args.root}/ssl4eo_multilabel.json"
-    labels = args.command == "pack" and (
-        args.labels or (default if os.path.exists(default) else None))
+    labels = args.labels or (default if os.path.exists(default) else None)
     scenes = open_data(args.root, args.modality, labels)
-    n = sum(map(len, scenes.files))
+    found, what = [], f"{scenes.first[-1]} images of {len(scenes)} scenes"
     if args.command == "pack":
         if not labels and scenes.memory is None:
             scenes.labels = [np.zeros_like(y) for y in scenes.labels]
         pack(scenes, args.out, args.workers)
-        print(f"{args.out}: {n} images of {len(scenes)} scenes, "
-              f"{sum(int(y.any(1).sum()) for y in scenes.labels)} labelled")
+        print(f"{args.out}: {what}")
     elif args.command == "check":
-        pairs = [(i, s) for i, f in enumerate(scenes.files) for s in range(len(f))]
-        found = [line for x in in_parallel(partial(complaint, scenes), pairs, args.workers,
-                                           "checking") for line in x.splitlines()]
-        print(*found, f"{args.root}: {n} images of {len(scenes)} scenes, {len(found)} bad files",
-              sep="\n")
-        sys.exit(bool(found))
+        job, pairs = partial(complaint, scenes), scenes.pairs(range(len(scenes)))
+        found = "".join(in_parallel(job, pairs, args.workers, "checking")).splitlines()
+        print(*found, f"{args.root}: {what}, {len(found)} bad files", sep="\n")
     else:
         print("band      mean       std       min       max  below  above   STATS: mean       std")
         for band, x in zip(BANDS[args.modality], statistics(scenes, args.workers)):
-            print(f"{band:4}" + "{:10.2f}{:10.2f}{:10.2f}{:10.2f}{:7.2%}{:7.2%}{:13.2f}{:10.2f}"
-                  .format(*x))
+            print(f"{band:4}" + ("{:10.2f}" * 4 + "{:7.2%}" * 2 + "{:13.2f}{:10.2f}").format(*x))
+    return bool(found)
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except (ValueError, OSError) as error:
         sys.exit(f"data.py: error: {str(error).strip().splitlines()[-1]}")
