@@ -77,7 +77,7 @@ def read_tiff(path):
 
 def plain_tiff(raw):
     """The bytes of a TIFF -> (H,W) if its first page is one band in one uncompressed block; None:
-    ask tifffile, which opens anything, and takes ten times as long over it."""
+    ask tifffile, which opens anything, and takes ten times as long.  [TIFF 6.0, section 2]"""
     tags = {k: (1,) for k in (256, 257, 258, 259, 266, 273, 277, 279, 317, 322, 339, 32997)}
     try:
         at, = struct.unpack_from("<I", raw, 4)
@@ -93,7 +93,7 @@ def plain_tiff(raw):
         ends, rest = np.add(starts, sizes), {raw[:4].tobytes(), *tags.values()}
         if rest == {b"II*\0", (1,)} and (ends[:-1] == starts[1:]).all():
             return raw[starts[0]:ends[-1]].view(kind).reshape(h + w)
-    except (KeyError, ValueError, struct.error):
+    except (KeyError, IndexError, ValueError, struct.error):
         pass
     return None
 
@@ -185,7 +185,7 @@ class Scenes(Dataset):
                   for i, seed in keys]
         pairs = [(i, s) for (i, _), row in zip(keys, chosen) for s in row]
         x = np.stack([self.image(*p) for p in pairs]) if self.memory is None else (
-            self.memory[[self.first[i] + s for i, s in pairs]])           # one copy, and no second
+            self.memory[[self.first[i] + s for i, s in pairs]])           # the only copy there is
         y = np.stack([self.labels[i][s] for i, s in pairs])
         x, y = (v.reshape(len(keys), self.views, *v.shape[1:]) for v in (x, y))
         return (x, y) if isinstance(key, list) else (x[0], y[0])
@@ -195,7 +195,7 @@ class Scenes(Dataset):
 
     def preload(self, scenes, workers=0):
         """Decode the named scenes once and keep them in memory, so that no epoch reads again."""
-        if self.memory is not None:
+        if isinstance(self.memory, np.memmap):                    # packed: the system's page cache
             return
         memory = np.zeros((self.first[-1], len(BANDS[self.modality]), self.size, self.size),
                           np.uint8)
@@ -462,7 +462,10 @@ def pack(scenes, out, workers=0):
     part = f"{os.path.normpath(out)}.part{zlib.crc32(index + repr(scenes.files).encode()):08x}"
     os.makedirs(part, exist_ok=True)
     with open(f"{part}/images.uint8", "ab") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)                # not two at a time
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{part}: another process is writing it") from None
         done = file.tell() // size
         file.truncate(done * size)
         for x, *_ in in_parallel(None, Images(scenes, pairs[done:]), workers, f"packing {out}"):

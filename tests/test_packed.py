@@ -137,6 +137,21 @@ def test_other_data_never_continues_an_unfinished_pack(toy, labels, tmp_path, mo
     assert len(list(tmp_path.glob("out.part*"))) == 2
 
 
+def test_two_packs_never_write_the_same_file(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.os, "rename", lambda *_: None)
+    data.pack(data.open_data(toy, "s1"), str(tmp_path / "out"))
+    (part,) = tmp_path.iterdir()
+    hold = ("import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.lockf(f, fcntl.LOCK_EX)\n"
+            "print('held', flush=True); input()")
+    other = subprocess.Popen([sys.executable, "-c", hold, str(part / "images.uint8")],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(ValueError, match="out.part.*: another process is writing it"):
+        data.pack(data.open_data(toy, "s1"), str(tmp_path / "out"))
+    other.communicate(b"\n")
+    data.pack(data.open_data(toy, "s1"), str(tmp_path / "out"))                 # free again
+
+
 def forge(out, old, new):
     """Change the index and its checksum with it."""
     index = (out / "index.jsonl").read_bytes().split(b"\n")[1].replace(old, new)
@@ -234,6 +249,14 @@ def test_strips_out_of_order_pages_colours_and_cut_files_are_left_to_tifffile(tm
     assert np.array_equal(data.read_tiff(path), np.roll(x, 12, 0))
     for cut in (0, 3, 7, 40, len(raw) - 1):
         assert data.plain_tiff(raw[:cut]) is None
+    rng = np.random.default_rng(0)
+    tifffile.imwrite(path, x, metadata=None)
+    raw = np.fromfile(path, np.uint8)
+    for _ in range(2000):                                  # whatever the header says, no accident
+        bad = raw.copy()
+        bad[rng.integers(0, len(raw) - x.nbytes, 3)] = rng.integers(0, 256, 3)
+        got = data.plain_tiff(bad)
+        assert got is None or got.nbytes <= len(raw)
     tifffile.imwrite(path, np.stack([x, x + 1]), metadata=None)                  # two pages
     assert np.array_equal(data.read_tiff(path), x)
     tifffile.imwrite(path, np.dstack([x, x, x]), metadata=None, photometric="rgb")
