@@ -80,10 +80,14 @@ def plain_tiff(raw):
     ask tifffile, which opens anything, and takes ten times as long.  [TIFF 6.0, section 2]"""
     tags = {k: (1,) for k in (256, 257, 258, 259, 266, 273, 277, 279, 317, 322, 339, 32997)}
     try:
+        last = 0
         at, = struct.unpack_from("<I", raw, 4)
         n, = struct.unpack_from("<H", raw, at)
         for at in range(at + 2, at + 2 + 12 * n, 12):
             tag, kind, count, value = struct.unpack_from("<HHII", raw, at)
+            if tag <= last:                                          # no tag twice: they ascend
+                return None
+            last = tag
             if tag in tags:
                 form = f"<{count}" + {3: "H", 4: "I"}[kind]
                 here = struct.calcsize(form) <= 4                    # else `value` says where
