@@ -78,10 +78,11 @@ def read_tiff(path):
 def plain_tiff(raw):
     """The bytes of a TIFF -> (H,W) if its first page is one band in one uncompressed block; None:
     ask tifffile, which opens anything, and takes ten times as long.  [TIFF 6.0, section 2]"""
+    # width, height, bits, compression, bit order, strips, bands, strips' bytes, predictor, tiles,
+    # type, depth: 1 if the file does not say
     tags = {k: (1,) for k in (256, 257, 258, 259, 266, 273, 277, 279, 317, 322, 339, 32997)}
     try:
-        last = 0
-        at, = struct.unpack_from("<I", raw, 4)
+        last, (at,) = 0, struct.unpack_from("<I", raw, 4)
         n, = struct.unpack_from("<H", raw, at)
         for at in range(at + 2, at + 2 + 12 * n, 12):
             tag, kind, count, value = struct.unpack_from("<HHII", raw, at)
