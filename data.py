@@ -7,6 +7,7 @@ more images (seasons), each a uint8 array (C,P,P) on one pixel grid with a multi
     EuroSAT(root, "s2c")  root/{class}/{class}_{n}.tif (13 bands; SAR: 2) or .jpg (RGB) [2]
     Folder(root, "rgb")   images in class folders or side by side, any of TIFF, PNG and JPEG
     BigEarthNet(root)     root/BigEarthNet-{...}/{patch}/{patch}_{band}.tif, v1 and v2 [3]
+    Packed(root)          what `python data.py pack` made of any of these: one file of pixels
     make_toy(root)        writes a procedural SSL4EO-S12 tree, labels included
 
 Radiometry, the same for all: x' = (x - mean) / (4 std) + 1/2, clipped to [0,1] (that is mean +- 2
@@ -19,14 +20,15 @@ normalization"].  RGB images are uint8 already and stay as they are.
 """
 import argparse
 import csv
+import fcntl
 import json
 import math
 import os
 import re
 import shutil
+import struct
 import sys
 import zlib
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -63,8 +65,11 @@ STATS = {   # mean, std of the full SSL4EO-S12 set [SSL4EO-S12 convert_rgb.py; t
 def read_tiff(path):
     """First page as an array; ValueError, naming the file, if it is missing, cut off or no TIFF."""
     try:
-        with tifffile.TiffFile(path) as file:
-            return file.pages[0].asarray()
+        x = plain_tiff(np.fromfile(path, np.uint8))
+        if x is None:
+            with tifffile.TiffFile(path) as file:
+                x = file.pages[0].asarray()
+        return x.astype(x.dtype.newbyteorder("="), copy=False)
     except FileNotFoundError:
         raise ValueError(f"{path}: missing") from None
     except Exception as error:                 # tifffile and codecs raise a dozen kinds
@@ -81,15 +86,47 @@ def read_text(path):
         raise ValueError(f"{path}: not a readable text file ({type(error).__name__})") from None
 
 
+def plain_tiff(raw):
+    """The bytes of a TIFF -> (H,W) if its first page is one band in one uncompressed block; None:
+    ask tifffile, which opens anything, and takes ten times as long.  [TIFF 6.0, section 2]"""
+    # width, height, bits, compression, bit order, strips, bands, strips' bytes, predictor, tiles,
+    # type, depth: 1 if the file does not say
+    tags = {k: (1,) for k in (256, 257, 258, 259, 266, 273, 277, 279, 317, 322, 339, 32997)}
+    try:
+        last, (at,) = 0, struct.unpack_from("<I", raw, 4)
+        n, = struct.unpack_from("<H", raw, at)
+        for at in range(at + 2, at + 2 + 12 * n, 12):
+            tag, kind, count, value = struct.unpack_from("<HHII", raw, at)
+            if tag <= last:                                          # no tag twice: they ascend
+                return None
+            last = tag
+            if tag in tags:
+                form = f"<{count}" + {3: "H", 4: "I"}[kind]
+                here = struct.calcsize(form) <= 4                    # else `value` says where
+                tags[tag] = struct.unpack_from(form, raw, at + 8 if here else value)
+        w, h, bits, starts, sizes, kind = (tags.pop(k) for k in (256, 257, 258, 273, 279, 339))
+        kind = {(8, 1): "u1", (16, 1): "<u2", (32, 3): "<f4"}[bits + kind]
+        ends, rest = np.add(starts, sizes), {raw[:4].tobytes(), *tags.values()}
+        if rest == {b"II*\0", (1,)} and (ends[:-1] == starts[1:]).all():
+            return raw[starts[0]:ends[-1]].view(kind).reshape(h + w)
+    except (KeyError, IndexError, ValueError, struct.error):
+        pass
+    return None
+
+
 def to_uint8(x, modality):
-    """(C,H,W) in the sensor's units -> uint8, mean - 2 std at 0, mean + 2 std at 255.
+    """C bands (H,W) in the sensor's units -> uint8, mean - 2 std at 0, mean + 2 std at 255.
 
     Values beyond saturate.  (A plain cast would wrap: reflectance 12000 as x/10000*255 gives 50.)
     """
-    mean, std = (np.float32(v)[:, None, None] for v in STATS[modality])
-    x = np.subtract(x, mean - 2 * std, dtype=np.float32)
-    x *= 255 / (4 * std)
-    return np.clip(x + 0.5, 0, 255, out=x).astype(np.uint8)
+    mean, std = np.float32(STATS[modality])
+    out = np.empty((len(x), *x[0].shape), np.uint8)
+    for band, low, gain, y in zip(x, mean - 2 * std, 255 / (4 * std), out):    # fits in the cache
+        band = np.subtract(band, low, dtype=np.float32)
+        band *= gain
+        band += 0.5
+        y[:] = np.clip(band, 0, 255, out=band)
+    return out
 
 
 def resize(x, size):
@@ -101,29 +138,40 @@ def resize(x, size):
     return F.interpolate(x, (size, size), mode="bilinear", antialias=size < x.shape[-1])[0].numpy()
 
 
-def read_product(folder, modality, size, prefix="", stats=None):
+def read_band(path, modality, size):
+    """One band file -> (H,W) of the sensor's type and finite, about size x size pixels."""
+    x = read_tiff(path)
+    if x.dtype != DTYPE[modality]:
+        raise ValueError(f"{path}: {x.dtype} pixels, {modality} has {DTYPE[modality].__name__}")
+    if x.ndim != 2 or max(abs(n - size) for n in x.shape) > size // 40:
+        raise ValueError(f"{path}: {x.shape} pixels, expected {size} x {size}")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{path}: NaN or infinite pixels")
+    return x
+
+
+def read_product(folder, modality, size, prefix="", stats=None, scale=to_uint8):
     """One S1 or S2 product folder of TIFFs {prefix}{band}.tif -> uint8 (C,size,size).
 
     10, 20 and 60 m bands have size, size/2 and size/6 pixels and are resampled to one grid.
+    scale(bands, name in STATS) makes the result.  ValueError: a line for each bad file.
     """
-    bands = np.empty((len(BANDS[modality]), size, size), np.float32)
-    for i, name in enumerate(BANDS[modality]):
+    bands, bad = [], []
+    for name in BANDS[modality]:
         on_disk = prefix + re.sub(r"^B(\d)$", r"B0\1", name) if prefix else name
-        path = f"{folder}/{on_disk}.tif"
-        band, native = read_tiff(path), size // SHRINK.get(name, 1)
-        if band.dtype != DTYPE[modality]:
-            raise ValueError(f"{path}: {band.dtype} pixels, {modality} has "
-                             f"{DTYPE[modality].__name__}")
-        if band.ndim != 2 or max(abs(n - native) for n in band.shape) > native // 40:
-            raise ValueError(f"{path}: {band.shape} pixels, expected {native} x {native}")
-        if not np.isfinite(band).all():
-            raise ValueError(f"{path}: NaN or infinite pixels")
-        bands[i] = resize(band, size)
-    return to_uint8(bands, stats or modality)
+        try:
+            x = read_band(f"{folder}/{on_disk}.tif", modality, size // SHRINK.get(name, 1))
+            bands.append(resize(x, size).reshape(size, size))
+        except ValueError as error:
+            bad.append(str(error))
+    if bad:
+        raise ValueError("\n".join(bad))
+    return scale(bands, stats or modality)
 
 
 class Scenes(Dataset):
-    """Scenes of one or more images.  scenes[i] or scenes[i, seed] -> (x, y) with
+    """Scenes of one or more images.  scenes[i] or scenes[i, seed] -> (x, y), a list of them ->
+    the same for a batch, with one more axis in front:
 
         x  uint8 (V, C, P, P)   `views` different images of scene i, drawn with `seed`; a scene
         y  uint8 (V, K)         with fewer repeats them; y: multi-hot labels, all 0 = unlabelled
@@ -147,17 +195,27 @@ class Scenes(Dataset):
         return self.decode(self.files[i][s])
 
     def __getitem__(self, key):
-        i, seed = key if isinstance(key, tuple) else (key, 0)
-        chosen = np.random.default_rng(seed).permutation(len(self.files[i]))
-        chosen = np.resize(chosen, self.views)
-        return np.stack([self.image(i, s) for s in chosen]), self.labels[i][chosen]
+        keys = [k if isinstance(k, tuple) else (k, 0)
+                for k in (key if isinstance(key, list) else [key])]
+        chosen = [np.resize(np.random.default_rng(seed).permutation(len(self.files[i])), self.views)
+                  for i, seed in keys]
+        pairs = [(i, s) for (i, _), row in zip(keys, chosen) for s in row]
+        x = np.stack([self.image(*p) for p in pairs]) if self.memory is None else (
+            self.memory[[self.first[i] + s for i, s in pairs]])           # the only copy there is
+        y = np.stack([self.labels[i][s] for i, s in pairs])
+        x, y = (v.reshape(len(keys), self.views, *v.shape[1:]) for v in (x, y))
+        return (x, y) if isinstance(key, list) else (x[0], y[0])
+
+    def pairs(self, scenes):
+        return [(i, s) for i in scenes for s in range(len(self.files[i]))]
 
     def preload(self, scenes, workers=0):
         """Decode the named scenes once and keep them in memory, so that no epoch reads again."""
-        todo = [(i, s) for i in scenes for s in range(len(self.files[i]))]
+        if isinstance(self.memory, np.memmap):                    # packed: the system's page cache
+            return
         memory = np.zeros((self.first[-1], len(BANDS[self.modality]), self.size, self.size),
                           np.uint8)
-        images = Images(self, todo)
+        images = Images(self, self.pairs(scenes))
         for x, _, at in tqdm(DataLoader(images, 64, num_workers=workers), "reading", leave=False):
             memory[at] = x
         self.memory = memory
@@ -255,7 +313,7 @@ def read_labels(path):
                          f"{error}") from None
 
 
-def read_image(path, modality, size=None, order=None):
+def read_image(path, modality, size=None, order=None, scale=to_uint8):
     """One TIFF, PNG or JPEG -> uint8 (C,P,P); order: where the file keeps each band of `modality`.
     A PNG's or JPEG's grey is repeated, a PNG's alpha left out; other bands or types are refused."""
     bands, dtype = len(BANDS[modality]), np.dtype(DTYPE.get(modality, np.uint8))
@@ -277,7 +335,7 @@ def read_image(path, modality, size=None, order=None):
     if x.shape[:2] != (size, size):
         raise ValueError(f"{path}: {x.shape[:2]} pixels, the others have {size} x {size}")
     x = x.transpose(2, 0, 1)
-    return x if modality == "rgb" else to_uint8(x if order is None else x[order], modality)
+    return x if modality == "rgb" else scale(x if order is None else x[order], modality)
 
 
 def Folder(root, modality="rgb", views=2, order=None):
@@ -329,10 +387,10 @@ BEN = """Urban fabric|Continuous urban fabric|Discontinuous urban fabric;Industr
 BEN = [[re.sub(r"\s+", " ", x.strip()) for x in row.split("|")] for row in BEN.split(";")]
 
 
-def read_patch(folder, modality):
+def read_patch(folder, modality, scale=to_uint8):
     """A patch of BigEarthNet -> uint8 (C,120,120); s2c: L2A with a plane of zeros for B10."""
     kind = ("s1", "s1") if modality == "s1" else ("s2a", "ben")
-    x = read_product(folder, kind[0], 120, f"{Path(folder).name}_", kind[1])
+    x = read_product(folder, kind[0], 120, f"{Path(folder).name}_", kind[1], scale)
     return np.insert(x, 10, 0, 0) if modality == "s2c" else x
 
 
@@ -347,7 +405,8 @@ def BigEarthNet(root, split=None, modality="s2a", views=2, skip=False):
         raise ValueError(f"{root}: no BigEarthNet folder for modality {modality}")
     meta, key = Path(root, "metadata.csv"), "s1_name" if modality == "s1" else "patch_id"
     v2 = meta.exists()
-    table = {r.get(key) or "": r for r in csv.DictReader(read_text(meta).splitlines())} if v2 else {}
+    table = csv.DictReader(read_text(meta).splitlines() if v2 else ())
+    table = {r.get(key) or "": r for r in table}
     have = {p.name: p for p in sorted(Path(root, top[0]).glob("S*/S*" if v2 else "S*"))}
     names = [name for name, r in table.items() if split in (None, r.get("split"))]
     names = listed(split or meta, have, skip, names) if split or v2 else [*have]
@@ -381,6 +440,8 @@ def listed(path, have, skip=False, names=()):
 def open_data(root, modality, labels=None, views=2):
     """The reader that fits what lies in `root`; labels: a json, or "classes" for class folders."""
     subfolders(root)                                                       # names a missing root
+    if os.path.exists(f"{root}/images.uint8"):
+        return Packed(root, modality, views, labels)
     products = any(os.path.isdir(f"{root}/{m}") for m in DTYPE)
     if products and not os.path.isdir(f"{root}/{modality}"):
         raise ValueError(f"{root}: has no modality {modality}")
@@ -392,6 +453,92 @@ def open_data(root, modality, labels=None, views=2):
     if folders & set().union(*BEN_TOP.values()):
         return BigEarthNet(root, None, modality, views)
     return (EuroSAT if folders & EUROSAT_CLASSES else Folder)(root, modality, views)
+
+
+# -------------------------------------------------------------------------- packing and checking
+
+
+def in_parallel(job, items, workers, title):
+    """job(item) of each, in order, from `workers` processes (0: this one); shows a progress bar."""
+    return tqdm(DataLoader(items, None, collate_fn=job, num_workers=workers), title)
+
+
+def pack(scenes, out, workers=0):
+    """All images of `scenes`, as read, in one file: out/images.uint8 (n,C,P,P), scene by scene.
+
+    out/index.jsonl: the CRC-32 of its second line; all else that Packed gives back.  `out` appears
+    when it is whole.  Until then the file grows, image by image, in out.part{...}, named by what
+    goes in: after a kill the same call cuts off half an image and goes on from there.
+    """
+    if os.path.exists(out):
+        raise ValueError(f"{out}: exists; pack never overwrites")
+    pairs, size = scenes.pairs(range(len(scenes))), len(BANDS[scenes.modality]) * scenes.size ** 2
+    index = {k: getattr(scenes, k) for k in ("modality", "size", "classes", "ids")}
+    index = json.dumps(index | {"labels": [y.tolist() for y in scenes.labels]}).encode()
+    part = f"{os.path.normpath(out)}.part{zlib.crc32(index + repr(scenes.files).encode()):08x}"
+    os.makedirs(part, exist_ok=True)
+    with open(f"{part}/images.uint8", "ab") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{part}: another process is writing it") from None
+        done = file.tell() // size
+        file.truncate(done * size)
+        for x, *_ in in_parallel(None, Images(scenes, pairs[done:]), workers, f"packing {out}"):
+            file.write(np.ascontiguousarray(x))
+        file.flush()
+        os.fsync(file.fileno())
+        Path(part, "index.jsonl").write_bytes(b"%d\n%b" % (zlib.crc32(index), index))
+        os.rename(part, out)
+
+
+def Packed(root, modality, views=2, labels=None):
+    """What `pack` wrote; image() gives views of the file, mapped into memory and not read ahead."""
+    path = f"{root}/images.uint8"
+    crc, _, index = Path(root, "index.jsonl").read_bytes().partition(b"\n")
+    if crc != b"%d" % zlib.crc32(index):
+        raise ValueError(f"{root}/index.jsonl: damaged, its checksum does not fit")
+    index = json.loads(index)
+    if labels or modality != index["modality"]:
+        raise ValueError(f"{root}: packed with its labels, for --modality {index['modality']} only")
+    rows = [np.array(y, np.uint8) for y in index["labels"]]
+    at, n = np.cumsum([0] + [len(y) for y in rows]).tolist(), os.path.getsize(path)
+    shape = at[-1], len(BANDS[modality]), index["size"], index["size"]
+    if n != math.prod(shape):
+        raise ValueError(f"{path}: {n} bytes, but {shape} pixels make {math.prod(shape)}")
+    scenes = Scenes(index["ids"], [range(*ends) for ends in zip(at, at[1:])], rows,
+                    index["classes"], modality, index["size"], None, views)
+    scenes.memory = np.memmap(path, np.uint8, "r", shape=shape)
+    return scenes
+
+
+def complaint(scenes, pair):
+    """What is wrong with an image, a line for each bad file, or nothing."""
+    try:
+        scenes.image(*pair)
+    except (ValueError, OSError) as error:
+        return f"{error}\n"
+    return ""
+
+
+def moments(x, name):
+    """C bands (H,W) in the sensor's units -> (C,8): mean, mean square, min, max, the shares below
+    and above what to_uint8 keeps, and the mean and std that STATS[name] has."""
+    x, (mean, std) = np.float64(x).reshape(len(x), -1).T, np.float64(STATS[name])      # (HW,C)
+    return np.stack([x.mean(0), (x * x).mean(0), x.min(0), x.max(0), (x < mean - 2 * std).mean(0),
+                     (x > mean + 2 * std).mean(0), mean, std], 1)
+
+
+def statistics(scenes, workers=0):
+    """As `moments`, over all images, and the std where the mean square was."""
+    if scenes.memory is not None:
+        raise ValueError("packed images have no sensor units: take the folder they come from")
+    job, files = partial(scenes.decode, scale=moments), [f for row in scenes.files for f in row]
+    x = np.stack([*in_parallel(job, files, workers, "statistics")])                    # (n,C,8)
+    out = x.mean(0)
+    out[:, 1] = np.sqrt((out[:, 1] - out[:, 0] ** 2).clip(0))
+    out[:, 2], out[:, 3] = x[..., 2].min(0), x[..., 3].max(0)
+    return out
 
 
 # --------------------------------------------------------------------------------- augmentation
@@ -415,19 +562,19 @@ def draw_colours(n, modality, generator, p=0.8, jitter=0.4, grey=0.2, blur=0.5):
 
         optical  brightness and contrast U(1 - jitter, 1 + jitter)
         rgb      also saturation U(1 -+ jitter/2) and hue, a turn of up to jitter/4
-        s1       decibels are no brightness: an offset of up to 5 jitter dB, the sensor's gain
+        s1       decibels are no brightness: VV and VH offset by up to 5 jitter dB, each its own
 
     grey: probability that all bands become their mean; blur: of std U(.1, 2) pixels at 224.
     [SSL4EO-S12 pretrain_moco_v2_s2c.py; DeCUR for SAR; PerA augmentation.py; dB offset: ours]
     """
     u = torch.rand(9, n, generator=generator)
-    lit, swing = u[0] < p, jitter * (2 * u[1:5] - 1)
+    lit, swing = u[0] < p, jitter * (2 * u[[1, 2, 3, 4, 8]] - 1)
 
     def within(wanted, value):
         return torch.where(lit & wanted, value, torch.zeros(()))
     optical, rgb = torch.tensor(modality != "s1"), torch.tensor(modality == "rgb")
     return {"brightness": 1 + within(optical, swing[0]), "contrast": 1 + within(optical, swing[1]),
-            "offset": within(~optical, 5 * swing[0]),
+            "offset": torch.stack([within(~optical, 5 * v) for v in (swing[0], swing[4])], 1),
             "saturation": torch.where(u[5] < grey, 0, 1 + within(rgb, swing[2] / 2)),
             "hue": within(rgb, swing[3] / 4),
             "blur": torch.where(u[6] < blur, 0.1 + 1.9 * u[7], 0)}
@@ -451,7 +598,7 @@ def colour(x, p):
     """float (n,C,H,W) in [0,1] and what draw_colours drew -> the same in that light."""
     blurred, tinted = p["blur"].nonzero()[:, 0], (p["saturation"] != 1).any()  # known on the CPU
     reach = math.ceil(3 * float(p["blur"].max()) * x.shape[-1] / 224)
-    p = {k: v.to(x.device, non_blocking=True).view(-1, 1, 1, 1) for k, v in p.items()}
+    p = {k: v.to(x.device, non_blocking=True).view(len(x), -1, 1, 1) for k, v in p.items()}
     decibel = 1 / (4 * torch.tensor(STATS["s1"][1], device=x.device).view(-1, 1, 1))
     offset = p["offset"] * decibel if x.shape[1] == 2 else 0
     mean = x.mean((2, 3), keepdim=True) * p["brightness"] + offset   # then contrast, as one product
@@ -463,7 +610,7 @@ def colour(x, p):
         side = (x.roll(1, 1) - x.roll(-1, 1)) / 3 ** 0.5
         turn = 2 * torch.pi * p["hue"]
         x = (mean + turn.cos() * (x - mean) + turn.sin() * side).clamp(0, 1)
-    if len(blurred):                                               # down, then across, over +- 3 std
+    if len(blurred):                                              # down, then across, over +- 3 std
         n, C, size, rows = len(blurred), *x.shape[1:3], blurred.to(x.device)
         at = torch.arange(-reach, reach + 1, device=x.device).view(-1, 1)      # (taps, 1)
         std = (p["blur"][rows] * size / 224).clamp_min(1e-3)
@@ -605,10 +752,9 @@ def make_toy(root, scenes=2000, size=36, seed=0, workers=None):
     part = f"{root}.part{os.getpid()}"
     os.makedirs(part)
     try:
-        with ProcessPoolExecutor(workers) as pool:
-            job = partial(write_toy_scene, root=part, size=size, seed=seed)
-            entries = list(tqdm(pool.map(job, range(scenes), chunksize=8), f"toy world {root}",
-                                scenes))
+        job = partial(write_toy_scene, root=part, size=size, seed=seed)
+        entries = in_parallel(job, range(scenes), os.cpu_count() if workers is None else workers,
+                              f"toy world {root}")
         Path(part, "ssl4eo_multilabel.json").write_text(json.dumps(dict(entries)))
         Path(part, "toy.json").write_text(json.dumps(done))
         os.rename(part, root)
@@ -625,12 +771,42 @@ def main(argv=None):
     toy.add_argument("--scenes", type=int, default=2000, help="locations, four seasons each")
     toy.add_argument("--size", type=int, default=36, help="pixels of a 10 m band; multiple of 6")
     toy.add_argument("--seed", type=int, default=0, help="another seed, another world")
+    for name, text in (("pack", "put all images into one file, which --data takes as well"),
+                       ("check", "read everything, list every bad file"),
+                       ("stats", "what STATS would be, and how much of it is clipped")):
+        sub = commands.add_parser(name, help=text)
+        sub.add_argument("root", help="any folder that pretrain.py's --data takes")
+        if name == "pack":
+            sub.add_argument("out", help="a new folder")
+        sub.add_argument("--modality", choices=DTYPE if name == "stats" else BANDS, required=True)
+        sub.add_argument("--labels", help="as in pretrain.py")
+        sub.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args(argv)
-    make_toy(args.root, args.scenes, args.size, args.seed)
+    if args.command == "toy":
+        make_toy(args.root, args.scenes, args.size, args.seed)
+        return False
+    default = f"{args.root}/ssl4eo_multilabel.json"
+    labels = args.labels or (default if os.path.exists(default) else None)
+    scenes = open_data(args.root, args.modality, labels)
+    found, what = [], f"{scenes.first[-1]} images of {len(scenes)} scenes"
+    if args.command == "pack":
+        if not labels and scenes.memory is None:
+            scenes.labels = [np.zeros_like(y) for y in scenes.labels]
+        pack(scenes, args.out, args.workers)
+        print(f"{args.out}: {what}")
+    elif args.command == "check":
+        job, pairs = partial(complaint, scenes), scenes.pairs(range(len(scenes)))
+        found = "".join(in_parallel(job, pairs, args.workers, "checking")).splitlines()
+        print(*found, f"{args.root}: {what}, {len(found)} bad files", sep="\n")
+    else:
+        print("band      mean       std       min       max  below  above   STATS: mean       std")
+        for band, x in zip(BANDS[args.modality], statistics(scenes, args.workers)):
+            print(f"{band:4}" + ("{:10.2f}" * 4 + "{:7.2%}" * 2 + "{:13.2f}{:10.2f}").format(*x))
+    return bool(found)
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except (ValueError, OSError) as error:
-        sys.exit(f"data.py: error: {error}")
+        sys.exit(f"data.py: error: {str(error).strip().splitlines()[-1]}")

@@ -123,7 +123,7 @@ FLAGS = {            # name: default, help, and what argparse needs beyond the t
         "seed": (0, "of everything"),
         "device": ("auto", "auto: CUDA if there is one", {"choices": ["auto", "cpu", "cuda"]}),
         "amp": ("auto", "bf16 autocast; auto: on CUDA", {"choices": ["auto", "bf16", "off"]}),
-        "compile": (False, "torch.compile both networks: minutes first, then faster, most on CUDA")}}
+        "compile": (False, "torch.compile both networks: minutes first, then faster steps")}}
 FREE = {"data", "labels", "max_steps", "out", "resume", "resume_with_changes", "save_every",
         "log_every", "workers", "cache", "on_bad", "device", "compile"}
 
@@ -367,20 +367,24 @@ def largest(value, world):
 
 
 class Spare:
-    """(x, y, "") of `scenes`; for one that cannot be read those of another of `train`, drawn by its
-    key, and the reason."""
+    """Batches of `scenes` as (x, y, complaints): for a scene that cannot be read another one of
+    `train`, drawn by its key."""
 
     def __init__(self, scenes, train):
         self.scenes, self.train = scenes, train
 
-    def __getitem__(self, key):
-        reason, (i, seed) = "", key
-        for other in (i, *np.random.default_rng([*seed, 1]).choice(self.train, 9)):
-            try:
-                return *self.scenes[int(other), seed], reason
-            except ValueError as error:
-                reason = reason or str(error)
-        raise ValueError(reason)
+    def __getitem__(self, keys):
+        rows, complaints = [], []
+        for i, seed in keys:
+            for other in (i, *np.random.default_rng([*seed, 1]).choice(self.train, 9)):
+                try:
+                    rows.append(self.scenes[int(other), seed])
+                    break
+                except ValueError as error:
+                    complaints.append(str(error))
+            else:
+                raise ValueError(complaints[-1])
+        return *(np.stack(v) for v in zip(*rows)), complaints
 
 
 def commit():
@@ -448,7 +452,7 @@ def main(argv=None, asked=()):
     default = f"{root}/ssl4eo_multilabel.json"
     labels = args.labels or (default if os.path.exists(default) else None)
     scenes = data.open_data(root, args.modality, labels, views=1 if pera else 2)
-    if not labels:
+    if not labels and scenes.memory is None:                  # a packed folder brings its own
         scenes.labels = [np.zeros_like(y) for y in scenes.labels]
     train = np.flatnonzero(~data.held_out(scenes.ids, args.holdout))
     n_images = sum(len(scenes.files[i]) for i in train)
@@ -531,8 +535,8 @@ def main(argv=None, asked=()):
                  | {name: part.state_dict() for name, part in kept.items()}, older)
 
     # ------------------------------------------------------------------------------------- loop
-    loader = iter(DataLoader(Spare(scenes, train) if args.on_bad == "skip" else scenes,
-                             batch_sampler=batches(train, args, world, rank, start, stop),
+    loader = iter(DataLoader(Spare(scenes, train) if args.on_bad == "skip" else scenes, None,
+                             sampler=batches(train, args, world, rank, start, stop),
                              num_workers=args.workers, pin_memory=cuda, worker_init_fn=listen))
     bar = tqdm(range(start, stop), args.method, stop, initial=start, disable=rank > 0)
     clock, waited, since = time.perf_counter(), 0.0, start
@@ -556,7 +560,7 @@ def main(argv=None, asked=()):
             t = time.perf_counter()
             x, y, *reasons = next(loader)                        # (B,V,C,P,P) uint8, (B,V,K)
             waited += time.perf_counter() - t
-            for reason in {*itertools.chain(*reasons)} - skipped - {""}:
+            for reason in {*itertools.chain(*reasons)} - skipped:
                 tqdm.write(f"--on-bad skip: {reason}")
                 skipped.add(reason)
             if len(skipped) > 0.01 * len(train):

@@ -343,6 +343,8 @@ def test_drawn_parameters_replay_and_lie_in_their_ranges():
     assert 0.46 < (a["blur"] > 0).float().mean() < 0.54 and (a["offset"] == 0).all()
     assert (radar["brightness"] == 1).all() and (radar["contrast"] == 1).all()
     assert 1.9 < radar["offset"].max() <= 2 and -2 <= radar["offset"].min() < -1.9
+    vv, vh = radar["offset"].T                                  # jittered together, not alike
+    assert torch.equal(vv == 0, vh == 0) and abs(torch.corrcoef(radar["offset"].T)[0, 1]) < 0.1
     assert 0.09 < rgb["hue"].max() <= 0.1 and 1.19 < rgb["saturation"].max() <= 1.2
 
 

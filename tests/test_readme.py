@@ -13,7 +13,7 @@ import probe
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-BUDGET = {"model.py": 500, "losses.py": 230, "data.py": 620, "pretrain.py": 565, "probe.py": 400}
+BUDGET = {"model.py": 500, "losses.py": 230, "data.py": 700, "pretrain.py": 570, "probe.py": 400}
 
 
 @pytest.mark.parametrize("name, budget", BUDGET.items())
@@ -38,7 +38,7 @@ def test_every_flag_in_the_readmes_commands_exists(capsys):
         module = {"pretrain": pretrain, "probe": probe, "data": data}[script]
         with pytest.raises(SystemExit):
             (module.parse if script == "pretrain" else module.main)(
-                ["--help"] if script != "data" else ["toy", "--help"])
+                ["--help"] if script != "data" else [rest.split()[0], "--help"])
         known = capsys.readouterr().out
         for word in shlex.split(rest.split("&&")[0].rstrip("\\"), comments=True):
             if word.startswith("--"):
