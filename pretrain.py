@@ -52,13 +52,13 @@ import model as models
 
 PRESETS = {          # softcon on the toy world, on --data; pera on the toy world, on --data
     "arch": ("resnet18", "vit_small", "vit_tiny", "vit_base"),
-    "img_size": (32, 224, 32, 224), "patch_size": (4, 14, 8, 16),
+    "img_size": (32, 224, 32, 224), "patch_size": (4, 14, 4, 16),
     "crop_min": (0.5, 0.2, 0.4, 0.4), "jitter": (0.0, 0.4, 0.4, 0.4),
-    "grey": (0.0, 0.2, 0.1, 0.1),
+    "grey": (0.0, 0.2, 0.1, 0.1), "crops": ([2, 8], [2, 8], [2, 2], [2, 8]),
     "local_size": (0, 0, 16, 96), "hidden": (512, 4096, 512, 2048),
     "prototypes": (0, 0, 512, 131072), "drop_path": (0.0, 0.0, 0.0, 0.3),
     "tau": (0.2, 0.2, 0.1, 0.1), "soft_weight": (0.5, 0.1, 0.0, 0.0),
-    "epochs": (28, 100, 10, 200), "batch_size": (32, 256, 32, 192), "clip": (0.0, 0.0, 3.0, 3.0),
+    "epochs": (28, 100, 8, 200), "batch_size": (32, 256, 32, 192), "clip": (0.0, 0.0, 3.0, 3.0),
     "lr": (5e-4, 1.5e-4, 5e-4, 1e-3), "momentum": (0.9, 0.99, 0.95, 0.992),
     "weight_decay": ([0.05] * 2, [0.05] * 2, [0.04, 0.2], [0.04, 0.2]),
     "holdout": (0.4, 0.1, 0.4, 0.1)}
@@ -72,7 +72,7 @@ FLAGS = {            # name: default, help, and what argparse needs beyond the t
         "holdout": (0.0, "share of scenes, by hash of the name, kept for probe.py"),
         "img-size": (0, "side of a (global) crop in pixels"),
         "crop-min": (0.0, "smallest share of the image that a (global) crop covers"),
-        "crops": ([2, 8], "pera: global and local crops of an image", {"nargs": 2}),
+        "crops": ([0, 0], "pera: global and local crops of an image", {"nargs": 2}),
         "local-size": (0, "pera: side of a local crop, 0.05 to --crop-min of the image"),
         "jitter": (0.0, "strength of brightness and contrast; on s1, pera only: of a dB offset"),
         "grey": (0.0, "share of views whose bands become their mean; pera: of the student's"),

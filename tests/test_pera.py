@@ -241,7 +241,7 @@ def test_schedules_meet_peras_published_numbers_at_their_ends():
 
 def test_the_views_of_a_pair_share_the_crop_and_differ_in_colour(monkeypatch):
     """With colours switched off student and teacher get the same pixels; with them on, not."""
-    args = pretrain.parse(["--modality", "s2c", "--method", "pera", "--prototypes", "16"])
+    args = pretrain.parse(["--modality", "s2c", "--method", "pera", "--crops", "2", "8"])
     x = torch.randint(256, (3, 1, 13, 36, 36), dtype=torch.uint8)
     seen = {}
 
