@@ -1,19 +1,22 @@
 """Speed and memory as ratios within one run; no test asserts them.
 
-    python tests/bench.py --method pera                      ViT-S/16, 2 x 224 + 8 x 96 px, 8 images
-    python tests/bench.py --method pera --arch vit_base --img-size 448 --batch-size 16 --amp bf16
-    python tests/bench.py --part loader [--data DIR] [--json]     24 toy scenes of 264 px, 13 bands
+    python tests/bench.py                           every part, about three minutes on two CPU cores
+    python tests/bench.py --part step --method pera --arch vit_base --batch-size 16 --amp bf16
+    python tests/bench.py --part sparse             PerA's step against one that computes all tokens
 
-PerA: the training step as it is (sparse) against the same step with every token in both networks
-(dense): images/s and the peak memory above the resting state (parameters and optimiser).  Each runs
-in a process of its own; the last line is one JSON object.
+    loader   images/s of a straightforward reader, of this one and of packed data
+    augment  crop, resize, flip and colours of a batch, and its share of a plain copy's bytes/s
+    step     one training step: images/s, FLOP/s counted and as a share of a matrix product's
+    drop     forward and backward of a student with 60 % of its tokens dropped, against all of them
+    sparse   PerA: the step as it is against every token in both networks: speed and peak memory
+             above the resting state (parameters and optimiser)
+    loop     the script itself on files of 264 px against its step alone with data in memory
+    gather   SoftCon's global loss over 1 to 8 processes on this machine: bytes and time
 
-loader: images/s of training batches (8 scenes, 2 seasons) from an s2c tree, by 0, 1 and 2 workers,
-out of the page cache and (cold, 0 workers) just dropped from it.  plain stands in for a
-straightforward reader: tifffile.imread for each of 13 files, one F.interpolate each, stack, scale.
+Each part runs in a process of its own and ends in one JSON line; other flags are pretrain.py's
+(default: --modality s2c --arch vit_small --batch-size 8, the full-size preset).
 """
 import argparse
-import copy
 import json
 import os
 import resource
@@ -27,8 +30,10 @@ from types import SimpleNamespace
 import numpy as np
 import tifffile
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
@@ -36,10 +41,56 @@ import losses  # noqa: E402
 import model as models  # noqa: E402
 import pretrain  # noqa: E402
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def best(work, times):
+    """Seconds of the fastest of `times` calls after one that warms up."""
+    seconds = []
+    for _ in range(times + 1):
+        start = time.perf_counter()
+        work()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def product(amp):
+    """FLOP/s of a 2048 x 2048 matrix product in the step's type: what this machine can do."""
+    a = torch.randn(2048, 2048, device=DEVICE, dtype=torch.bfloat16 if amp == "bf16" else None)
+    return 2 * 2048 ** 3 / best(lambda: a @ a, 3)
+
+
+def copy():
+    """Bytes/s, read and written, of copying 256 MB."""
+    big = torch.zeros(2 ** 28, dtype=torch.uint8, device=DEVICE)
+    return 2 ** 29 / best(big.clone, 3)
+
+
+def flops(work):
+    """Operations of work(): matrix products, convolutions and attention (4 b h n m d forward, 2.5
+    times that backward, as PyTorch counts its CUDA kernels)."""
+    def attention(q, k, times):
+        return int(4 * q[0] * q[1] * q[2] * k[2] * q[3] * times)
+    aten = torch.ops.aten
+    cpu = {aten._scaled_dot_product_flash_attention_for_cpu:
+           lambda q, k, *_, **__: attention(q, k, 1),
+           aten._scaled_dot_product_flash_attention_for_cpu_backward:
+           lambda _, q, k, *__, **___: attention(q, k, 2.5)}
+    with FlopCounterMode(display=False, custom_mapping=cpu) as counter:
+        work()
+    return counter.get_total_flops()
+
 
 def resident():
     """Bytes of memory this process holds now (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak():
+    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def dense(branch):
@@ -69,21 +120,14 @@ def dense(branch):
     return forward
 
 
-def pera(args, kind):
-    """One process: build, rest, `--steps` training steps; prints a JSON line."""
+def stepper(args, all_tokens=False):
+    """A whole training step on random pixels as a function of no arguments, and the bytes at rest,
+    parameters and optimiser."""
     torch.manual_seed(0)
-    cuda = torch.cuda.is_available()
-    device = "cuda" if cuda else "cpu"
-    C = len(pretrain.data.BANDS[args.modality])
-    backbone = models.build(args.arch, C, args.img_size, args.patch_size, 0, args.drop_path, False)
-    student = models.SparseBranch(backbone, args.prototypes, args.hidden, predict=True).to(device)
-    teacher = copy.deepcopy(student).requires_grad_(False)
-    for module in teacher.modules():
-        if isinstance(module, models.ViTBlock):
-            module.drop_path = 0.0
-    net = SimpleNamespace(student=student, teacher=teacher, ddp=student,
-                          centre=losses.Centre(args.prototypes).to(device))
-    if kind == "dense":
+    C, pera = len(data.BANDS[args.modality]), args.method == "pera"
+    net = pretrain.networks(args, DEVICE)
+    student, teacher = net.student, net.teacher
+    if all_tokens:
         net.ddp, forward = dense(student), dense(teacher)
         net.teacher = lambda crops, keep: forward(crops, keep)
         net.teacher.cls_head = teacher.cls_head
@@ -93,26 +137,23 @@ def pera(args, kind):
         p.grad = torch.zeros_like(p)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    side = max(args.img_size, args.local_size)
-    x = torch.randint(256, (args.batch_size, 1, C, side, side), dtype=torch.uint8, device=device)
-    y = torch.zeros(args.batch_size, 1, 9, device=device)
-    rest = torch.cuda.memory_allocated() if cuda else resident()
-    seconds = []
-    for step in range(args.steps + 1):
-        start = time.perf_counter()
-        dice = pretrain.Dice(0, step, 0, 0, 1)
-        loss = pretrain.pera_step(net, x, y, args, dice, {"teacher_tau": 0.04})[0]
-        loss.backward()
+    side = max(args.img_size, args.local_size) + 40
+    shape = args.batch_size, 1 if pera else 2, C, side, side
+    x = torch.randint(256, shape, dtype=torch.uint8, device=DEVICE)
+    y = torch.randint(2, (*shape[:2], 9), device=DEVICE)
+    rest, function = torch.cuda.memory_allocated() if DEVICE == "cuda" else resident(), (
+        pretrain.pera_step if pera else pretrain.softcon_step)
+
+    def step():
+        dice = pretrain.Dice(0, 0, 0, 0, 1)
+        function(net, x, y, args, dice, {"teacher_tau": 0.04})[0].backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         models.ema_update(teacher, student, 0.99)
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if cuda else (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    print(json.dumps({"images_per_s": args.batch_size / min(seconds[1:]), "rest_gb": rest / 1e9,
-                      "step_gb": (peak - rest) / 1e9, "device": device}))
+    return step, rest
+
+
+# -------------------------------------------------------------------------------------------- parts
 
 
 def plain_reader(folder):
@@ -147,83 +188,149 @@ def images_per_s(scenes, workers, batches):
     return n / (time.perf_counter() - start)
 
 
-def loader(folder, root, as_json):
-    """Table and JSON line; `folder` is scratch, `root` a tree of 264 px s2c scenes or None."""
+def loader(args):
+    """images/s of training batches (8 scenes, 2 seasons, 13 bands, 264 px): plain stands in for a
+    straightforward reader, tiff is ours, packed what `data.py pack` wrote; by reading processes, out
+    of the page cache (cold: just dropped from it, no process)."""
     torch.set_num_threads(1)                                       # as in a worker
-    root = root or data.make_toy(f"{folder}/toy", 24, 264)
-    packed = f"{folder}/packed"
-    data.pack(data.open_data(root, "s2c"), packed)
-    block = np.ones(2 ** 26, np.uint8)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        block.copy()
-        seconds.append(time.perf_counter() - start)
-    copy = block.nbytes / min(seconds)
+    rows, size = {}, 13 * 264 * 264
+    with tempfile.TemporaryDirectory() as folder:
+        tree, packed = data.make_toy(f"{folder}/toy", 24, 264), f"{folder}/packed"
+        data.pack(data.open_data(tree, "s2c"), packed)
+        for name, root in (("plain", tree), ("tiff", tree), ("packed", packed)):
+            forget(root)
+            rows[name] = {}
+            for workers in ("cold", 0, 1, 2):
+                scenes = data.open_data(root, "s2c")
+                scenes.decode = plain_reader if name == "plain" else scenes.decode
+                batches = 4 if workers == "cold" else 100 if name == "packed" else 8
+                rows[name][str(workers)] = max(
+                    images_per_s(scenes, workers if workers != "cold" else 0, batches)
+                    for _ in range(1 if workers == "cold" else 3))
+    for name in ("tiff", "packed"):
+        rows[f"{name} / plain"] = {k: v / rows["plain"][k] for k, v in rows[name].items()}
+    return rows | {"packed_of_a_copy": rows["packed"]["0"] * size * 2 / copy()}
+
+
+def augment(args):
+    C, n = len(data.BANDS[args.modality]), 16
+    x = torch.randint(256, (n, C, 264, 264), dtype=torch.uint8, device=DEVICE)
+    g = torch.Generator().manual_seed(0)
+    p = data.draw_crops(n, g) | data.draw_colours(n, args.modality, g)
+    seconds = best(lambda: data.colour(data.crop(x, p, args.img_size), p), 3)
+    moved = n * C * (264 ** 2 + 4 * args.img_size ** 2)                # uint8 in, float32 out
+    return {"images_per_s": n / seconds, "bytes_per_s": moved / seconds,
+            "of_a_copy": moved / seconds / copy()}
+
+
+def step(args):
+    work, rest = stepper(args)
+    seconds, count = best(work, args.steps), flops(work)
+    images = args.batch_size * (1 if args.method == "pera" else 2)
+    return {"images_per_s": images / seconds, "flop_per_s": count / seconds,
+            "of_a_matrix_product": count / seconds / product(args.amp),
+            "gflop_per_image": count / images / 1e9, "rest_gb": rest / 1e9,
+            "step_gb": (peak() - rest) / 1e9}
+
+
+def drop(args):
+    C = len(data.BANDS[args.modality])
+    net = models.build(args.arch, C, args.img_size, args.patch_size).to(DEVICE)
+    x = torch.rand(args.batch_size, C, args.img_size, args.img_size, device=DEVICE)
+    grid = (args.img_size // args.patch_size,) * 2
+    keep = losses.block_mask(len(x), grid, 0.6, torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def work(keep=None):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=args.amp == "bf16"):
+            net(x, keep).sum().backward()
+    all_tokens, kept = best(work, args.steps), best(lambda: work(keep), args.steps)
+    return {"all_ms": 1e3 * all_tokens, "kept_ms": 1e3 * kept, "ratio": kept / all_tokens,
+            "flop_ratio": flops(lambda: work(keep)) / flops(work)}
+
+
+def sparse(args):
+    work, rest = stepper(args, args.dense)
+    seconds = best(work, args.steps)
+    return {"images_per_s": args.batch_size / seconds, "rest_gb": rest / 1e9,
+            "step_gb": (peak() - rest) / 1e9}
+
+
+def loop(args, rest):
+    """The script for 8 steps, files decoded by one worker, beside its own step."""
+    alone = best(stepper(args)[0], args.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        root = data.make_toy(f"{folder}/world", 3 * args.batch_size, 264)
+        command = [sys.executable, pretrain.__file__, "--data", root, "--out", f"{folder}/run",
+                   "--cache", "0", "--workers", "1", "--epochs", "9", "--max-steps", "8",
+                   "--log-every", "4", *rest]
+        subprocess.run(command, capture_output=True, check=True)
+        log = json.loads(Path(folder, "run", "log.jsonl").read_text().splitlines()[-1])
+    images = args.batch_size * (1 if args.method == "pera" else 2)
+    return {"step_images_per_s": images / alone, "loop_images_per_s": log["images_per_s"],
+            "ratio": log["images_per_s"] * alone / images, "data_wait": log["data_wait"]}
+
+
+def one_rank(rank, world, file, batch, width, seconds):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=world)
+    n, g = batch // world, torch.Generator().manual_seed(rank)
+    q, k = (torch.randn(n, width, generator=g, requires_grad=r) for r in (True, False))
+    y = torch.randint(2, (n, 9), generator=g, dtype=torch.uint8)
+    seconds[rank] = best(lambda: losses.softcon_loss(q, k, y, y)[0].backward(), 20)
+    dist.destroy_process_group()
+
+
+def gather(args, batch=256, width=256):
+    """Both directions of a step gather keys (B,256) float32 and two times the labels (B,9)."""
     rows = {}
-    for name in ("plain", "tiff", "packed"):
-        where, rates = packed if name == "packed" else root, []
-        forget(where)
-        for kind in ("cold", 0, 1, 2):
-            scenes = data.open_data(where, "s2c")
-            scenes.decode = plain_reader if name == "plain" else scenes.decode
-            batches = 4 if kind == "cold" else 100 if name == "packed" else 8
-            rates.append(max(images_per_s(scenes, int(kind != "cold" and kind), batches)
-                             for _ in range(1 if kind == "cold" else 3)))
-        rows[name] = dict(zip(("cold", "0", "1", "2"), rates))
-    size = 13 * 264 * 264
-    if not as_json:
-        print("images/s        cold  workers: 0         1         2")
-        for name, row in rows.items():
-            print(f"{name:10}" + "".join(f"{v:10.0f}" for v in row.values()))
-        for name in ("tiff", "packed"):
-            print(f"{name}/plain".ljust(14) + "  ".join(
-                f"{rows[name][k] / rows['plain'][k]:8.1f}" for k in rows[name]))
-        print(f"packed, 0 workers: {rows['packed']['0'] * size / 1e9:.2f} GB/s of pixels, "
-              f"{rows['packed']['0'] * size / copy:.2f} of a memory copy ({copy / 1e9:.2f} GB/s)")
-    print(json.dumps({"images_per_s": rows, "bytes_per_image": size, "copy_bytes_per_s": copy,
-                      "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}))
+    for world in (1, 2, 4, 8):
+        seconds = torch.zeros(world).share_memory_()
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(
+                one_rank, (world, f"{folder}/rendezvous", batch, width, seconds), world)
+        received = 2 * (world - 1) * (batch // world) * (4 * width + 2 * 9)
+        rows[f"{world} ranks"] = {"received_kb_per_rank": received / 1e3,
+                                  "ms": 2e3 * float(seconds.max())}
+    return rows
+
+
+PARTS = {"loader": loader, "augment": augment, "step": step, "drop": drop, "sparse": sparse, "dense": sparse,
+         "loop": loop, "gather": gather}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
-    part = parser.add_mutually_exclusive_group(required=True)
-    part.add_argument("--method", choices=["pera"])
-    part.add_argument("--part", choices=["loader"])
-    parser.add_argument("--json", action="store_true", help="loader: nothing but the JSON line")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps; the fastest counts")
-    parser.add_argument("--kind", choices=["sparse", "dense"], help="only this one, in this process")
+    parser.add_argument("--part", nargs="*", choices=list(PARTS), help="default: all")
+    parser.add_argument("--steps", type=int, default=2, help="timed calls; the fastest counts")
+    parser.add_argument("--json", action="store_true", help="nothing but one JSON object")
+    parser.add_argument("--here", action="store_true", help="one part, in this process")
     own, rest = parser.parse_known_args(argv)
-    if own.part == "loader":
-        parser = argparse.ArgumentParser()
-        parser.add_argument("--data", help="s2c tree of 264 px (a toy world)")
-        with tempfile.TemporaryDirectory() as folder:
-            return loader(folder, parser.parse_args(rest).data, own.json)
-    defaults = ["--arch", "vit_small", "--prototypes", "4096", "--batch-size", "8"]
-    args = pretrain.parse(["--method", own.method, "--modality", "s2c", "--data", "none",
-                           *defaults, *rest])
-    args.amp = "off" if args.amp == "auto" and not torch.cuda.is_available() else args.amp
-    args.amp = "bf16" if args.amp == "auto" else args.amp
+    flags = ["--modality", "s2c", "--arch", "vit_small", "--batch-size", "8", *rest]
+    args = pretrain.parse(["--data", "none", *flags])
+    args.amp = args.amp if args.amp != "auto" else "bf16" if DEVICE == "cuda" else "off"
     args.steps = own.steps
-    if own.kind:
-        return pera(args, own.kind)
-    rows = {}
-    for kind in ("sparse", "dense"):
-        command = [sys.executable, __file__, "--method", own.method, "--steps", str(own.steps),
-                   "--kind", kind, *rest]
+    if own.here:
+        part = own.part[0]
+        args.dense = part == "dense"
+        print(json.dumps(PARTS[part](args, *[flags] * (part == "loop"))))
+        return
+    rows = {"machine": {"device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+                        "threads": torch.get_num_threads(), "torch": torch.__version__}}
+    for part in own.part or PARTS:
+        only_pera = ["--method", "pera", "--prototypes", "4096"] * (part in ("sparse", "dense"))
+        command = [sys.executable, __file__, "--here", "--part", part, "--steps", str(own.steps),
+                   *only_pera, *rest]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            sys.exit(f"bench.py: error: {kind}: {done.stderr.strip().splitlines()[-1]}")
-        row = rows[kind] = json.loads(done.stdout.splitlines()[-1])
-        print(f"{kind:8}{row['images_per_s']:8.2f} images/s, step {row['step_gb']:.2f}"
-              f" GB above the resting {row['rest_gb']:.2f} GB")
-    ratio = {k: round(rows["sparse"][k] / rows["dense"][k], 3) for k in ("images_per_s", "step_gb")}
-    print(f"sparse / dense: {ratio['images_per_s']:.2f} x the speed, {ratio['step_gb']:.2f} x the "
-          f"memory")
-    print(json.dumps({**rows, "ratio": ratio, "arch": args.arch, "img_size": args.img_size,
-                      "batch_size": args.batch_size, "amp": args.amp,
-                      "torch": torch.__version__, "threads": torch.get_num_threads()}))
+            sys.exit(f"bench.py: error: {part}: {done.stderr.strip().splitlines()[-1]}")
+        rows[part] = json.loads(done.stdout.splitlines()[-1])
+        if part == "dense" and "sparse" in rows:
+            rows["sparse / dense"] = {k: rows["sparse"][k] / rows["dense"][k]
+                                      for k in ("images_per_s", "step_gb")}
+        for name in () if own.json else [k for k in rows if k.startswith(part) or "/" in k]:
+            print(name, json.dumps(rows[name]))
+    print(json.dumps(rows))
 
 
 if __name__ == "__main__":
