@@ -421,3 +421,23 @@ def test_collapse_is_said_once_after_ten_logged_steps(world, tmp_path, capsys, m
     run(world, tmp_path / "r", "--max-steps", 22, "--warmup", 0)
     said = [x for x in capsys.readouterr().out.splitlines() if "features collapse" in x]
     assert len(said) == 1 and said[0].startswith("step 20: ")
+
+
+def test_a_killed_probe_leaves_whole_features_or_none_and_the_next_one_ends_in_the_same(
+        toy, tmp_path):
+    path, cache = tmp_path / "b.pt", tmp_path / "cache"
+    torch.save(model.export_backbone(model.build("resnet18", 2)), path)
+    command = [sys.executable, str(ROOT / "probe.py"), "--ckpt", str(path), "--data", toy,
+               "--holdout", "0.4", "--img-size", "64", "--workers", "0", "--seeds", "3", "--cache",
+               str(cache)]
+    wait = np.random.default_rng(0).uniform(2, 5, 3)
+    for seconds in wait:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        process.kill()
+        process.wait()
+        for file in cache.glob("*.npy") if cache.exists() else ():
+            assert np.isfinite(np.load(file)).all()
+    again = subprocess.run(command, text=True, stdout=subprocess.PIPE, check=True).stdout
+    fresh = subprocess.run(command[:-2], capture_output=True, text=True, check=True).stdout
+    assert again == fresh and len(list(cache.glob("*.npy"))) == 5
