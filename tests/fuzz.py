@@ -4,8 +4,8 @@
 
 A case is a good file (TIFF, PNG, JPEG, labels json, lists and csv, checkpoints, a run's config.json
 and last.pt) with bytes flipped, cut, repeated, zeroed or inserted, or a good command with one flag
-set to nonsense.  Counted as `clear`: ValueError or OSError of one line that names the file (argparse
-for flags); `read`: a result of the promised shape and type, equal to what an independent reader
+set to nonsense.  Counted as `clear`: ValueError or OSError of one line that names the file
+(argparse for flags); `read`: a result of the promised shape and type, equal to what an independent reader
 finds in the same bytes where there is one.  Anything else, a crash or a minute without an answer
 too, is printed and makes the exit code 1.
 """
@@ -153,7 +153,7 @@ def one(kind, good, commands, rng, folder):
     """-> ("clear" or "read" or "wrong", what happened)."""
     if kind == "flags":
         script = ("pretrain", "probe")[rng.integers(2)]
-        names = ([n for group in pretrain.FLAGS.values() for n in group] if script == "pretrain" else
+        names = ([n for g in pretrain.FLAGS.values() for n in g] if script == "pretrain" else
                  "labels modality img-size train-frac head feature lr steps holdout seeds seed "
                  "bootstrap centre draws area lists exclude".split())
         name = str(rng.choice([n for n in names if n not in ("out", "resume", "workers")]))
@@ -210,7 +210,8 @@ def worker(kinds, seed, start, stop, good, commands, folder, results):
 
 def fuzz(cases, seed, kinds=None):
     """-> {outcome: count}, lines about what went wrong."""
-    fork, results = multiprocessing.get_context("fork"), {}
+    fork, results, threads = multiprocessing.get_context("fork"), {}, torch.get_num_threads()
+    torch.set_num_threads(1)                                       # the same bits in all processes
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         good, commands = files(folder)
@@ -225,6 +226,7 @@ def fuzz(cases, seed, kinds=None):
                     case, *outcome = queue.get(timeout=1)
                     results[case] = outcome
             process.join()
+    torch.set_num_threads(threads)
     wrong = [what for outcome, what in results.values() if outcome == "wrong"]
     return {o: sum(r[0] == o for r in results.values()) for o in ("clear", "read", "wrong")}, wrong
 

@@ -28,10 +28,8 @@ FLAGS = ["--modality", "s1", "--arch", "vit_tiny", "--img-size", "12", "--patch-
          "2", "--log-every", "1", "--drop-path", "0.1"]
 
 
-model.VITS["vit_tiny"] = (32, 3, 1)                          # tinier still: steps of milliseconds
-
-
 def train(folder, out, *flags):
+    model.VITS["vit_tiny"] = (32, 3, 1)                      # tinier still: steps of milliseconds
     sys.stderr = open(os.devnull, "w")
     with open(f"{folder}/{out}.txt", "a") as sys.stdout:
         pretrain.main([*FLAGS, "--data", f"{folder}/world", "--out", f"{folder}/{out}", *flags])
@@ -89,7 +87,7 @@ def main(argv=None):
             part = stamp(out / "last.pt.part")
             process = start(folder, "killed", *flags, *["--resume"] * there)
             watched = out / ("log.jsonl", "last.pt.part", "")[done % 3]
-            for _ in range(rng.randint(1, 3) if done % 3 < 2 else 0):         # 1 to 3 steps or saves
+            for _ in range(rng.randint(1, 3) if done % 3 < 2 else 0):        # 1 to 3 steps or saves
                 before = stamp(watched)
                 while process.is_alive() and stamp(watched) in (None, before):
                     time.sleep(0.0002)
