@@ -146,18 +146,16 @@ def parse(argv):
     for name, values in PRESETS.items():
         if getattr(args, name) is None:
             setattr(args, name, values[2 * (args.method == "pera") + bool(args.data)])
-    for name in ("img_size", "patch_size", "epochs", "batch_size", "accum", "log_every",
-                 "save_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    for name, low, high in (("drop_path", 0, 0.99), ("crop_min", 0.01, 1), ("jitter", 0, 1),
-                            ("grey", 0, 1), ("warmup", 0, 1), ("momentum", 0, 1),
-                            ("tau", 1e-4, 100), ("hidden", 1, 2 ** 31), ("max_steps", 0, 2 ** 31),
-                            ("seed", 0, 2 ** 63),
-                            ("prototypes", 2 * (args.method == "pera"), 2 ** 31)):
-        if not low <= getattr(args, name) <= high:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in "
-                         f"{low} to {high}")
+    many, two = 2 ** 31, 2 * (args.method == "pera")
+    for names, low, high in (
+            ("img-size patch-size epochs batch-size accum hidden log-every save-every", 1, many),
+            ("max-steps", 0, many), ("seed", 0, 2 ** 63), ("prototypes", two, many),
+            ("drop-path", 0, 0.99), ("crop-min", 0.01, 1), ("jitter grey warmup momentum", 0, 1),
+            ("tau", 1e-4, 100)):
+        for name in names.split():
+            value = getattr(args, name.replace("-", "_"))
+            if not low <= value <= high:
+                parser.error(f"--{name} {value}: must lie in {low} to {high}")
     args.out = args.out or f"runs/{args.method}_{args.modality}"
     return args
 
