@@ -151,7 +151,7 @@ def parse(argv):
             ("img-size patch-size epochs batch-size accum hidden log-every save-every", 1, many),
             ("max-steps", 0, many), ("seed", 0, 2 ** 63), ("prototypes", two, many),
             ("drop-path", 0, 0.99), ("crop-min", 0.01, 1), ("jitter grey warmup momentum", 0, 1),
-            ("tau", 1e-4, 100)):
+            ("tau", 1e-4, 100), ("mask-ratio", 0, 1)):
         for name in names.split():
             value = getattr(args, name.replace("-", "_"))
             if not low <= value <= high:

@@ -1,6 +1,7 @@
 """Speed and memory as ratios within one run; no test asserts them.
 
-    python tests/bench.py                           every part, about three minutes on two CPU cores
+    python tests/bench.py                           every part, some minutes on two CPU cores
+    python tests/bench.py --quick                   smaller images and batches, about a minute
     python tests/bench.py --part step --method pera --arch vit_base --batch-size 16 --amp bf16
     python tests/bench.py --part sparse             PerA's step against one that computes all tokens
 
@@ -196,6 +197,7 @@ def loader(args):
     rows, size = {}, 13 * 264 * 264
     with tempfile.TemporaryDirectory() as folder:
         tree, packed = data.make_toy(f"{folder}/toy", 24, 264), f"{folder}/packed"
+        times = 1 if args.quick else 3
         data.pack(data.open_data(tree, "s2c"), packed)
         for name, root in (("plain", tree), ("tiff", tree), ("packed", packed)):
             forget(root)
@@ -203,10 +205,10 @@ def loader(args):
             for workers in ("cold", 0, 1, 2):
                 scenes = data.open_data(root, "s2c")
                 scenes.decode = plain_reader if name == "plain" else scenes.decode
-                batches = 4 if workers == "cold" else 100 if name == "packed" else 8
+                batches = 4 if workers == "cold" or args.quick else 100 if name == "packed" else 8
                 rows[name][str(workers)] = max(
                     images_per_s(scenes, workers if workers != "cold" else 0, batches)
-                    for _ in range(1 if workers == "cold" else 3))
+                    for _ in range(1 if workers == "cold" else times))
     for name in ("tiff", "packed"):
         rows[f"{name} / plain"] = {k: v / rows["plain"][k] for k, v in rows[name].items()}
     return rows | {"packed_of_a_copy": rows["packed"]["0"] * size * 2 / copy()}
@@ -303,13 +305,16 @@ def main(argv=None):
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--part", nargs="*", choices=list(PARTS), help="default: all")
     parser.add_argument("--steps", type=int, default=2, help="timed calls; the fastest counts")
+    parser.add_argument("--quick", action="store_true", help="112 px, 4 images a step")
     parser.add_argument("--json", action="store_true", help="nothing but one JSON object")
     parser.add_argument("--here", action="store_true", help="one part, in this process")
     own, rest = parser.parse_known_args(argv)
-    flags = ["--modality", "s2c", "--arch", "vit_small", "--batch-size", "8", *rest]
+    size = ["--img-size", "112", "--local-size", "56", "--batch-size", "4"] if own.quick else [
+        "--batch-size", "8"]
+    flags = ["--modality", "s2c", "--arch", "vit_small", *size, *rest]
     args = pretrain.parse(["--data", "none", *flags])
     args.amp = args.amp if args.amp != "auto" else "bf16" if DEVICE == "cuda" else "off"
-    args.steps = own.steps
+    args.steps, args.quick = own.steps, own.quick
     if own.here:
         part = own.part[0]
         args.dense = part == "dense"
@@ -320,7 +325,7 @@ def main(argv=None):
     for part in own.part or PARTS:
         only_pera = ["--method", "pera", "--prototypes", "4096"] * (part in ("sparse", "dense"))
         command = [sys.executable, __file__, "--here", "--part", part, "--steps", str(own.steps),
-                   *only_pera, *rest]
+                   *["--quick"] * own.quick, *only_pera, *rest]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"bench.py: error: {part}: {done.stderr.strip().splitlines()[-1]}")

@@ -184,7 +184,7 @@ def one(kind, good, commands, rng, folder):
     except SystemExit as error:
         return ("clear" if kind == "flags" and error.code else "wrong"), f"{what}: {error!r}"
     except (ValueError, OSError) as error:
-        clear = named in str(error) or kind in ("flags", "tiff") and str(error)
+        clear = named in str(error) or kind in ("flags", "tiff", "config") and str(error)
         return ("clear" if clear else "wrong"), f"{what}: {type(error).__name__}: {error}"
     except BaseException as error:
         return "wrong", f"{what}: {type(error).__name__}: {error}"
