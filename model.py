@@ -465,8 +465,9 @@ def read_weights(path, which="", in_chans=0):
     """
     try:
         zipped, flat = zipfile.is_zipfile(path), {}
-        if zipped and any(i.compress_type for i in zipfile.ZipFile(path).infolist()):
-            raise RuntimeError                                # torch.save never compresses
+        file = zipfile.ZipFile(path) if zipped else None      # torch.save never compresses, and
+        if zipped and (any(i.compress_type for i in file.infolist()) or file.testzip()):
+            raise RuntimeError                                # torch.load looks at no checksums
         with torch.serialization.safe_globals([argparse.Namespace]):         # DINO saves its flags
             level = [("", torch.load(path, "cpu", weights_only=True, mmap=zipped))]
         for _ in range(4):         # as deep as optimiser.state.0.exp_avg; a dict may contain itself

@@ -618,3 +618,14 @@ def test_a_mask_token_of_another_shape_and_a_tall_head_do_not_matter(small, tmp_
     torch.save(fill(vit()) | more, tmp_path / "x")
     report = models.load_pretrained(models.build("vit_small", 3), tmp_path / "x")
     assert report["fresh"] == ["mask_token"] and report["ignored"] == ["head.fc1.weight"]
+
+
+def test_one_flipped_bit_of_a_weight_is_noticed(tmp_path):
+    state = models.export_backbone(models.build("resnet18", 2))
+    torch.save(state, tmp_path / "a.pt")
+    content = bytearray((tmp_path / "a.pt").read_bytes())
+    content[len(content) // 2] ^= 1                                    # amid some tensor's numbers
+    (tmp_path / "a.pt").write_bytes(content)
+    assert torch.load(tmp_path / "a.pt", weights_only=True).keys() == state.keys()
+    with pytest.raises(ValueError, match="a.pt: damaged"):
+        models.read_weights(str(tmp_path / "a.pt"))
