@@ -1,4 +1,4 @@
-"""Reading, scaling, labels, augmentation, and a world to practise on.  [reading time: 15 minutes]
+"""Reading, scaling, labels, augmentation, and a world to practise on.  [reading time: 20 minutes]
 
 Every reader lists a tree of files and gives one and the same thing, `Scenes`: scene i has one or
 more images (seasons), each a uint8 array (C,P,P) on one pixel grid with a multi-hot label row.
@@ -74,6 +74,11 @@ def read_tiff(path):
         raise ValueError(f"{path}: missing") from None
     except Exception as error:                 # tifffile and codecs raise a dozen kinds
         raise ValueError(f"{path}: unreadable TIFF ({type(error).__name__}: {error})") from None
+
+
+def plainly(error):
+    """What an error says, without the traceback that a reading process wraps around it."""
+    return re.split(r"\n\w+Error: ", str(error))[-1].strip()
 
 
 def read_text(path):
@@ -809,4 +814,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
-        sys.exit(f"data.py: error: {str(error).strip().splitlines()[-1]}")
+        sys.exit(f"data.py: error: {plainly(error)}")

@@ -1,4 +1,4 @@
-"""Pretraining, one process or many, CPU or CUDA, the same file.  [reading time: 14 minutes]
+"""Pretraining, one process or many, CPU or CUDA, the same file.  [reading time: 18 minutes]
 
     torchrun pretrain.py --modality s1                        toy world, small net, CPU: 4 minutes
     torchrun pretrain.py --modality s2c --data DIR --init dinov2_vits14_pretrain.pth     one GPU
@@ -18,8 +18,7 @@ undisturbed one, and W ranks see, together, what one rank would see.
 SIGTERM or SIGINT: the step is finished, saved, and the command that goes on is printed; a second
 one, a second later, ends at once.
 
-Defaults in brackets; four of them: softcon on the toy world, on --data; pera on the toy world, on
---data.
+Defaults in brackets; four of them: softcon on toy, softcon on --data, pera on toy, pera on --data.
 """
 import argparse
 import itertools
@@ -78,7 +77,7 @@ FLAGS = {            # name: default, help, and what argparse needs beyond the t
         "grey": (0.0, "share of views whose bands become their mean; pera: of the student's"),
         "cache": (4.0, "decode once and keep in memory if it fits in this many GB per rank"),
         "on-bad": ("stop", "when a file cannot be read: stop, or skip = say so, take another\n"
-                   "scene, stop when more than 1 % are bad", {"choices": ["stop", "skip"]})},
+                   "scene, stop when more than 1 %% are bad", {"choices": ["stop", "skip"]})},
     "model": {
         "method": ("softcon", "what to minimise", {"choices": ["softcon", "pera"]}),
         "arch": (None, "backbone; pera takes a ViT", {"choices": [*models.RESNETS, *models.VITS]}),
@@ -150,12 +149,15 @@ def parse(argv):
     for names, low, high in (
             ("img-size patch-size epochs batch-size accum hidden log-every save-every", 1, many),
             ("max-steps", 0, many), ("seed", 0, 2 ** 63), ("prototypes", two, many),
-            ("drop-path", 0, 0.99), ("crop-min", 0.01, 1), ("jitter grey warmup momentum", 0, 1),
-            ("tau", 1e-4, 100), ("mask-ratio", 0, 1)):
+            ("drop-path", 0, 0.99), ("crop-min", 0.01, 1), ("tau", 1e-4, 100),
+            ("jitter grey warmup momentum mask-ratio", 0, 1),
+            ("workers lr soft-weight clip", 0, many)):
         for name in names.split():
             value = getattr(args, name.replace("-", "_"))
             if not low <= value <= high:
                 parser.error(f"--{name} {value}: must lie in {low} to {high}")
+    if not args.data and args.modality not in ("s1", "s2c"):
+        parser.error(f"--modality {args.modality}: the toy world has s1 and s2c; give --data")
     args.out = args.out or f"runs/{args.method}_{args.modality}"
     return args
 
@@ -340,15 +342,17 @@ def newest(paths, say):
     raise ValueError(problem)
 
 
-def listen(_=None):
-    """A list to which SIGTERM and SIGINT are added.  A second one ends the process at once, unless
-    it follows within a second: torchrun passes on what a scheduler has sent to all processes.
-    Reading processes call this too, and so leave it to the one they read for to end them."""
+def listen(worker=None):
+    """A list that SIGTERM and SIGINT fill, so that the run stops after its step; one more, later
+    than a second (torchrun repeats what a scheduler sends), ends the process at once.  Reading
+    processes call this too, and so leave it to the one they read for to end them."""
     asked = []
 
-    def note(number, _):
+    def note(number, frame):
         if asked and time.monotonic() - asked[0] > 1:
             os._exit(128 + number)
+        if worker is None and not asked:
+            print("stopping after this step; once more ends at once", file=sys.stderr)
         asked.append(time.monotonic())
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
@@ -418,6 +422,8 @@ def main(argv=None, asked=()):
     if pera and (args.arch not in models.VITS or args.crops[0] < 1 or args.crops[1] < 0):
         raise ValueError(f"--method pera takes a ViT and at least one global crop, not --arch "
                          f"{args.arch} --crops {args.crops[0]} {args.crops[1]}")
+    if pera and args.crops[1] and args.local_size > args.img_size:
+        raise ValueError(f"--local-size {args.local_size}: exceeds --img-size {args.img_size}")
     for size in [args.img_size, args.local_size][:1 + (pera and args.crops[1] > 0)]:
         h, w = models.check_grid(size, size, args.patch_size)     # and refuse ratios that cannot be
         losses.disjoint_masks(1, h * w, *args.ratios) if pera else losses.block_mask(
@@ -466,8 +472,9 @@ def main(argv=None, asked=()):
             scenes.preload(train, args.workers)
             args.workers = 0
         except ValueError:
-            if args.on_bad == "stop":                       # else read from disk, replaced by Spare
+            if args.on_bad == "stop":
                 raise
+            say("bad files: nothing is kept in memory, each scene is read when its turn comes")
 
     # ------------------------------------------------------------------------------------ model
     torch.manual_seed(args.seed)
@@ -500,10 +507,12 @@ def main(argv=None, asked=()):
     if args.resume:
         path, state, start, old = newest((ckpt, older), say)
         changed = {k.replace("_", "-"): k for k in flags if old.get(k) != flags[k]}
+        for name in {*(args.resume_with_changes or ())} - {k.replace("_", "-") for k in flags}:
+            raise ValueError(f"--resume-with-changes {name}: no flag that a run would compare")
         for name, k in changed.items():
             if name not in (args.resume_with_changes or ()):
                 raise ValueError(f"--{name} {flags[k]}: the run in {args.out} has {old.get(k)}; "
-                                 f"to change it: --resume-with-changes {name}")
+                                 f"to change it: --resume-with-changes {' '.join(changed)}")
         try:
             for name, part in kept.items():
                 part.load_state_dict(state[name])
@@ -539,7 +548,7 @@ def main(argv=None, asked=()):
     bar = tqdm(range(start, stop), args.method, stop, initial=start, disable=rank > 0)
     clock, waited, since = time.perf_counter(), 0.0, start
     step_function, low, skipped = pera_step if pera else softcon_step, 0, set()
-    bad = torch.zeros(3, device=device)             # the first step that is not finite, from 1; why
+    bad = torch.zeros(3, device=device)         # the first step that is not finite, from 1, and why
     for step in bar:
         warmup = round(args.warmup * total)
         now = {"lr": schedule(step, total, args.lr, 1e-6, warmup),
@@ -625,9 +634,10 @@ def main(argv=None, asked=()):
                 f"{shlex.join([a for a in sys.argv if a != '--resume'])} --resume")
             break
     else:
+        tree = os.path.isdir(f"{root}/{args.modality}")
         say(f"{args.out}: config.json log.jsonl last.pt backbone.pt at step {max(start, stop)}\n"
             f"next: python probe.py --ckpt {args.out}/backbone.pt"
-            + (f" --data {args.data}" if args.data else ""))
+            + (f" --data {root}" if tree else " --task ... --data ...  (labelled images: --help)"))
     if world > 1:
         dist.destroy_process_group()
 
@@ -636,4 +646,4 @@ if __name__ == "__main__":
     try:
         main(asked=listen())
     except (ValueError, OSError) as error:
-        sys.exit(f"pretrain.py: error: {str(error).strip().splitlines()[-1]}")
+        sys.exit(f"pretrain.py: error: {data.plainly(error)}")

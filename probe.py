@@ -1,4 +1,4 @@
-"""What did the backbone learn?  Frozen features, one linear head.  [reading time: 12 minutes]
+"""What did the backbone learn?  Frozen features, one linear head.  [reading time: 14 minutes]
 
     python probe.py --ckpt runs/softcon_s1/backbone.pt                      toy world, multi-label
     python probe.py --ckpt backbone.pt --data DIR --task eurosat --seeds 5  EuroSAT, 10 classes
@@ -111,8 +111,6 @@ def extract(nets, images, sizes, device, batch_size=64, workers=0, cache=None, c
 def show(folder, net, images, size):
     """A PNG of each image: its colours beside the last patch tokens of a ViT, whose three principal
     components over all these images are red, green and blue."""
-    if not hasattr(net, "last_blocks"):
-        raise ValueError("--show: a ResNet has no patch tokens")
     import imagecodecs
     x = torch.stack([torch.from_numpy(x) for x, _, _ in images])               # (n,C,P,P)
     with torch.no_grad():
@@ -126,6 +124,7 @@ def show(folder, net, images, size):
     os.makedirs(folder, exist_ok=True)
     for (i, s), picture in zip(images.pairs, both.contiguous().numpy()):
         imagecodecs.imwrite(f"{folder}/{images.scenes.ids[i]}_{s}.png", picture)
+    print(f"{folder}: {len(x)} pictures")
 
 
 # ------------------------------------------------------------------------------------------- heads
@@ -229,9 +228,9 @@ def linear(x, y, x_test, group, multi, metric, heads, dim, steps, seed):
     x, x_test = (F.pad(v, (0, 1), value=1) for v in (x, x_test))
     out = torch.from_numpy((folds(group) == 0) & (len(heads) > 1))
     W = sgd(x[~out], y[~out], use, rates, multi, steps, seed)
-    values = [metric((x[out] @ w).numpy(), y[out].numpy()) for w in W.unbind(1) if out.any()] or [0]
-    h = int(np.argmax(values))
-    return (x_test @ W[:, h]).numpy(), [*heads[h], values[h]]
+    values = [float(metric((x[out] @ w).numpy(), y[out].numpy())) for w in W.unbind(1) if out.any()]
+    h = int(np.argmax(values)) if values else 0
+    return (x_test @ W[:, h]).numpy(), [*heads[h], *values[h:h + 1]]
 
 
 # ------------------------------------------------------------------------------- metrics and splits
@@ -375,7 +374,13 @@ def main(argv=None):
         sizes.append(args.img_size or config.get("img_size") or getattr(net, "img_size", 224))
     if args.task == "bigearthnet" and not args.lists or args.task == "ssl4eo" and args.lists:
         raise ValueError("--lists: bigearthnet needs two, ssl4eo tests on scenes held out")
+    if args.task != "ssl4eo" and not args.data:
+        raise ValueError(f"--task {args.task}: needs --data")
+    if args.show and not hasattr(nets[1], "last_blocks"):
+        raise ValueError("--show: a ResNet has no patch tokens")
     root, parts = args.data or data.make_toy("toy"), None
+    if os.path.exists(f"{root}/images.uint8"):
+        raise ValueError(f"{root}: packed; probe the folder that it was packed from")
     labels = {"labels": args.labels or f"{root}/ssl4eo_multilabel.json"}
     scenes = TASKS[args.task][0](root, modality=modality, **labels if args.task == "ssl4eo" else {})
     if args.lists:
@@ -406,7 +411,8 @@ def main(argv=None):
     for j, pair in enumerate(of):
         at.setdefault(pair, []).append(j)                        # rows: the image itself, its draws
     if args.show:
-        show(args.show, nets[1], data.Images(scenes, splits[0][1][:8]), sizes[1])
+        first = list({i: (i, s) for i, s in splits[0][1]}.values())[:8]           # of 8 scenes
+        show(args.show, nets[1], data.Images(scenes, first), sizes[1])
 
     # ------------------------------------------------------------------------- heads and rows
     multi, n = args.task in ("ssl4eo", "bigearthnet"), len(args.ckpt)
@@ -466,4 +472,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"probe.py: error: {str(error).strip().splitlines()[-1]}")
+        sys.exit(f"probe.py: error: {data.plainly(error)}")

@@ -143,8 +143,10 @@ def test_what_changes_the_maths_is_refused_by_its_name_unless_it_is_named(world,
     for flags, name in ((["--tau", 0.1], "tau"), (["--holdout", 0.2], "holdout"),
                         (["--labels", other], "labels"), (["--data", tree], "data")):
         with pytest.raises(ValueError, match=f"^--{name} .*: the run in .* has .*; to change it: "
-                                             f"--resume-with-changes {name}$"):
+                                             f"--resume-with-changes {name}( data| labels)*$"):
             run(world, out, "--resume", "--max-steps", 2, *flags)
+    with pytest.raises(ValueError, match="^--resume-with-changes tua: no flag that"):
+        run(world, out, "--resume", "--tau", 0.1, "--resume-with-changes", "tau", "tua")
     run(world, out, "--resume", "--max-steps", 2, "--tau", 0.1, "--labels", other,
         "--resume-with-changes", "tau", "labels")
     assert "at step 1, changed: tau, labels" in capsys.readouterr().out and steps(out) == [1, 2]

@@ -404,6 +404,7 @@ def test_the_script_on_two_ranks_follows_one_rank_up_to_koleo(toy, tmp_path):
     (["--ratios", "0.01", "0.39", "0.6"], "mask ratios 0.01 .* each part needs at least one"),
     (["--local-size", "13"], "image size 13 x 13 is not divisible by patch size 6"),
     (["--local-size", "6"], "of 1 patches"),
+    (["--local-size", "30"], "--local-size 30: exceeds --img-size 24"),
     (["--crops", "0", "8"], "--crops 0 8"),
 ])
 def test_bad_flags_are_named_and_leave_nothing_behind(toy, tmp_path, flags, message):
@@ -426,7 +427,8 @@ def test_ema_of_a_copy_follows_only_what_the_teacher_has():
 
 
 @pytest.mark.parametrize("flag, value", [("--prototypes", "0"), ("--drop-path", "1.0"),
-                                         ("--jitter", "3.0"), ("--crop-min", "2.0")])
+                                         ("--jitter", "3.0"), ("--crop-min", "2.0"),
+                                         ("--lr", "-1.0"), ("--workers", "-1")])
 def test_values_out_of_range_are_refused_by_flag(flag, value, capsys):
     with pytest.raises(SystemExit):
         pretrain.parse(["--modality", "s1", *PERA, flag, value])
