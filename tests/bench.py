@@ -309,7 +309,7 @@ def main(argv=None):
     parser.add_argument("--json", action="store_true", help="nothing but one JSON object")
     parser.add_argument("--here", action="store_true", help="one part, in this process")
     own, rest = parser.parse_known_args(argv)
-    size = ["--img-size", "112", "--local-size", "56", "--batch-size", "4"] if own.quick else [
+    size = ["--img-size", "112", "--local-size", "48", "--batch-size", "4"] if own.quick else [
         "--batch-size", "8"]
     flags = ["--modality", "s2c", "--arch", "vit_small", *size, *rest]
     args = pretrain.parse(["--data", "none", *flags])
