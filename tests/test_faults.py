@@ -86,8 +86,14 @@ def steps(out):
     ["--workers", 2, "--cache", 0],                                   # read from TIFF, in processes
     ["--clip", 1, "--drop-path", 0.3, "--jitter", 0.4],
     [*PERA, "--accum", 2],
-    [*PERA, "--workers", 1, "--cache", 0]], ids=["accum", "tiff", "drop", "pera", "pera-tiff"])
+    [*PERA, "--workers", 1, "--cache", 0],
+    ["--workers", 2, "--cache", 0, "--packed"]],
+    ids=["accum", "tiff", "drop", "pera", "pera-tiff", "packed"])
 def test_a_run_resumed_in_the_middle_of_an_epoch_ends_in_the_same_bits(world, tmp_path, flags):
+    if flags[-1] == "--packed":
+        data.pack(data.open_data(world, "s1", f"{world}/ssl4eo_multilabel.json"),
+                  str(tmp_path / "packed"))
+        world, flags = str(tmp_path / "packed"), flags[:-1]
     whole = run(world, tmp_path / "a", *flags, "--max-steps", 5)
     run(world, tmp_path / "b", *flags, "--max-steps", 3)
     parts = run(world, tmp_path / "b", *flags, "--max-steps", 5, "--resume")
@@ -327,7 +333,7 @@ def test_a_bad_file_stops_the_run_by_its_name_and_with_skip_is_replaced(
             run(tree, tmp_path / "stop", "--cache", cache, "--max-steps", 30)
     capsys.readouterr()
     products = sorted((tree / "s1" / scene).iterdir())
-    for product in products[1:]:                           # one file of some 108 scenes is below 1 %
+    for product in products[1:]:                        # one file of some 108 scenes is below 1 %
         shutil.copy(product / "VV.tif", product / "VH.tif")
     flags = ["--on-bad", "skip", "--max-steps", 30]
     one = run(tree, tmp_path / "a", *flags)
