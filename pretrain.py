@@ -274,6 +274,7 @@ def pera_step(net, x, y, args, dice, now):
     x, y, g, (n_global, n_local) = x[:, 0], y[:, 0], dice.generator, args.crops
 
     def pairs(count, size, *area):
+        """`count` crops an image: student's and teacher's view (count B,C,H,W), their patches."""
         total = count * len(x) * dice.world
         masks = losses.disjoint_masks(total, (size // args.patch_size) ** 2, *args.ratios, g)
         where = dice.ours(data.draw_crops(total, g, *area) | dict(zip("slt", masks)), count)

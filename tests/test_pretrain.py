@@ -9,22 +9,13 @@ import torch
 
 import pretrain
 from conftest import ROOT, SMALL
+from kill import equal
 
 
 def run(toy, out, *flags, modality="s1"):
     pretrain.main(["--modality", modality, "--data", toy, "--arch", "resnet18", *SMALL,
                    "--out", str(out), *map(str, flags)])
     return torch.load(out / "last.pt", weights_only=True)
-
-
-def equal(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 def test_cosine_climbs_from_zero_peaks_after_the_warm_up_and_ends_at_its_end():
