@@ -1,24 +1,26 @@
 """The runs behind the README's results: trains, probes, keeps a line a run in tests/results/.
 
     python tests/study.py run softcon pera --workers 2      what is missing of these, two at a time
+    python tests/study.py run eurosat --shared DIR          DIR holds eurosat_ms and eurosat_rgb
     python tests/study.py tables                            the README's tables, from tests/results/
 
 A run is named study/name/modality/seed.  A line of tests/results/STUDY.jsonl has its flags, commit,
 device, the last line of its log and what probe.py said; a run that has a line is not repeated, so
-that a killed study goes on.  Checkpoints lie in runs/study/, EuroSAT's chips in --shared DIR
-(folders eurosat_ms and eurosat_rgb).
+that a killed study goes on.  Checkpoints lie in runs/study/.
 
 softcon  InfoNCE, its two additions and both; then one factor at a time, on the toy world
-pera     PerA with and without labels on the toy world, and what a supervised network reaches
+long     SoftCon as the preset has it (s1) and twice as long (s2c)
+pera     PerA with and without labels on the toy world
 init     what a network trained on another sensor is worth as a start, by --adapt
 eurosat  real chips: pretrained without labels on 70 % of them, tested on the other 30 %, 3 splits
-classes  real labels: half of the training chips have them, the soft term sees those
+classes  the soft term on the classes of 30 % of the RGB chips, the probe on the other 70 %
 """
 import argparse
 import itertools
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -62,8 +64,9 @@ def labelled_only():
         s = whole(*args, **more)
         kept = [np.flatnonzero(y.any(1)) for y in s.labels]
         rows = [i for i, k in enumerate(kept) if len(k)]
-        return data.Scenes([s.ids[i] for i in rows], [[s.files[i][j] for j in kept[i]] for i in rows],
-                           [s.labels[i][kept[i]] for i in rows], s.classes, s.modality, s.size,
+        files = [[s.files[i][j] for j in kept[i]] for i in rows]
+        labels = [s.labels[i][kept[i]] for i in rows]
+        return data.Scenes([s.ids[i] for i in rows], files, labels, s.classes, s.modality, s.size,
                            s.decode, s.views)
     data.open_data = labelled
 
@@ -93,47 +96,102 @@ FACTORS = {                                       # name: flags, switch; the def
     "mask cells of 8 px": (["--patch-size", "8"], None), "mask scattered": ([], scattered),
     "labelled images only": ([], labelled_only), "one direction": ([], one_direction),
     "no predictor": ([], no_predictor)}
+LONG = {"s1": 28, "s2c": 56}
 PERA = ["--method", "pera", "--jitter", "1"]
-CHIPS = ["--holdout", "0", "--arch", "vit_tiny", "--img-size", "64", "--patch-size", "8", "--jitter",
-         "0.2", "--grey", "0", "--hidden", "512"]
-CHIP_METHODS = {
+TINY = ["--holdout", "0", "--arch", "vit_tiny", "--img-size", "64", "--patch-size", "8",
+        "--hidden", "512", "--lr", "5e-4", "--momentum", "0.95"]
+CHIPS = {
     "PerA": ["--method", "pera", "--local-size", "32", "--crops", "2", "2", "--prototypes", "512",
-             "--lr", "5e-4", "--momentum", "0.95", "--drop-path", "0"],
-    "InfoNCE": ["--soft-weight", "0", "--mask-ratio", "0", "--lr", "5e-4", "--momentum", "0.95",
-                "--crop-min", "0.3"],
-    "InfoNCE + mask": ["--soft-weight", "0", "--lr", "5e-4", "--momentum", "0.95", "--crop-min",
-                       "0.3"]}
+             "--drop-path", "0"],
+    "InfoNCE": ["--soft-weight", "0", "--mask-ratio", "0", "--crop-min", "0.3"],
+    "InfoNCE + mask": ["--soft-weight", "0", "--crop-min", "0.3"]}
+SENSOR = {"s2c": ["--epochs", "30", "--batch-size", "32", "--jitter", "0.2", "--grey", "0"],
+          "rgb": ["--epochs", "4", "--batch-size", "64"]}
+RGB_SOURCE = ["--holdout", "0", "--arch", "resnet18", "--img-size", "32", "--patch-size", "4",
+              "--hidden", "512", "--lr", "5e-4", "--momentum", "0.9", "--crop-min", "0.3",
+              "--soft-weight", "0", "--epochs", "2", "--batch-size", "32"]
+
+
+def folder(key):
+    return f"runs/study/{key.replace(' ', '_')}"
 
 
 def listing():
     """{key: (training flags, switch, [probe flags, ...])}, in the order in which they are run."""
-    runs = {}
+    runs, every, seeds = {}, [["--feature", "cls"], ["--feature", "cls+mean"]], range(3)
 
     def add(study, name, modality, seed, train, switch=None, probes=([],)):
         flags = ["--modality", modality, *train, "--seed", str(seed)]
         runs[f"{study}/{name}/{modality}/{seed}"] = flags, switch, list(probes)
-    for seed, modality, name in itertools.product(range(3), ("s1", "s2c"), [*FACTORS][:4]):
+
+    def chips(study, name, modality, seed, share, *flags, heads=("ridge",)):
+        at = f"runs/study/chips/{modality}_{share}_{seed}"
+        probes = [["--task", "eurosat", "--data", f"{at}/all", "--modality", modality, "--lists",
+                   f"{at}/fit.txt", f"{at}/test.txt", *more, "--head", head, "--bootstrap", "200",
+                   "--seed", str(seed), "--img-size", "64"] for more in every for head in heads]
+        add(study, name, modality, seed, ["--data", f"{at}/train", *flags], None,
+            probes if study != "init" else [])
+    for seed, modality, name in itertools.product(seeds, LONG, [*FACTORS][:4]):
         add("softcon", name, modality, seed, SOFTCON + FACTORS[name][0])
-    for seed, name in itertools.product(range(3), [*FACTORS][4:]):
+    for seed, name in itertools.product(seeds, [*FACTORS][4:]):
         add("softcon", name, "s1", seed, SOFTCON + FACTORS[name][0], FACTORS[name][1])
-    for modality, epochs, seed in itertools.product(("s1", "s2c"), (28, 56), range(3)):
-        if (modality, epochs) in (("s1", 28), ("s2c", 56)):
-            add("softcon", f"both, {epochs} epochs", modality, seed, ["--epochs", str(epochs)])
-    features = [["--feature", "cls"], ["--feature", "mean"]]
-    for seed, modality, soft in itertools.product(range(3), ("s1", "s2c"), (0, 0.5)):
+    for (modality, epochs), seed in itertools.product(LONG.items(), seeds):
+        add("long", "both", modality, seed, ["--epochs", str(epochs)],
+            probes=[["--seeds", "3"] if seed == 0 else []])
+    for seed, modality, soft in itertools.product(seeds, LONG, (0, 0.5)):
         add("pera", "PerA + soft" if soft else "PerA", modality, seed,
-            [*PERA, "--soft-weight", str(soft)], probes=features)
+            [*PERA, "--soft-weight", str(soft)],
+            probes=[["--feature", f, *["--seeds", "3"] * (seed == 0)] for f in ("cls", "mean")])
+    for seed, name in itertools.product(seeds, CHIPS):
+        chips("eurosat", name, "s2c", seed, 70, *TINY, *SENSOR["s2c"], *CHIPS[name],
+              heads=("ridge", "logistic"))
+    for name in CHIPS:
+        chips("eurosat", name, "rgb", 0, 70, *TINY, *SENSOR["rgb"], *CHIPS[name])
+    for seed, weight in itertools.product(range(2), (0, 0.5)):
+        chips("classes", "+ soft on classes" if weight else "InfoNCE", "rgb", seed, 30, *TINY,
+              *SENSOR["rgb"], *CHIPS["InfoNCE + mask"], "--labels", "classes", "--epochs", "8",
+              "--soft-weight", str(weight))
+    chips("init", "InfoNCE, ResNet-18", "rgb", 0, 70, *RGB_SOURCE)
+    source = {"s1": "softcon/both/s2c/{}", "s2c": "init/InfoNCE, ResNet-18/rgb/0"}
+    for seed, modality, epochs in itertools.product(seeds, LONG, (3, 10)):
+        for adapt in ("none", "random", "mean") + ("rgb",) * (modality == "s2c"):
+            start = ["--init", f"{folder(source[modality].format(seed))}/backbone.pt", "--adapt",
+                     adapt] if adapt != "none" else []
+            if modality == "s1" or epochs == 3:
+                add("init", f"{adapt}, {epochs} epochs", modality, seed,
+                    ["--epochs", str(epochs), *start])
     return runs
+
+
+def make_chips(root, at):
+    """Folders at/all and at/train of links to the chips of `root`, and lists at/{fit,test}.txt.
+
+    `at` ends in MODALITY_SHARE_SEED: SHARE % of each class are to pretrain on. 70: the head is fit
+    on the same, 30 % are the test; 30: the head is fit on another 30 %, 40 % are the test.
+    """
+    modality, share, seed = Path(at).name.split("_")
+    names, rng = {"fit": [], "test": []}, np.random.default_rng(int(seed))
+    for c in sorted(x for x in Path(root).iterdir() if x.is_dir()):
+        files = sorted(c.iterdir())
+        files = [files[i] for i in rng.permutation(len(files))]
+        first, last = round(int(share) / 100 * len(files)), round(0.6 * len(files))
+        train, rest = files[:first], files[first:]
+        fit, test = (train, rest) if share == "70" else (files[first:last], files[last:])
+        for kind, some in (("all", files), ("train", train)):
+            Path(at, kind, c.name).mkdir(parents=True)
+            for file in some:
+                Path(at, kind, c.name, file.name).symlink_to(file.resolve())
+        names["fit"] += [f.name for f in fit]
+        names["test"] += [f.name for f in test]
+    for kind, some in names.items():
+        Path(at, f"{kind}.txt").write_text("\n".join(some))
 
 
 # ---------------------------------------------------------------------------------------- running
 
 
-def path(key):
-    return RESULTS / f"{key.split('/')[0]}.jsonl"
-
-
 def rows(study):
+    """The lines of tests/results/STUDY.jsonl."""
     file = RESULTS / f"{study}.jsonl"
     return [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
 
@@ -141,29 +199,42 @@ def rows(study):
 def one(key):
     """Train and probe; one line to the study's file."""
     flags, switch, probes = listing()[key]
-    out, start = f"runs/study/{key.replace(' ', '_')}", time.time()
+    out, start = folder(key), time.time()
+    shutil.rmtree(out, ignore_errors=True)                             # of a run that was ended
     if switch:
         switch()
     flags = [*flags, "--amp", "bf16", "--workers", "0", "--save-every", "1000000"]
     pretrain.main([*flags, "--out", out])
     log = json.loads(Path(out, "log.jsonl").read_text().splitlines()[-1])
-    said = [probe.main(["--ckpt", f"{out}/backbone.pt", "--bootstrap", "0", "--cache",
+    weights = Path(out, "backbone.pt")
+    if key.startswith("classes"):      # probe.py refuses a run that saw the classes it tests: here
+        weights = Path(out, "alone", "backbone.pt")        # they are those of other chips
+        weights.parent.mkdir(exist_ok=True)
+        weights.write_bytes(Path(out, "backbone.pt").read_bytes())
+    said = [probe.main(["--ckpt", str(weights), "--bootstrap", "0", "--cache",
                         "runs/study/cache", "--workers", "0", *more]) for more in probes]
+    keep = ("n_train", "n_test", "all", "interval", "difference")
     row = {"key": key, "flags": " ".join(flags), "switch": switch and switch.__name__,
            "commit": pretrain.commit(), "device": "cpu", "threads": torch.get_num_threads(),
            "torch": torch.__version__, "python": platform.python_version(),
            "minutes": round((time.time() - start) / 60, 2), "log": log,
-           "probes": [{"flags": " ".join(more)} | {k: x[k] for k in ("n_train", "n_test", "all")}
+           "probes": [{"flags": " ".join(more)} | {k: x[k] for k in keep if k in x}
                       for more, x in zip(probes, said)]}
     RESULTS.mkdir(exist_ok=True)
-    with path(key).open("a") as file:
+    with (RESULTS / f"{key.split('/')[0]}.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
 
 
-def run(studies, workers):
+def run(studies, workers, shared):
+    """The runs of `studies` that have no line yet, `workers` at a time."""
     data.make_toy("toy")
     done = {row["key"] for study in studies for row in rows(study)}
-    todo = [key for key in listing() if key.split("/")[0] in studies and key not in done]
+    plan = listing()
+    todo = [key for key in plan if key.split("/")[0] in studies and key not in done]
+    for at in {Path(x).parent for key in todo for x in plan[key][0] if "/chips/" in x}:
+        if not at.exists():
+            make_chips(Path(shared, "eurosat_rgb" if at.name.startswith("rgb") else "eurosat_ms"),
+                       at)
     busy, environment = {}, os.environ | {"OMP_NUM_THREADS": "1"}
     while todo or busy:
         while todo and len(busy) < workers:
@@ -186,9 +257,10 @@ def main(argv=None):
     parser.add_argument("what", choices=["run", "one", "tables"])
     parser.add_argument("names", nargs="*", help="run: studies; one: a run's key")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--shared", default=".", help="folder of eurosat_ms and eurosat_rgb")
     args = parser.parse_args(argv)
     if args.what == "run":
-        run(args.names, args.workers)
+        run(args.names, args.workers, args.shared)
     elif args.what == "one":
         one(*args.names)
 
