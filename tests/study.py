@@ -8,8 +8,9 @@ A run is named study/name/modality/seed.  A line of tests/results/STUDY.jsonl ha
 device, the last line of its log and what probe.py said; a run that has a line is not repeated, so
 that a killed study goes on.  Checkpoints lie in runs/study/.
 
-softcon  InfoNCE, its two additions and both; then one factor at a time, on the toy world
-long     SoftCon as the preset has it (s1) and twice as long (s2c)
+softcon  InfoNCE, its two additions and both, on the toy world, 10 epochs
+factors  one factor of SoftCon at a time, on its radar images
+long     SoftCon as the preset has it, 28 epochs
 pera     PerA with and without labels on the toy world
 init     what a network trained on another sensor is worth as a start, by --adapt
 eurosat  real chips: pretrained without labels on 70 % of them, tested on the other 30 %, 3 splits
@@ -91,12 +92,10 @@ FACTORS = {                                       # name: flags, switch; the def
     "soft-tau 0.1": (["--soft-tau", "0.1"], None), "soft-tau 0.5": (["--soft-tau", "0.5"], None),
     "soft-weight 0.1": (["--soft-weight", "0.1"], None),
     "soft-weight 2": (["--soft-weight", "2"], None),
-    "mask-ratio 0.15": (["--mask-ratio", "0.15"], None),
     "mask-ratio 0.5": (["--mask-ratio", "0.5"], None),
     "mask cells of 8 px": (["--patch-size", "8"], None), "mask scattered": ([], scattered),
     "labelled images only": ([], labelled_only), "one direction": ([], one_direction),
     "no predictor": ([], no_predictor)}
-LONG = {"s1": 28, "s2c": 56}
 PERA = ["--method", "pera", "--jitter", "1"]
 TINY = ["--holdout", "0", "--arch", "vit_tiny", "--img-size", "64", "--patch-size", "8",
         "--hidden", "512", "--lr", "5e-4", "--momentum", "0.95"]
@@ -105,7 +104,7 @@ CHIPS = {
              "--drop-path", "0"],
     "InfoNCE": ["--soft-weight", "0", "--mask-ratio", "0", "--crop-min", "0.3"],
     "InfoNCE + mask": ["--soft-weight", "0", "--crop-min", "0.3"]}
-SENSOR = {"s2c": ["--epochs", "30", "--batch-size", "32", "--jitter", "0.2", "--grey", "0"],
+SENSOR = {"s2c": ["--epochs", "20", "--batch-size", "32", "--jitter", "0.2", "--grey", "0"],
           "rgb": ["--epochs", "4", "--batch-size", "64"]}
 RGB_SOURCE = ["--holdout", "0", "--arch", "resnet18", "--img-size", "32", "--patch-size", "4",
               "--hidden", "512", "--lr", "5e-4", "--momentum", "0.9", "--crop-min", "0.3",
@@ -131,14 +130,13 @@ def listing():
                    "--seed", str(seed), "--img-size", "64"] for more in every for head in heads]
         add(study, name, modality, seed, ["--data", f"{at}/train", *flags], None,
             probes if study != "init" else [])
-    for seed, modality, name in itertools.product(seeds, LONG, [*FACTORS][:4]):
+    for seed, modality, name in itertools.product(seeds, ("s1", "s2c"), [*FACTORS][:4]):
         add("softcon", name, modality, seed, SOFTCON + FACTORS[name][0])
     for seed, name in itertools.product(seeds, [*FACTORS][4:]):
-        add("softcon", name, "s1", seed, SOFTCON + FACTORS[name][0], FACTORS[name][1])
-    for (modality, epochs), seed in itertools.product(LONG.items(), seeds):
-        add("long", "both", modality, seed, ["--epochs", str(epochs)],
-            probes=[["--seeds", "3"] if seed == 0 else []])
-    for seed, modality, soft in itertools.product(seeds, LONG, (0, 0.5)):
+        add("factors", name, "s1", seed, SOFTCON + FACTORS[name][0], FACTORS[name][1])
+    for seed, modality in itertools.product(seeds, ("s1", "s2c")):
+        add("long", "both", modality, seed, [], probes=[["--seeds", "3"] if seed == 0 else []])
+    for seed, modality, soft in itertools.product(seeds, ("s1", "s2c"), (0, 0.5)):
         add("pera", "PerA + soft" if soft else "PerA", modality, seed,
             [*PERA, "--soft-weight", str(soft)],
             probes=[["--feature", f, *["--seeds", "3"] * (seed == 0)] for f in ("cls", "mean")])
@@ -149,17 +147,15 @@ def listing():
         chips("eurosat", name, "rgb", 0, 70, *TINY, *SENSOR["rgb"], *CHIPS[name])
     for seed, weight in itertools.product(range(2), (0, 0.5)):
         chips("classes", "+ soft on classes" if weight else "InfoNCE", "rgb", seed, 30, *TINY,
-              *SENSOR["rgb"], *CHIPS["InfoNCE + mask"], "--labels", "classes", "--epochs", "8",
+              *SENSOR["rgb"], *CHIPS["InfoNCE + mask"], "--labels", "classes", "--epochs", "6",
               "--soft-weight", str(weight))
     chips("init", "InfoNCE, ResNet-18", "rgb", 0, 70, *RGB_SOURCE)
     source = {"s1": "softcon/both/s2c/{}", "s2c": "init/InfoNCE, ResNet-18/rgb/0"}
-    for seed, modality, epochs in itertools.product(seeds, LONG, (3, 10)):
+    for seed, modality in itertools.product(seeds, source):
         for adapt in ("none", "random", "mean") + ("rgb",) * (modality == "s2c"):
             start = ["--init", f"{folder(source[modality].format(seed))}/backbone.pt", "--adapt",
                      adapt] if adapt != "none" else []
-            if modality == "s1" or epochs == 3:
-                add("init", f"{adapt}, {epochs} epochs", modality, seed,
-                    ["--epochs", str(epochs), *start])
+            add("init", adapt, modality, seed, ["--epochs", "3", *start])
     return runs
 
 
@@ -230,7 +226,8 @@ def run(studies, workers, shared):
     data.make_toy("toy")
     done = {row["key"] for study in studies for row in rows(study)}
     plan = listing()
-    todo = [key for key in plan if key.split("/")[0] in studies and key not in done]
+    todo = [key for study in studies for key in plan
+            if key.split("/")[0] == study and key not in done]
     for at in {Path(x).parent for key in todo for x in plan[key][0] if "/chips/" in x}:
         if not at.exists():
             make_chips(Path(shared, "eurosat_rgb" if at.name.startswith("rgb") else "eurosat_ms"),
