@@ -8,7 +8,7 @@ A run is named study/name/modality/seed.  A line of tests/results/STUDY.jsonl ha
 device, the last line of its log and what probe.py said; a run that has a line is not repeated, so
 that a killed study goes on.  Checkpoints lie in runs/study/.
 
-softcon  InfoNCE, its two additions and both, on the toy world, 10 epochs
+softcon  InfoNCE, its two additions and both, on the toy world, 14 epochs
 factors  one factor of SoftCon at a time, on its radar images
 long     SoftCon as the preset has it, 28 epochs
 pera     PerA with and without labels on the toy world
@@ -83,7 +83,7 @@ def scattered():
 
 # ------------------------------------------------------------------------------------------- runs
 
-SOFTCON = ["--epochs", "10"]
+SOFTCON = ["--epochs", "14"]
 FACTORS = {                                       # name: flags, switch; the default stands first
     "both": ([], None), "InfoNCE": (["--soft-weight", "0", "--mask-ratio", "0"], None),
     "+ soft": (["--mask-ratio", "0"], None), "+ mask": (["--soft-weight", "0"], None),
@@ -105,7 +105,7 @@ CHIPS = {
     "InfoNCE": ["--soft-weight", "0", "--mask-ratio", "0", "--crop-min", "0.3"],
     "InfoNCE + mask": ["--soft-weight", "0", "--crop-min", "0.3"]}
 SENSOR = {"s2c": ["--epochs", "20", "--batch-size", "32", "--jitter", "0.2", "--grey", "0"],
-          "rgb": ["--epochs", "4", "--batch-size", "64"]}
+          "rgb": ["--epochs", "3", "--batch-size", "64"]}
 RGB_SOURCE = ["--holdout", "0", "--arch", "resnet18", "--img-size", "32", "--patch-size", "4",
               "--hidden", "512", "--lr", "5e-4", "--momentum", "0.9", "--crop-min", "0.3",
               "--soft-weight", "0", "--epochs", "2", "--batch-size", "32"]
@@ -143,8 +143,8 @@ def listing():
     for seed, name in itertools.product(seeds, CHIPS):
         chips("eurosat", name, "s2c", seed, 70, *TINY, *SENSOR["s2c"], *CHIPS[name],
               heads=("ridge", "logistic"))
-    for name in CHIPS:
-        chips("eurosat", name, "rgb", 0, 70, *TINY, *SENSOR["rgb"], *CHIPS[name])
+        if seed == 0:
+            chips("eurosat", name, "rgb", 0, 70, *TINY, *SENSOR["rgb"], *CHIPS[name])
     for seed, weight in itertools.product(range(2), (0, 0.5)):
         chips("classes", "+ soft on classes" if weight else "InfoNCE", "rgb", seed, 30, *TINY,
               *SENSOR["rgb"], *CHIPS["InfoNCE + mask"], "--labels", "classes", "--epochs", "6",
@@ -248,6 +248,112 @@ def run(studies, workers, shared):
                 del busy[key]
 
 
+# ----------------------------------------------------------------------------------------- tables
+
+
+def cell(values, digits=3):
+    """mean ± deviation of the seeds; a single one as it is."""
+    values = [float(v) for v in values]
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}" if values else "not run"
+
+
+def values(study, name, modality, metric, row="checkpoint", probe=0):
+    """`metric` of every seed of a run, in order; other rows of the probe: what the first run says."""
+    found = [r["probes"][probe]["all"][row][metric] for r in sorted(rows(study), key=lambda r: r["key"])
+             if r["key"].split("/")[1:3] == [name, modality]]
+    return [v for x in found for v in x] if row == "checkpoint" else max(found, key=len, default=[])
+
+
+def toy_table():
+    """Every method on the toy world."""
+    lines = [("mean and std of each band", "long", "both", "stats", 0),
+             ("ResNet-18, random weights", "long", "both", "random", 0)]
+    lines += [(f"{name}, 14 epochs", "softcon", name, "checkpoint", 0)
+              for name in ("InfoNCE", "+ mask", "+ soft", "both")]
+    lines += [("both, 28 epochs", "long", "both", "checkpoint", 0),
+              ("ViT-tiny/4, random weights", "pera", "PerA", "random", 0)]
+    lines += [(f"{name}, 8 epochs", "pera", name, "checkpoint", 0) for name in ("PerA", "PerA + soft")]
+    yield "| toy world | s1 micro | s1 macro | s2c micro | s2c macro |"
+    yield "|---|---|---|---|---|"
+    for title, study, name, row, probe_ in lines:
+        cells = [cell(sorted(set(v)) if row == "stats" else v) for v in (
+            values(study, name, m, metric, row, probe_) for m in ("s1", "s2c")
+            for metric in ("micro_map", "macro_map"))]
+        yield f"| {title} | {' | '.join(cells)} |"
+
+
+def gains():
+    """What each addition of SoftCon brings, seed by seed."""
+    for title, a, b in (("soft over InfoNCE", "+ soft", "InfoNCE"), ("mask over InfoNCE", "+ mask", "InfoNCE"),
+                        ("mask over soft", "both", "+ soft")):
+        parts = []
+        for modality, metric in itertools.product(("s1", "s2c"), ("micro_map", "macro_map")):
+            d = np.subtract(*(values("softcon", n, modality, metric) for n in (a, b)))
+            parts.append(f"{d.mean():+.3f} ± {d.std(ddof=1) / len(d) ** 0.5:.3f}")
+        yield f"| {title}, standard error | {' | '.join(parts)} |"
+
+
+SWITCHES = {       # switch: [(value, name of the run), ...]; "both" is the default
+    "soft form, weight": [("bce, .5", "both"), ("bce_mean, .5", "form bce_mean"),
+                          ("ce, 1", "form ce, weight 1"), ("none", "+ mask")],
+    "`--soft-tau`": [(".1", "soft-tau 0.1"), (".2", "both"), (".5", "soft-tau 0.5")],
+    "`--soft-weight`": [("0", "+ mask"), (".1", "soft-weight 0.1"), (".5", "both"),
+                        ("2", "soft-weight 2")],
+    "`--mask-ratio`": [("0", "+ soft"), (".3", "both"), (".5", "mask-ratio 0.5")],
+    "mask cells, `--patch-size`": [("4 px in blocks", "both"), ("8 px in blocks", "mask cells of 8 px"),
+                                   ("4 px scattered", "mask scattered")],
+    "unlabelled images": [("stay in InfoNCE", "both"), ("left out", "labelled images only")],
+    "directions of the loss": [("both", "both"), ("q1 with k2 alone", "one direction")],
+    "predictor": [("yes", "both"), ("no", "no predictor")]}
+
+
+def switch_table():
+    yield "| switch, s1, 14 epochs | micro average precision; the default is bold |"
+    yield "|---|---|"
+    for switch, options in SWITCHES.items():
+        parts = []
+        for value, name in options:
+            study = "softcon" if name in [*FACTORS][:4] else "factors"
+            text = f"{value}: {cell(values(study, name, 's1', 'micro_map'))}"
+            parts.append(f"**{text}**" if name == "both" else text)
+        yield f"| {switch} | {'; '.join(parts)} |"
+
+
+def start_table():
+    yield "| start, 3 epochs, micro | from scratch | input layer random | mean | rgb |"
+    yield "|---|---|---|---|---|"
+    for modality, title in (("s1", "s1, from SoftCon on s2c"), ("s2c", "s2c, from InfoNCE on RGB chips")):
+        cells = [cell(values("init", a, modality, "micro_map")) for a in ("none", "random", "mean")]
+        cells.append(cell(values("init", "rgb", modality, "micro_map")) if modality == "s2c" else "-")
+        yield f"| {title} | {' | '.join(cells)} |"
+
+
+def chip_table():
+    """Held-out chips; the probes of a run: CLS, then CLS + mean patch, by each head."""
+    yield ("| accuracy on held-out chips | MS ridge, CLS | MS ridge, CLS + mean | MS logistic, CLS + mean "
+           "| RGB ridge, CLS | RGB ridge, CLS + mean |")
+    yield "|---|---|---|---|---|---|"
+    columns = (("s2c", 0), ("s2c", 2), ("s2c", 3), ("rgb", 0), ("rgb", 1))
+    for title, name, row in (*((n, n, "checkpoint") for n in CHIPS),
+                             ("random weights", "PerA", "random"), ("mean and std", "PerA", "stats")):
+        cells = []
+        for modality, probe_ in columns:
+            found = [r["probes"][probe_]["all"][row]["accuracy"][0] for r in rows("eurosat")
+                     if r["key"].split("/")[1:3] == [name, modality]]
+            cells.append(cell(found))
+        yield f"| {title} | {' | '.join(cells)} |"
+    for name in ("InfoNCE", "+ soft on classes"):
+        found = [cell(values("classes", name, "rgb", "accuracy", probe=p)) for p in (0, 1)]
+        yield f"| 30 % of the RGB chips: {name} | - | - | - | {' | '.join(found)} |"
+
+
+def tables():
+    """Every line that the README takes from tests/results/."""
+    for table in (toy_table, gains, switch_table, start_table, chip_table):
+        yield from table()
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
@@ -260,6 +366,8 @@ def main(argv=None):
         run(args.names, args.workers, args.shared)
     elif args.what == "one":
         one(*args.names)
+    else:
+        print(*tables(), sep="\n")
 
 
 if __name__ == "__main__":
