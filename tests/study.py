@@ -12,6 +12,8 @@ softcon  InfoNCE, its two additions and both, on the toy world, 14 epochs
 factors  one factor of SoftCon at a time, on its radar images
 long     SoftCon as the preset has it, 28 epochs
 pera     PerA with and without labels on the toy world
+supervised   the same ResNet-18 trained on the labels themselves, tests/supervised.py
+costs    speed and memory of each switch at 224 px, tests/bench.py; wants an idle machine
 init     what a network trained on another sensor is worth as a start, by --adapt
 eurosat  real chips: pretrained without labels on 70 % of them, tested on the other 30 %, 3 splits
 classes  the soft term on the classes of 30 % of the RGB chips, the probe on the other 70 %
@@ -30,12 +32,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import data  # noqa: E402
 import losses  # noqa: E402
 import model as models  # noqa: E402
 import pretrain  # noqa: E402
 import probe  # noqa: E402
+import supervised  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -109,6 +112,17 @@ SENSOR = {"s2c": ["--epochs", "20", "--batch-size", "32", "--jitter", "0.2", "--
 RGB_SOURCE = ["--holdout", "0", "--arch", "resnet18", "--img-size", "32", "--patch-size", "4",
               "--hidden", "512", "--lr", "5e-4", "--momentum", "0.9", "--crop-min", "0.3",
               "--soft-weight", "0", "--epochs", "2", "--batch-size", "32"]
+COSTS = {         # bench.py's flags; of --method pera the crops are 224 and 96 px, 4,096 prototypes
+    "SoftCon, all tokens": ["--part", "step", "--mask-ratio", "0"],
+    "SoftCon, 30 % masked": ["--part", "step"],
+    "SoftCon, 60 % masked": ["--part", "step", "--mask-ratio", "0.6"],
+    "SoftCon, 30 % masked, no soft term": ["--part", "step", "--soft-weight", "0"],
+    "SoftCon, 30 % masked, bf16": ["--part", "step", "--amp", "bf16"],
+    "PerA, every token in both networks": ["--part", "dense"],
+    "PerA": ["--part", "sparse"],
+    "PerA + soft": ["--part", "sparse", "--soft-weight", "0.5"],
+    "PerA, no local crops": ["--part", "sparse", "--crops", "2", "0"],
+    "PerA, bf16": ["--part", "sparse", "--amp", "bf16"]}
 
 
 def folder(key):
@@ -150,6 +164,10 @@ def listing():
               *SENSOR["rgb"], *CHIPS["InfoNCE + mask"], "--labels", "classes", "--epochs", "6",
               "--soft-weight", str(weight))
     chips("init", "InfoNCE, ResNet-18", "rgb", 0, 70, *RGB_SOURCE)
+    for modality in ("s1", "s2c"):
+        runs[f"supervised/10 epochs/{modality}/0"] = ["--modality", modality], None, []
+    for name, flags in COSTS.items():
+        runs[f"costs/{name}/s2c/0"] = flags, None, []
     source = {"s1": "softcon/both/s2c/{}", "s2c": "init/InfoNCE, ResNet-18/rgb/0"}
     for seed, modality in itertools.product(seeds, source):
         for adapt in ("none", "random", "mean") + ("rgb",) * (modality == "s2c"):
@@ -192,10 +210,26 @@ def rows(study):
     return [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
 
 
+def keep(key, flags, **more):
+    """One line to the study's file."""
+    row = {"key": key, "flags": " ".join(flags), "commit": pretrain.commit(), "device": "cpu",
+           "threads": torch.get_num_threads(), "torch": torch.__version__,
+           "python": platform.python_version()} | more
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{key.split('/')[0]}.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
 def one(key):
-    """Train and probe; one line to the study's file."""
+    """A run and its line: train and probe, or what the two other scripts say."""
     flags, switch, probes = listing()[key]
     out, start = folder(key), time.time()
+    if key.startswith("supervised"):
+        return keep(key, flags, **supervised.main(flags))
+    if key.startswith("costs"):
+        bench = [sys.executable, Path(__file__).parent / "bench.py", "--json", *flags]
+        said = json.loads(subprocess.run(bench, capture_output=True, check=True).stdout)
+        return keep(key, flags, **{k: v for k, v in said.items() if k != "machine"})
     shutil.rmtree(out, ignore_errors=True)                             # of a run that was ended
     if switch:
         switch()
@@ -209,16 +243,10 @@ def one(key):
         weights.write_bytes(Path(out, "backbone.pt").read_bytes())
     said = [probe.main(["--ckpt", str(weights), "--bootstrap", "0", "--cache",
                         "runs/study/cache", "--workers", "0", *more]) for more in probes]
-    keep = ("n_train", "n_test", "all", "interval", "difference")
-    row = {"key": key, "flags": " ".join(flags), "switch": switch and switch.__name__,
-           "commit": pretrain.commit(), "device": "cpu", "threads": torch.get_num_threads(),
-           "torch": torch.__version__, "python": platform.python_version(),
-           "minutes": round((time.time() - start) / 60, 2), "log": log,
-           "probes": [{"flags": " ".join(more)} | {k: x[k] for k in keep if k in x}
-                      for more, x in zip(probes, said)]}
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{key.split('/')[0]}.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    known = ("n_train", "n_test", "all", "interval", "difference")
+    keep(key, flags, switch=switch and switch.__name__, minutes=(time.time() - start) / 60, log=log,
+         probes=[{"flags": " ".join(more)} | {k: x[k] for k in known if k in x}
+                 for more, x in zip(probes, said)])
 
 
 def run(studies, workers, shared):
@@ -252,105 +280,112 @@ def run(studies, workers, shared):
 
 
 def cell(values, digits=3):
-    """mean ± deviation of the seeds; a single one as it is."""
-    values = [float(v) for v in values]
+    """mean ± standard deviation of the seeds; a single one as it is."""
     spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{spread}" if values else "not run"
+    return f"{np.mean(values):.{digits}f}{spread}" if len(values) else "not run"
 
 
-def values(study, name, modality, metric, row="checkpoint", probe=0):
-    """`metric` of every seed of a run, in order; other rows of the probe: what the first run says."""
-    found = [r["probes"][probe]["all"][row][metric] for r in sorted(rows(study), key=lambda r: r["key"])
-             if r["key"].split("/")[1:3] == [name, modality]]
-    return [v for x in found for v in x] if row == "checkpoint" else max(found, key=len, default=[])
+def values(name, modality, metric, row="checkpoint", probe=0):
+    """`metric` of each seed of the run "study/name"; of the other rows of the probe, "random" and
+    "stats", each value once."""
+    study, name = name.split("/")
+    lines = sorted((r for r in rows(study) if r["key"].split("/")[1:3] == [name, modality]),
+                   key=lambda r: r["key"])
+    found = [v for r in lines for v in r["probes"][probe]["all"][row][metric]]
+    return found if row == "checkpoint" else sorted(set(found))
+
+
+def both_sensors(name, row="checkpoint"):
+    return [values(name, modality, metric, row) for modality in ("s1", "s2c")
+            for metric in ("micro_map", "macro_map")]
 
 
 def toy_table():
-    """Every method on the toy world."""
-    lines = [("mean and std of each band", "long", "both", "stats", 0),
-             ("ResNet-18, random weights", "long", "both", "random", 0)]
-    lines += [(f"{name}, 14 epochs", "softcon", name, "checkpoint", 0)
-              for name in ("InfoNCE", "+ mask", "+ soft", "both")]
-    lines += [("both, 28 epochs", "long", "both", "checkpoint", 0),
-              ("ViT-tiny/4, random weights", "pera", "PerA", "random", 0)]
-    lines += [(f"{name}, 8 epochs", "pera", name, "checkpoint", 0) for name in ("PerA", "PerA + soft")]
     yield "| toy world | s1 micro | s1 macro | s2c micro | s2c macro |"
     yield "|---|---|---|---|---|"
-    for title, study, name, row, probe_ in lines:
-        cells = [cell(sorted(set(v)) if row == "stats" else v) for v in (
-            values(study, name, m, metric, row, probe_) for m in ("s1", "s2c")
-            for metric in ("micro_map", "macro_map"))]
-        yield f"| {title} | {' | '.join(cells)} |"
+    for title, name, row in (
+            ("mean and std of each band", "long/both", "stats"),
+            ("ResNet-18, random weights", "long/both", "random"),
+            ("InfoNCE", "softcon/InfoNCE", "checkpoint"), ("+ mask", "softcon/+ mask", "checkpoint"),
+            ("+ soft", "softcon/+ soft", "checkpoint"), ("+ both", "softcon/both", "checkpoint"),
+            ("+ both, 28 epochs", "long/both", "checkpoint"),
+            ("ViT-tiny/4, random weights", "pera/PerA", "random"),
+            ("PerA", "pera/PerA", "checkpoint"), ("PerA + soft", "pera/PerA + soft", "checkpoint")):
+        yield f"| {title} | {' | '.join(map(cell, both_sensors(name, row)))} |"
+    marks = {r["modality"]: r for r in rows("supervised")}
+    marks = [[marks[m][k]] if m in marks else [] for m in ("s1", "s2c")
+             for k in ("micro_map", "macro_map")]
+    yield f"| ResNet-18, supervised | {' | '.join(map(cell, marks))} |"
+    for title, a, b in (("gain of soft", "+ soft", "InfoNCE"), ("gain of mask", "+ mask", "InfoNCE"),
+                        ("gain of mask beside soft", "both", "+ soft")):
+        pairs = zip(both_sensors(f"softcon/{a}"), both_sensors(f"softcon/{b}"))
+        gains = [np.subtract(x, y) if len(x) == len(y) > 1 else [] for x, y in pairs]
+        parts = [f"{np.mean(d):+.3f} ({np.std(d, ddof=1) / len(d) ** 0.5:.3f})" if len(d) else
+                 "not run" for d in gains]
+        yield f"| {title} (standard error) | {' | '.join(parts)} |"
 
 
-def gains():
-    """What each addition of SoftCon brings, seed by seed."""
-    for title, a, b in (("soft over InfoNCE", "+ soft", "InfoNCE"), ("mask over InfoNCE", "+ mask", "InfoNCE"),
-                        ("mask over soft", "both", "+ soft")):
-        parts = []
-        for modality, metric in itertools.product(("s1", "s2c"), ("micro_map", "macro_map")):
-            d = np.subtract(*(values("softcon", n, modality, metric) for n in (a, b)))
-            parts.append(f"{d.mean():+.3f} ± {d.std(ddof=1) / len(d) ** 0.5:.3f}")
-        yield f"| {title}, standard error | {' | '.join(parts)} |"
-
-
-SWITCHES = {       # switch: [(value, name of the run), ...]; "both" is the default
-    "soft form, weight": [("bce, .5", "both"), ("bce_mean, .5", "form bce_mean"),
-                          ("ce, 1", "form ce, weight 1"), ("none", "+ mask")],
-    "`--soft-tau`": [(".1", "soft-tau 0.1"), (".2", "both"), (".5", "soft-tau 0.5")],
-    "`--soft-weight`": [("0", "+ mask"), (".1", "soft-weight 0.1"), (".5", "both"),
-                        ("2", "soft-weight 2")],
-    "`--mask-ratio`": [("0", "+ soft"), (".3", "both"), (".5", "mask-ratio 0.5")],
-    "mask cells, `--patch-size`": [("4 px in blocks", "both"), ("8 px in blocks", "mask cells of 8 px"),
-                                   ("4 px scattered", "mask scattered")],
-    "unlabelled images": [("stay in InfoNCE", "both"), ("left out", "labelled images only")],
-    "directions of the loss": [("both", "both"), ("q1 with k2 alone", "one direction")],
-    "predictor": [("yes", "both"), ("no", "no predictor")]}
+SWITCHES = {       # switch: {value: run}; "softcon/both" is the default
+    "form of the soft term, weight": {
+        "`bce` .5": "softcon/both", "`bce_mean` .5": "factors/form bce_mean",
+        "`ce` 1": "factors/form ce, weight 1", "none": "softcon/+ mask"},
+    "`--soft-tau`": {".1": "factors/soft-tau 0.1", ".2": "softcon/both",
+                     ".5": "factors/soft-tau 0.5"},
+    "`--soft-weight`": {"0": "softcon/+ mask", ".1": "factors/soft-weight 0.1",
+                        ".5": "softcon/both", "2": "factors/soft-weight 2"},
+    "`--mask-ratio`": {"0": "softcon/+ soft", ".3": "softcon/both", ".5": "factors/mask-ratio 0.5"},
+    "mask": {"blocks of 4 px cells": "softcon/both", "of 8 px cells": "factors/mask cells of 8 px",
+             "4 px cells, each alone": "factors/mask scattered"},
+    "unlabelled images": {"in InfoNCE": "softcon/both", "out": "factors/labelled images only"},
+    "directions": {"both": "softcon/both", "q1 with k2 alone": "factors/one direction"},
+    "predictor": {"yes": "softcon/both", "no": "factors/no predictor"}}
 
 
 def switch_table():
-    yield "| switch, s1, 14 epochs | micro average precision; the default is bold |"
+    yield "| switch | micro average precision on s1; the default is bold |"
     yield "|---|---|"
     for switch, options in SWITCHES.items():
-        parts = []
-        for value, name in options:
-            study = "softcon" if name in [*FACTORS][:4] else "factors"
-            text = f"{value}: {cell(values(study, name, 's1', 'micro_map'))}"
-            parts.append(f"**{text}**" if name == "both" else text)
+        parts = [("**{}: {}**" if name == "softcon/both" else "{}: {}").format(
+            value, cell(values(name, "s1", "micro_map"))) for value, name in options.items()]
         yield f"| {switch} | {'; '.join(parts)} |"
 
 
 def start_table():
-    yield "| start, 3 epochs, micro | from scratch | input layer random | mean | rgb |"
+    yield "| start, 3 epochs, micro | none | input layer fresh | its mean | its rgb |"
     yield "|---|---|---|---|---|"
-    for modality, title in (("s1", "s1, from SoftCon on s2c"), ("s2c", "s2c, from InfoNCE on RGB chips")):
-        cells = [cell(values("init", a, modality, "micro_map")) for a in ("none", "random", "mean")]
-        cells.append(cell(values("init", "rgb", modality, "micro_map")) if modality == "s2c" else "-")
-        yield f"| {title} | {' | '.join(cells)} |"
+    for modality, title in (("s1", "s1, from SoftCon on s2c"), ("s2c", "s2c, from InfoNCE on RGB")):
+        cells = [cell(values(f"init/{adapt}", modality, "micro_map"))
+                 for adapt in ("none", "random", "mean", "rgb")]
+        yield f"| {title} | {' | '.join(cells[:3] + [cells[3] if modality == 's2c' else '-'])} |"
 
 
 def chip_table():
-    """Held-out chips; the probes of a run: CLS, then CLS + mean patch, by each head."""
-    yield ("| accuracy on held-out chips | MS ridge, CLS | MS ridge, CLS + mean | MS logistic, CLS + mean "
-           "| RGB ridge, CLS | RGB ridge, CLS + mean |")
+    """The probes of a run: ridge and logistic on CLS, then on CLS + mean patch; RGB: ridge."""
+    columns = {"MS ridge": ("s2c", 2), "MS ridge, CLS": ("s2c", 0), "MS logistic": ("s2c", 3),
+               "RGB ridge": ("rgb", 1), "RGB ridge, CLS": ("rgb", 0)}
+    yield f"| accuracy on held-out chips | {' | '.join(columns)} |"
     yield "|---|---|---|---|---|---|"
-    columns = (("s2c", 0), ("s2c", 2), ("s2c", 3), ("rgb", 0), ("rgb", 1))
     for title, name, row in (*((n, n, "checkpoint") for n in CHIPS),
                              ("random weights", "PerA", "random"), ("mean and std", "PerA", "stats")):
-        cells = []
-        for modality, probe_ in columns:
-            found = [r["probes"][probe_]["all"][row]["accuracy"][0] for r in rows("eurosat")
-                     if r["key"].split("/")[1:3] == [name, modality]]
-            cells.append(cell(found))
+        cells = [cell(values(f"eurosat/{name}", modality, "accuracy", row, p))
+                 for modality, p in columns.values()]
         yield f"| {title} | {' | '.join(cells)} |"
     for name in ("InfoNCE", "+ soft on classes"):
-        found = [cell(values("classes", name, "rgb", "accuracy", probe=p)) for p in (0, 1)]
-        yield f"| 30 % of the RGB chips: {name} | - | - | - | {' | '.join(found)} |"
+        found = [cell(values(f"classes/{name}", "rgb", "accuracy", probe=p)) for p in (1, 0)]
+        yield f"| 30 % of the chips, mask, {name} | - | - | - | {' | '.join(found)} |"
+
+
+def cost_table():
+    yield "| a step | images/s | memory above rest, GB |"
+    yield "|---|---|---|"
+    for row in rows("costs"):
+        said = next(v for v in row.values() if isinstance(v, dict))
+        yield f"| {row['key'].split('/')[1]} | {said['images_per_s']:.1f} | {said['step_gb']:.2f} |"
 
 
 def tables():
     """Every line that the README takes from tests/results/."""
-    for table in (toy_table, gains, switch_table, start_table, chip_table):
+    for table in (toy_table, switch_table, start_table, chip_table, cost_table):
         yield from table()
 
 

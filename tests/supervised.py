@@ -64,10 +64,12 @@ def main(argv=None):
     net.eval()
     with torch.no_grad():
         scores = torch.cat([net(v.float() / 255) for v in x_test.split(128)]).numpy()
-    print(json.dumps({"modality": args.modality, "n_train": len(x), "n_test": len(x_test),
-                      "epochs": args.epochs, "seed": args.seed,
-                      "micro_map": round(probe.average_precision(scores, y_test), 5),
-                      "macro_map": round(probe.average_precision(scores, y_test, "macro"), 5)}))
+    row = {"modality": args.modality, "n_train": len(x), "n_test": len(x_test),
+           "epochs": args.epochs, "seed": args.seed,
+           "micro_map": round(probe.average_precision(scores, y_test), 5),
+           "macro_map": round(probe.average_precision(scores, y_test, "macro"), 5)}
+    print(json.dumps(row))
+    return row
 
 
 if __name__ == "__main__":
