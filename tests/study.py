@@ -3,6 +3,7 @@
     python tests/study.py run softcon pera --workers 2      what is missing of these, two at a time
     python tests/study.py run eurosat --shared DIR          DIR holds eurosat_ms and eurosat_rgb
     python tests/study.py tables                            the README's tables, from tests/results/
+    python tests/study.py curve runs/softcon_s1 x.svg       a run's log as a figure
 
 A run is named study/name/modality/seed.  A line of tests/results/STUDY.jsonl has its flags, commit,
 device, the last line of its log and what probe.py said; a run that has a line is not repeated, so
@@ -286,13 +287,13 @@ def cell(values, digits=3):
 
 
 def values(name, modality, metric, row="checkpoint", probe=0):
-    """`metric` of each seed of the run "study/name"; of the other rows of the probe, "random" and
-    "stats", each value once."""
+    """`metric` of each seed of the run "study/name", for a row of the probe: "checkpoint", "random"
+    weights, or "stats", which on the toy world knows no seed."""
     study, name = name.split("/")
     lines = sorted((r for r in rows(study) if r["key"].split("/")[1:3] == [name, modality]),
                    key=lambda r: r["key"])
     found = [v for r in lines for v in r["probes"][probe]["all"][row][metric]]
-    return found if row == "checkpoint" else sorted(set(found))
+    return sorted(set(found)) if row == "stats" and metric != "accuracy" else found
 
 
 def both_sensors(name, row="checkpoint"):
@@ -306,7 +307,8 @@ def toy_table():
     for title, name, row in (
             ("mean and std of each band", "long/both", "stats"),
             ("ResNet-18, random weights", "long/both", "random"),
-            ("InfoNCE", "softcon/InfoNCE", "checkpoint"), ("+ mask", "softcon/+ mask", "checkpoint"),
+            ("InfoNCE", "softcon/InfoNCE", "checkpoint"),
+            ("+ mask", "softcon/+ mask", "checkpoint"),
             ("+ soft", "softcon/+ soft", "checkpoint"), ("+ both", "softcon/both", "checkpoint"),
             ("+ both, 28 epochs", "long/both", "checkpoint"),
             ("ViT-tiny/4, random weights", "pera/PerA", "random"),
@@ -316,7 +318,8 @@ def toy_table():
     marks = [[marks[m][k]] if m in marks else [] for m in ("s1", "s2c")
              for k in ("micro_map", "macro_map")]
     yield f"| ResNet-18, supervised | {' | '.join(map(cell, marks))} |"
-    for title, a, b in (("gain of soft", "+ soft", "InfoNCE"), ("gain of mask", "+ mask", "InfoNCE"),
+    for title, a, b in (("gain of soft", "+ soft", "InfoNCE"),
+                        ("gain of mask", "+ mask", "InfoNCE"),
                         ("gain of mask beside soft", "both", "+ soft")):
         pairs = zip(both_sensors(f"softcon/{a}"), both_sensors(f"softcon/{b}"))
         gains = [np.subtract(x, y) if len(x) == len(y) > 1 else [] for x, y in pairs]
@@ -365,8 +368,9 @@ def chip_table():
                "RGB ridge": ("rgb", 1), "RGB ridge, CLS": ("rgb", 0)}
     yield f"| accuracy on held-out chips | {' | '.join(columns)} |"
     yield "|---|---|---|---|---|---|"
-    for title, name, row in (*((n, n, "checkpoint") for n in CHIPS),
-                             ("random weights", "PerA", "random"), ("mean and std", "PerA", "stats")):
+    lines = [*((n, n, "checkpoint") for n in CHIPS), ("random weights", "PerA", "random"),
+             ("mean and std", "PerA", "stats")]
+    for title, name, row in lines:
         cells = [cell(values(f"eurosat/{name}", modality, "accuracy", row, p))
                  for modality, p in columns.values()]
         yield f"| {title} | {' | '.join(cells)} |"
@@ -389,11 +393,28 @@ def tables():
         yield from table()
 
 
+def curve(run, out):
+    """The log of a run as an SVG: InfoNCE, the soft term, the effective rank, over the steps."""
+    log = [json.loads(x) for x in Path(run, "log.jsonl").read_text().splitlines()]
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" width="840" height="200" '
+             'font-family="sans-serif" font-size="12">']
+    for k, name in enumerate(("info_nce", "soft", "effective_rank")):
+        x, y = ([row[key] for row in log] for key in ("step", name))
+        low, high = min(y), max(y)
+        points = " ".join(f"{280 * k + 45 + 220 * a / max(x):.1f},"
+                          f"{170 - 140 * (b - low) / (high - low):.1f}" for a, b in zip(x, y))
+        parts.append(f'<polyline points="{points}" fill="none" stroke="#2266aa"/>')
+        for text, left, top in ((name, 110, 18), (f"{high:.1f}", 8, 34), (f"{low:.1f}", 8, 174),
+                                (f"step {max(x)}", 215, 190)):
+            parts.append(f'<text x="{280 * k + left}" y="{top}" fill="#777">{text}</text>')
+    Path(out).write_text("\n".join([*parts, "</svg>\n"]))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["run", "one", "tables"])
-    parser.add_argument("names", nargs="*", help="run: studies; one: a run's key")
+    parser.add_argument("what", choices=["run", "one", "tables", "curve"])
+    parser.add_argument("names", nargs="*", help="run: studies; one: a run's key; curve: run, file")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--shared", default=".", help="folder of eurosat_ms and eurosat_rgb")
     args = parser.parse_args(argv)
@@ -401,6 +422,8 @@ def main(argv=None):
         run(args.names, args.workers, args.shared)
     elif args.what == "one":
         one(*args.names)
+    elif args.what == "curve":
+        curve(*args.names)
     else:
         print(*tables(), sep="\n")
 
