@@ -11,7 +11,7 @@ that a killed study goes on.  Checkpoints lie in runs/study/.
 
 softcon  InfoNCE, its two additions and both, on the toy world, 14 epochs
 factors  one factor of SoftCon at a time, on its radar images
-long     SoftCon as the preset has it, 28 epochs
+long     SoftCon as the preset has it, 28 epochs, and without the mask or the soft term
 pera     PerA with and without labels on the toy world
 supervised   the same ResNet-18 trained on the labels themselves, tests/supervised.py
 costs    speed and memory of each switch at 224 px, tests/bench.py; wants an idle machine
@@ -149,8 +149,10 @@ def listing():
         add("softcon", name, modality, seed, SOFTCON + FACTORS[name][0])
     for seed, name in itertools.product(seeds, [*FACTORS][4:]):
         add("factors", name, "s1", seed, SOFTCON + FACTORS[name][0], FACTORS[name][1])
-    for seed, modality in itertools.product(seeds, ("s1", "s2c")):
-        add("long", "both", modality, seed, [], probes=[["--seeds", "3"] if seed == 0 else []])
+    for seed, modality, name in itertools.product(seeds, ("s2c", "s1"), [*FACTORS][:3]):
+        if modality == "s2c" or name == "both":
+            add("long", name, modality, seed, FACTORS[name][0],
+                probes=[["--seeds", "3"] if (seed, name) == (0, "both") else []])
     for seed, modality, soft in itertools.product(seeds, ("s1", "s2c"), (0, 0.5)):
         add("pera", "PerA + soft" if soft else "PerA", modality, seed,
             [*PERA, "--soft-weight", str(soft)],
@@ -158,8 +160,8 @@ def listing():
     for seed, name in itertools.product(seeds, CHIPS):
         chips("eurosat", name, "s2c", seed, 70, *TINY, *SENSOR["s2c"], *CHIPS[name],
               heads=("ridge", "logistic"))
-        if seed == 0:
-            chips("eurosat", name, "rgb", 0, 70, *TINY, *SENSOR["rgb"], *CHIPS[name])
+    for name in CHIPS:
+        chips("eurosat", name, "rgb", 0, 70, *TINY, *SENSOR["rgb"], *CHIPS[name])
     for seed, weight in itertools.product(range(2), (0, 0.5)):
         chips("classes", "+ soft on classes" if weight else "InfoNCE", "rgb", seed, 30, *TINY,
               *SENSOR["rgb"], *CHIPS["InfoNCE + mask"], "--labels", "classes", "--epochs", "6",
@@ -310,6 +312,8 @@ def toy_table():
             ("InfoNCE", "softcon/InfoNCE", "checkpoint"),
             ("+ mask", "softcon/+ mask", "checkpoint"),
             ("+ soft", "softcon/+ soft", "checkpoint"), ("+ both", "softcon/both", "checkpoint"),
+            ("InfoNCE, 28 epochs", "long/InfoNCE", "checkpoint"),
+            ("+ soft, 28 epochs", "long/+ soft", "checkpoint"),
             ("+ both, 28 epochs", "long/both", "checkpoint"),
             ("ViT-tiny/4, random weights", "pera/PerA", "random"),
             ("PerA", "pera/PerA", "checkpoint"), ("PerA + soft", "pera/PerA + soft", "checkpoint")):
@@ -318,10 +322,11 @@ def toy_table():
     marks = [[marks[m][k]] if m in marks else [] for m in ("s1", "s2c")
              for k in ("micro_map", "macro_map")]
     yield f"| ResNet-18, supervised | {' | '.join(map(cell, marks))} |"
-    for title, a, b in (("gain of soft", "+ soft", "InfoNCE"),
-                        ("gain of mask", "+ mask", "InfoNCE"),
-                        ("gain of mask beside soft", "both", "+ soft")):
-        pairs = zip(both_sensors(f"softcon/{a}"), both_sensors(f"softcon/{b}"))
+    for title, a, b in (("gain of soft", "softcon/+ soft", "softcon/InfoNCE"),
+                        ("the same, 28 epochs", "long/+ soft", "long/InfoNCE"),
+                        ("gain of mask", "softcon/+ mask", "softcon/InfoNCE"),
+                        ("gain of mask beside soft", "softcon/both", "softcon/+ soft")):
+        pairs = zip(both_sensors(a), both_sensors(b))
         gains = [np.subtract(x, y) if len(x) == len(y) > 1 else [] for x, y in pairs]
         parts = [f"{np.mean(d):+.3f} ({np.std(d, ddof=1) / len(d) ** 0.5:.3f})" if len(d) else
                  "not run" for d in gains]
