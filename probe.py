@@ -42,89 +42,93 @@ def describe(net, x):
     return torch.cat([cls for cls, _ in blocks] + [blocks[-1][1].mean(1)], 1)
 
 
+def columns(net, feature):
+    """The slice of describe's row that a head on `feature` sees; of a ResNet's: all."""
+    width = net.embed_dim if hasattr(net, "last_blocks") else None
+    return slice(*(width * k for k in FEATURES[feature])) if width else slice(None)
+
+
 class Floor(torch.nn.Module):
     """(B,C,H,W) -> (B,2C): mean and deviation of each band, for which nobody needs a network."""
+    size = None
 
     def forward(self, x):
         return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1)
 
 
-def look(x, size, centre=1.0, crops=None):
+def look(x, size=None, centre=1.0):
     """uint8 (B,C,P,P) -> float (B,C,size,size) in [0,1]: the central share `centre` of each side,
-    resized (size None: not); or where `crops` (data.draw_crops) looks."""
-    if crops:
-        return data.crop(x, crops, size or x.shape[-1])
+    resized unless size is None."""
     rim = round(x.shape[-1] * (1 - centre) / 2)
     x = x[..., rim:x.shape[-2] - rim, rim:x.shape[-1] - rim].float() / 255
-    return x if size in (None, x.shape[-1]) else F.interpolate(x, (size, size), mode="bilinear",
-                                                               antialias=True)
+    size = size or x.shape[-1]
+    return F.interpolate(x, (size, size), mode="bilinear", antialias=True)
 
 
-def cached(folder, nets, images, sizes, view):
+def cached(folder, nets, images, view):
     """A file for the features of each net, named by all that made them: code, images, weights."""
-    base = hashlib.sha256(images.scenes.modality.encode() + Path(data.__file__).read_bytes() +
-                          Path(models.__file__).read_bytes())
-    for path in (Path(images.scenes.files[i][s]) for i, s in images.pairs):
+    base = hashlib.sha256(f"{images.scenes.modality} {view}".encode())
+    paths = [images.scenes.files[i][s] for i, s in images.pairs]
+    for path in map(Path, [__file__, data.__file__, models.__file__, *paths]):
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             base.update(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns} ".encode())
-    for net, size in zip(nets, sizes):
-        digest = hashlib.sha256(f"{base.hexdigest()} {type(net)} {size} {view}".encode())
-        for name, v in net.state_dict().items():
-            digest.update(name.encode() + v.cpu().numpy().tobytes())
+    for net in nets:
+        digest = base.copy()
+        digest.update(f"{type(net)} {net.size}".encode())
+        for name, weight in net.state_dict().items():
+            digest.update(name.encode() + weight.cpu().numpy().tobytes())
         yield f"{folder}/{digest.hexdigest()[:32]}.npy"
 
 
 @torch.no_grad()
-def extract(nets, images, sizes, device, batch_size=64, workers=0, cache=None, centre=1.0, draw=0,
-            area=1.0):
-    """One pass over `images` -> the features of each net, float16 (n,D or 5D).
+def extract(nets, images, device="cpu", workers=0, cache=None, centre=1.0, draw=0, area=1.0):
+    """One pass over `images` -> {net: the rows that `describe` gives, float16 (n,D or 5D)}.
 
-    Pixels as in training, resized to sizes[k] (None: not), of the central share `centre` of each
-    side; draw > 0: of that random crop of `area` or more of the image, mirrored or not [3].  What
+    A net sees the central share `centre` of each side at net.size pixels (None: as they are); draw
+    1, 2, ...: instead a random crop of `area` or more of the image, mirrored or not, as [3].  What
     the folder `cache` holds is not computed again; a kill leaves whole files there or none.
+    ValueError: features that are not finite.
     """
-    view = centre, draw, area
-    paths = [*cached(cache, nets, images, sizes, view)] if cache else [""] * len(nets)
-    out = [np.load(p) if os.path.exists(p) else [] for p in paths]
-    todo = [k for k, rows in enumerate(out) if not len(rows)]
+    view = (draw, area) if draw else (centre,)
+    paths = dict(zip(nets, cached(cache, nets, images, view))) if cache else {}
+    out = {net: np.load(path) for net, path in paths.items() if os.path.exists(path)}
+    todo = {net: [] for net in nets if net not in out}
     g = torch.Generator().manual_seed(draw)
-    loader = DataLoader(images, batch_size, num_workers=workers) if todo else ()
-    for x, _, _ in tqdm(loader, f"draw {draw}" if draw else "features", leave=False):
-        x, crops = x.to(device), data.draw_crops(len(x), g, area) | {
-            "flip_y": torch.ones(len(x))} if draw else None                    # [3] mirror sideways
-        for k in todo:                                                         # (B,C,P,P)
-            z = look(x, sizes[k], centre, crops)
-            out[k].append(describe(nets[k].eval().to(device), z).half().cpu().numpy())
-    for k in todo:
-        out[k] = np.concatenate(out[k])
-        if not np.isfinite(out[k]).all():
+    loader = DataLoader(images, 64, num_workers=workers) if todo else ()
+    for x, _, _ in tqdm(loader, f"features, draw {draw}", leave=False):
+        x = x.to(device)                                                       # (B,C,P,P)
+        crops = data.draw_crops(len(x), g, area) | {"flip_y": torch.ones(len(x))}      # [3]
+        for net, rows in todo.items():
+            z = data.crop(x, crops, net.size or x.shape[-1]) if draw else look(x, net.size, centre)
+            rows.append(describe(net.eval().to(device), z).half().cpu().numpy())
+    for net, rows in todo.items():
+        out[net] = np.concatenate(rows)
+        if not np.isfinite(out[net]).all():
             raise ValueError("features are not finite: NaN in the weights, or beyond float16")
         if cache:
             os.makedirs(cache, exist_ok=True)
-            with open(f"{paths[k]}.part{os.getpid()}", "wb") as file:
-                np.save(file, out[k])
+            with open(f"{paths[net]}.part{os.getpid()}", "wb") as file:
+                np.save(file, out[net])
                 os.fsync(file.fileno())
-            os.replace(file.name, paths[k])
+            os.replace(file.name, paths[net])
     return out
 
 
-def show(folder, net, images, size):
+@torch.no_grad()
+def show(folder, net, images):
     """A PNG of each image: its colours beside the last patch tokens of a ViT, whose three principal
     components over all these images are red, green and blue."""
     import imagecodecs
-    x = torch.stack([torch.from_numpy(x) for x, _, _ in images])               # (n,C,P,P)
-    with torch.no_grad():
-        tokens = net.eval().cpu().last_blocks(look(x, size), 1)[0][1].flatten(0, 1)     # (nN,D)
-    tokens -= tokens.mean(0)
-    pca = tokens @ torch.linalg.svd(tokens, full_matrices=False)[2][:3].T      # (nN,3)
+    x, _, _ = next(iter(DataLoader(images, len(images))))                      # (n,C,P,P)
+    tokens = net.eval().cpu().last_blocks(look(x, net.size), 1)[0][1].flatten(0, 1)     # (nN,D)
+    pca = tokens @ torch.linalg.eigh(tokens.T.cov())[1][:, [-1, -2, -3]]       # (nN,3)
     low, high = torch.quantile(pca, torch.tensor([0.02, 0.98]), dim=0)
-    pca = ((pca - low) / (high - low)).clamp(0, 1).view(len(x), size // net.patch_size, -1, 3)
+    pca = ((pca - low) / (high - low)).clamp(0, 1).view(len(x), net.size // net.patch_size, -1, 3)
     pca = F.interpolate(255 * pca.permute(0, 3, 1, 2), x.shape[-2:]).byte()    # (n,3,P,P)
     both = torch.cat([x[:, data.COLOURS[images.scenes.modality]], pca], 3).permute(0, 2, 3, 1)
     os.makedirs(folder, exist_ok=True)
     for (i, s), picture in zip(images.pairs, both.contiguous().numpy()):
         imagecodecs.imwrite(f"{folder}/{images.scenes.ids[i]}_{s}.png", picture)
-    print(f"{folder}: {len(x)} pictures")
 
 
 # ------------------------------------------------------------------------------------------- heads
@@ -132,67 +136,65 @@ def show(folder, net, images, size):
 PENALTIES = np.logspace(-6, 2, 17)                            # on the mean loss of a training row
 
 
-def folds(group):
-    """(n,) fold 0..4 of each row; rows of one group, the seasons of a scene, stay together."""
-    fold = np.unique(group, return_inverse=True)[1] % 5
-    if fold.max() < 1:
-        raise ValueError("the head needs training images of at least two scenes")
-    return fold
+def validated(fit, x, y, x_test, scene):
+    """Scores (m,K) of `fit` with the penalty of least squared error in 5-fold cross-validation, in
+    which the rows of a scene (n,), 0, 1, ..., stay together: its seasons or draws.
+    fit(x (n,D), y (n,K) multi-hot, x_test (m,D)) -> (penalties,m,K)."""
+    fold, errors = scene % 5, 0
+    for f in range(fold.max() + 1):
+        out = fold == f
+        errors += ((fit(x[~out], y[~out], x[out]) - y[out]) ** 2).sum((1, 2))
+    return fit(x, y, x_test)[np.argmin(errors)]
 
 
-def validated(fit, x, y, x_test, group):
-    """Scores (n_test,K) of `fit` with the penalty whose squared error in 5-fold cross-validation is
-    smallest.  fit(x (n,D), y (n,K) multi-hot, at (m,D)) -> (penalties, m, K)."""
-    fold = folds(group)
-    errors = sum(((fit(x[fold != f], y[fold != f], x[fold == f]) - y[fold == f]) ** 2)
-                 .sum((1, 2)) for f in range(min(5, fold.max() + 1)))
-    return fit(x, y, x_test)[int(np.argmin(errors))]
-
-
-def ridge(x, y, at):
+def ridge(x, y, x_test):
     """Linear maps of least squared error + penalty |W|^2 for all PENALTIES, closed form, float64:
     one eigendecomposition serves all."""
-    (x, at), offset = standardise(x, at), y.mean(0)
+    (x, x_test), offset = standardise(x, x_test), y.mean(0)
     wide = x.shape[1] > len(x)                         # then the smaller x x^T has all there is
     values, vectors = np.linalg.eigh(x @ x.T if wide else x.T @ x)             # (D,), (D,D)
     vectors = x.T @ vectors / np.sqrt(values.clip(1e-9 * values[-1])) if wide else vectors
-    left, right = at @ vectors, vectors.T @ (x.T @ (y - offset))               # (m,D), (D,K)
+    left, right = x_test @ vectors, vectors.T @ (x.T @ (y - offset))           # (m,D), (D,K)
     return np.stack([left / (values + p * len(x)) @ right + offset for p in PENALTIES])
 
 
-def logistic(x, y, at, multi):
+def logistic(x, y, x_test, multi):
     """Probabilities by least log loss (softmax; multi: sigmoids) + penalty |W|^2 / 2, for penalties
     from 1 down to 1e-4: LBFGS in float64, each from where the last ended."""
-    x, at, y = (torch.from_numpy(v).double() for v in (*standardise(x, at), y))
+    x, x_test, y = (torch.from_numpy(v).double() for v in (*standardise(x, x_test), y))
     W, b = (torch.zeros(n, y.shape[1], dtype=y.dtype, requires_grad=True) for n in (x.shape[1], 1))
-    loss, activate = ((F.binary_cross_entropy_with_logits, torch.sigmoid) if multi else
-                      (F.cross_entropy, partial(torch.softmax, dim=1)))
     out = []
-    for p in PENALTIES[12:3:-2]:
+    for penalty in PENALTIES[12:3:-2]:
         optimiser = torch.optim.LBFGS([W, b], max_iter=200, tolerance_grad=1e-4,
                                       tolerance_change=1e-6, line_search_fn="strong_wolfe")
 
         def closure():
-            value = loss(x @ W + b, y) * (y.shape[1] if multi else 1) + p / 2 * W.square().sum()
+            z = x @ W + b                                                      # (n,K)
+            loss = F.binary_cross_entropy_with_logits(z, y) * y.shape[1] if multi else (
+                F.cross_entropy(z, y))
+            loss = loss + penalty / 2 * W.square().sum()
             optimiser.zero_grad()
-            value.backward()
-            return value
+            loss.backward()
+            return loss
         optimiser.step(closure)
-        out.append(activate(at @ W + b).detach().numpy())
+        z = (x_test @ W + b).detach()
+        out.append((z.sigmoid() if multi else z.softmax(1)).numpy())
     return np.stack(out)
 
 
 def standardise(x, *others):
+    """Each (n,D) minus x's mean, over x's deviation, column by column, float64."""
     mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64) + 1e-8
     return [(v - mean) / std for v in (x, *others)]
 
 
 def knn(x, y, x_test, k=20, tau=0.07):
-    """The k training rows most alike vote, each with exp(cosine / tau) [2]."""
+    """The k training rows most alike vote, each with exp(cosine / tau) [2] -> scores (m,K)."""
     x, x_test, y = (torch.from_numpy(v).float() for v in (x, x_test, y))
     near = [(rows @ F.normalize(x).T).topk(min(k, len(x)))                     # 2 x (m,k)
             for rows in F.normalize(x_test).split(1024)]
-    return torch.cat([(((c - 1) / tau).exp()[..., None] * y[at]).sum(1) for c, at in near]).numpy()
+    return torch.cat([(((cosine - 1) / tau).exp()[..., None] * y[index]).sum(1)
+                      for cosine, index in near]).numpy()
 
 
 def sgd(x, y, use, rates, multi, steps, seed=0, batch=128):
@@ -213,35 +215,32 @@ def sgd(x, y, use, rates, multi, steps, seed=0, batch=128):
     return W
 
 
-LRS = [a * 10.0 ** e for e in range(-5, -1) for a in (1, 2, 5)] + [0.1]         # 13 [1]
+GRID = [(feature, rate) for feature in [*FEATURES][:4] for rate in (             # 4 x 13 [1]
+    *(a * 10.0 ** e for e in range(-5, -1) for a in (1, 2, 5)), 0.1)]
 
 
-def linear(x, y, x_test, group, multi, metric, heads, dim, steps, seed):
-    """Of heads [(feature, rate), ...] on standardised features the best: scores, [*head, value].
-
-    dim: D of a ViT, else None.  Several train on 4 folds; the fifth, never the test set, chooses.
-    """
-    use, rates = torch.ones(len(heads), x.shape[1] + 1), torch.tensor([rate for _, rate in heads])
-    for row, (name, _) in zip(use, heads if dim else ()):
-        row[:FEATURES[name][0] * dim] = row[FEATURES[name][1] * dim:-1] = 0
+def linear(x, y, x_test, scene, multi, metric, heads, net, steps, seed):
+    """Of heads [(feature, rate), ...] on net's standardised features the best: scores (m,K),
+    [feature, rate, value].  Several train on 4 folds; the fifth, never the test set, chooses."""
+    use, rates = torch.zeros(len(heads), x.shape[1]), torch.tensor([rate for _, rate in heads])
+    for row, (feature, _) in zip(use, heads):
+        row[columns(net, feature)] = 1
     x, x_test, y = (torch.from_numpy(v).float() for v in (*standardise(x, x_test), y))
-    x, x_test = (F.pad(v, (0, 1), value=1) for v in (x, x_test))
-    out = torch.from_numpy((folds(group) == 0) & (len(heads) > 1))
-    W = sgd(x[~out], y[~out], use, rates, multi, steps, seed)
+    x, x_test, use = (F.pad(v, (0, 1), value=1) for v in (x, x_test, use))     # the bias
+    out = torch.from_numpy((scene % 5 == 0) & (len(heads) > 1))
+    W = sgd(x[~out], y[~out], use, rates, multi, steps, seed)                  # (D+1,H,K)
     values = [float(metric((x[out] @ w).numpy(), y[out].numpy())) for w in W.unbind(1) if out.any()]
-    h = int(np.argmax(values)) if values else 0
-    return (x_test @ W[:, h]).numpy(), [*heads[h], *values[h:h + 1]]
+    best = int(np.argmax(values)) if values else 0
+    return (x_test @ W[:, best]).numpy(), [*heads[best], *values[best:best + 1]]
 
 
 # ------------------------------------------------------------------------------- metrics and splits
 
 
 def average_precision(scores, targets, average="micro"):
-    """sum_n (R_n - R_(n-1)) P_n over distinct thresholds, as scikit-learn defines it.
-
-    scores, targets (N,C).  micro pools all entries; macro is the mean over classes with a positive
-    (one without has no recall; scikit-learn counts it as 0).
-    """
+    """sum_n (R_n - R_(n-1)) P_n over distinct thresholds, as scikit-learn defines it, of scores and
+    targets (N,C).  micro pools all entries; macro is the mean over classes with a positive (one
+    without has no recall; scikit-learn counts it as 0)."""
     scores, targets = np.asarray(scores), np.asarray(targets).astype(bool)
     values, shape = [], (-1, 1 if average == "micro" else scores.shape[1])
     for s, t in zip(scores.reshape(shape).T, targets.reshape(shape).T):
@@ -261,206 +260,206 @@ def bootstrap(metric, rows, y, draws):
     return [np.quantile(x, (0.025, 0.975), 1).T.round(5).tolist() for x in (v, v - v[0])]
 
 
-def split(scenes, task, seed, train_frac, holdout, parts=None, replace=False):
-    """Images for training and testing: two lists of (scene, season).
+def split(scenes, task, seed, share, holdout, lists=None, replace=False):
+    """Images (scene, season) to train and to test the head on: two lists.
 
-    ssl4eo: only scenes that pretraining held out take part, half of them to train the head, half to
-    test it: on its own training scenes a network remembers what it would not know of others.
-    Unlabelled images are left out.  parts: two lists of scenes instead.  Of either, train_frac of
-    the training images are drawn, as [3] do with `replace`.  Otherwise: train_frac of each class.
+    ssl4eo: labelled images of the scenes that pretraining held out, half of the scenes to train,
+    half to test: on its own training scenes a network remembers what it would not know of others.
+    lists: these two.  Of either, `share` of the training images are drawn (`replace`: as [3] do).
+    Otherwise `share` of each class to train, the others to test.  ValueError: nothing to train or
+    to test on, or a single class or scene to train on.
     """
-    rng = np.random.default_rng(seed)
+    rng, train, test = np.random.default_rng(seed), [], []
     if task == "ssl4eo":
-        out, half = (data.held_out(scenes.ids, f) for f in (holdout, holdout / 2))
-        pairs = [(i, s) for i in np.flatnonzero(out) for s in range(len(scenes.files[i]))]
-        pairs = [(i, s) for i, s in pairs if scenes.labels[i][s].any()]
-        train, test = ([p for p in pairs if half[p[0]] == side] for side in (False, True))
-    elif parts:
-        train, test = ([(i, 0) for i in part] for part in parts)
-    else:
-        rows = [rng.permutation(np.flatnonzero(k)) for k in np.concatenate(scenes.labels).T]
-        cut = [round(train_frac * len(r)) for r in rows]
-        train = [(i, 0) for r, c in zip(rows, cut) for i in r[:c]]
-        test = [(i, 0) for r, c in zip(rows, cut) for i in r[c:]]
-    if parts or task == "ssl4eo":
-        keep = (rng.choice(len(train), int(train_frac * len(train))) if replace else
-                rng.permutation(len(train))[:round(train_frac * len(train))])
+        out, half = (data.held_out(scenes.ids, fraction) for fraction in (holdout, holdout / 2))
+        known = [(i, s) for i, s in scenes.pairs(np.flatnonzero(out)) if scenes.labels[i][s].any()]
+        lists = [[image for image in known if half[image[0]] == side] for side in (False, True)]
+    if lists:
+        (train, test), n = lists, len(lists[0])
+        keep = rng.choice(n, int(share * n)) if replace else rng.permutation(n)[:round(share * n)]
         train = [train[j] for j in sorted(keep)]
+    for members in () if lists else np.concatenate(scenes.labels).T:
+        order = [(i, 0) for i in rng.permutation(np.flatnonzero(members))]
+        cut = round(share * len(order))
+        train, test = train + order[:cut], test + order[cut:]
     if not train or not test:
         raise ValueError(f"split leaves {len(train)} training and {len(test)} test images")
-    if np.any([scenes.labels[i][s] for i, s in train], 0).sum() < 2:
-        raise ValueError(f"the {len(train)} training images are of a single class")
+    classes = np.any([scenes.labels[i][s] for i, s in train], 0)
+    if classes.sum() < 2 or len({i for i, _ in train}) < 2:
+        raise ValueError(f"the {len(train)} training images are of a single class or scene")
     return train, test
 
 
-def run_flags(path):
-    """img_size, holdout and labels of the run whose config.json it is, as far as they are there."""
-    if not path.exists():
-        print(f"{path}: not there; --img-size and --holdout of the run are not known")
-        return {}
+def run_flags(ckpt):
+    """img_size and holdout of the run that left `ckpt`, where its config.json is and says so."""
+    path, kinds = Path(ckpt).parent / "config.json", {"img_size": int, "holdout": float}
     try:
-        flags, kinds = json.loads(data.read_text(path)).get("flags", {}), {
-            "img_size": int, "holdout": float, "labels": str}
-        return {k: kind(flags[k]) for k, kind in kinds.items() if k in flags}
-    except (ValueError, TypeError, AttributeError) as error:
+        flags = json.loads(data.read_text(path)).get("flags", {}) if path.exists() else {}
+        return {name: kind(flags[name]) for name, kind in kinds.items() if name in flags}
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: not a run's config.json ({error})") from None
 
 
-TASKS = {"ssl4eo": (data.SSL4EO, "s1 s2c s2a"), "bigearthnet": (data.BigEarthNet, "s1 s2a s2c"),
-         "eurosat": (data.EuroSAT, "s1 s2c rgb"), "folder": (data.Folder, "s1 s2c s2a rgb")}
+# ------------------------------------------------------------------------------- tasks and flags
+
+MANY = {"micro_map": average_precision, "macro_map": partial(average_precision, average="macro")}
+ONE = {"accuracy": lambda s, t: np.mean(s.argmax(1) == t.argmax(1))}
+BIASED = {"mean_of_256s": lambda s, t: np.mean([                                # as published [3]
+    average_precision(s[i:i + 256], t[i:i + 256]) for i in range(0, len(s), 256)])}
+TASKS = {                # reader, modalities, metrics of scores and labels (n,K): the first chooses
+    "ssl4eo": (data.SSL4EO, "s1 s2c s2a", MANY),
+    "bigearthnet": (data.BigEarthNet, "s1 s2a s2c", MANY | BIASED),
+    "eurosat": (data.EuroSAT, "s1 s2c rgb", ONE), "folder": (data.Folder, "s1 s2c s2a rgb", ONE)}
+SWITCH = {"action": "store_true"}
+DEVICES = ["cpu", "cuda"][:1 + torch.cuda.is_available()]
+FLAGS = {                # name: default, help, (lowest, highest) or what argparse needs
+    "ckpt": (None, "of a run, or released; several: compare", {"required": True, "nargs": "+"}),
+    "task": ("ssl4eo", "what the labels are", {"choices": [*TASKS]}),
+    "data": (None, "folder; none: the toy world", {}),
+    "labels": (None, "SSL4EO-S12-ML json; none: ssl4eo_multilabel.json in --data", {}),
+    "modality": (None, "none: by the checkpoint's channels", {"choices": [*data.BANDS]}),
+    "img-size": (None, "none: the run's config.json, the position table, or 224", (1, 4096)),
+    "lists": (None, "files of names to train on, to test on", {"nargs": 2}),
+    "exclude": ([], "lists to leave out of --lists: snow, cloud", {"nargs": "*"}),
+    "drop-unlabelled": (False, "leave out images of no class, too", SWITCH),
+    "skip-missing": (False, "go on without listed images that are absent", SWITCH),
+    "train-frac": (None, "share to train on; none: 1, folders 0.7 of each class", (1e-6, 1.0)),
+    "replace": (False, "draw that share with replacement, as published", SWITCH),
+    "head": ("ridge", "what is fitted", {"choices": "ridge logistic knn linear grid".split()}),
+    "feature": ("cls", "of a ViT; 4: last 4 blocks", {"choices": [*FEATURES]}),
+    "lr": (0.1, "of --head linear, for 256 rows", (0.0, 1e6)),
+    "steps": (12500, "of --head linear and grid, 128 rows each", (1, 10 ** 8)),
+    "holdout": (None, "share of scenes to use; none: the run's, or 0.1", (0.0, 1.0)),
+    "seeds": (1, "random backbones, and draws of the training part", (1, 1000)),
+    "seed": (0, "the first of them", (0, 2 ** 32)),
+    "cache": (None, "folder that keeps features", {}),
+    "centre": (1.0, "share of each side to look at; published: 0.875 = 224 / 256", (0.1, 1.0)),
+    "draws": (0, "train on so many random crops of an image instead, as published", (0, 1000)),
+    "area": (0.8, "their least share of the image; EuroSAT: 0.08", (0.01, 1.0)),
+    "show": (None, "folder for pictures of 8 test images: colours, PCA of a ViT's patches", {}),
+    "bootstrap": (200, "resamplings for 95 %% intervals; 0: none", (0, 10 ** 6)),
+    "classes": (False, "a line a class; accuracy: with confusions", SWITCH),
+    "device": (DEVICES[-1], "CUDA if there is one", {"choices": DEVICES}),
+    "workers": (2, "reading processes", (0, 1000))}
 
 
 def main(argv=None):
+    """A probe -> the JSON object of its last line.  ValueError, OSError: flags or files unfit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flag = parser.add_argument
-    flag("--ckpt", required=True, nargs="+", help="of a run, or released; several: compare")
-    flag("--task", choices=list(TASKS), default="ssl4eo", help="what the labels are")
-    flag("--data", help="folder; default: the toy world")
-    flag("--labels", help="SSL4EO-S12-ML json; default: ssl4eo_multilabel.json in --data")
-    flag("--modality", choices=list(data.BANDS), help="default: by the checkpoint's channels")
-    flag("--img-size", type=int, help="default: the run's config.json, the position table, or 224")
-    flag("--lists", nargs=2, help="files of names to train on, to test on")
-    flag("--exclude", nargs="*", default=[], help="lists to leave out of --lists: snow, cloud")
-    flag("--drop-unlabelled", action="store_true", help="leave out images of no class, too")
-    flag("--skip-missing", action="store_true", help="go on without listed images that are absent")
-    flag("--train-frac", type=float, help="share to train on; default 1, folders 0.7 of each class")
-    flag("--replace", action="store_true", help="draw that share with replacement, as published")
-    flag("--head", choices=["ridge", "logistic", "knn", "linear", "grid"], default="ridge")
-    flag("--feature", choices=list(FEATURES), default="cls", help="of a ViT; 4: last 4 blocks")
-    flag("--lr", type=float, default=0.1, help="of --head linear, for 256 rows")
-    flag("--steps", type=int, default=12500, help="of --head linear and grid, 128 rows each")
-    flag("--holdout", type=float, help="share of scenes to use; default: the run's, or 0.1")
-    flag("--seeds", type=int, default=1, help="random backbones, and draws of the training part")
-    flag("--seed", type=int, default=0, help="the first of them")
-    flag("--cache", help="folder that keeps features")
-    flag("--centre", type=float, default=1.0, help="look at this share of each side; published: "
-         "0.875 (resize 256, crop 224)")
-    flag("--draws", type=int, default=0, help="train the head on so many random crops, mirrored or "
-         "not, of each image instead, as published")
-    flag("--area", type=float, default=0.8, help="their least share of the image; EuroSAT: 0.08")
-    flag("--show", help="folder for pictures of 8 test images: colours, PCA of a ViT's patches")
-    flag("--bootstrap", type=int, default=200, help="resamplings for 95 %% intervals; 0: none")
-    flag("--classes", action="store_true", help="a line a class; accuracy: with confusions")
-    flag("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    flag("--workers", type=int, default=2, help="reading processes")
+    for name, (default, text, kind) in FLAGS.items():
+        kind = {"type": type(kind[1])} if isinstance(kind, tuple) else kind
+        text += f" ({default})" * bool(default)
+        parser.add_argument(f"--{name}", default=default, help=text, **kind)
     args = parser.parse_args(argv)
-
-    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    if args.device == "cuda" != device:
-        raise ValueError("--device cuda: no CUDA device")
-    for name, low, high in (("train-frac", 1e-6, 1), ("holdout", 0, 1), ("centre", 0.1, 1),
-                            ("area", 0.01, 1), ("draws", 0, 1000), ("seeds", 1, 1000),
-                            ("seed", 0, 2 ** 32), ("img-size", 1, 4096),
-                            ("steps", 1, 10 ** 8), ("bootstrap", 0, 10 ** 6)):
+    for name, (_, _, kind) in FLAGS.items():
         value = getattr(args, name.replace("-", "_"))
-        if value is not None and not low <= value <= high:
-            parser.error(f"--{name} {value}: must lie in {low} to {high}")
-    nets, sizes, holdout, modality = [Floor()], [None], args.holdout, args.modality
-    for path in args.ckpt:
-        net = models.build_from(path, len(data.BANDS.get(args.modality, ())))
-        config = run_flags(Path(path).parent / "config.json")
-        kept = config.get("holdout", 0.1 if args.holdout is None else 1)
-        if args.holdout is not None and args.holdout > kept:
-            raise ValueError(f"--holdout {args.holdout}: the run held out {kept}, saw the others")
-        holdout = kept if holdout is None else min(holdout, kept)      # smaller: a part of larger
-        if args.task != "ssl4eo" and config.get("labels") == "classes":
-            raise ValueError(f"{path}: was trained on the classes that this task tests")
-        modality = modality or {len(b): m for m, b in data.BANDS.items()}.get(net.in_chans)
-        bands = len(data.BANDS.get(modality, ()))
-        if bands != net.in_chans or modality not in TASKS[args.task][1].split():
-            raise ValueError(f"{path}: {net.in_chans} channels, modality {modality} has {bands}, "
-                             f"{args.task} takes {TASKS[args.task][1]}")
-        nets.append(net)
-        sizes.append(args.img_size or config.get("img_size") or getattr(net, "img_size", 224))
+        if isinstance(kind, tuple) and value is not None and not kind[0] <= value <= kind[1]:
+            parser.error(f"--{name} {value}: must lie in {kind[0]} to {kind[1]}")
     if args.task == "bigearthnet" and not args.lists or args.task == "ssl4eo" and args.lists:
         raise ValueError("--lists: bigearthnet needs two, ssl4eo tests on scenes held out")
     if args.task != "ssl4eo" and not args.data:
         raise ValueError(f"--task {args.task}: needs --data")
-    if args.show and not hasattr(nets[1], "last_blocks"):
-        raise ValueError("--show: a ResNet has no patch tokens")
-    root, parts = args.data or data.make_toy("toy"), None
-    if os.path.exists(f"{root}/images.uint8"):
-        raise ValueError(f"{root}: packed; probe the folder that it was packed from")
-    labels = {"labels": args.labels or f"{root}/ssl4eo_multilabel.json"}
-    scenes = TASKS[args.task][0](root, modality=modality, **labels if args.task == "ssl4eo" else {})
-    if args.lists:
-        at = {name: i for i, name in enumerate(scenes.ids)}
-        out = {at[n] for f in args.exclude for n in data.listed(f, at, True)}
-        out |= {i for i, y in enumerate(scenes.labels) if args.drop_unlabelled and not y.any()}
-        parts = [[at[n] for n in data.listed(f, at, args.skip_missing) if at[n] not in out]
-                 for f in args.lists]
-        if len(at) < len(scenes) or {*parts[0]} & {*parts[1]}:
-            raise ValueError("--lists: images that are in both, or two of one name in --data")
-    frac = args.train_frac or (0.7 if not parts and args.task != "ssl4eo" else 1.0)
-    print(f"{' '.join(args.ckpt)}: {type(net).__name__} {net.embed_dim}, {modality}, {sizes[1]} px "
-          f"{args.task} {root}: {len(scenes)} scenes, {len(scenes.classes)} classes")
+    reader, modalities, metrics = TASKS[args.task]
+    multi, (key, metric) = metrics is not ONE, next(iter(metrics.items()))
 
-    seeds = range(args.seed, args.seed + args.seeds)
+    # ------------------------------------------------ networks: the checkpoints, random ones, floor
+    nets = [models.build_from(path, len(data.BANDS.get(args.modality, ()))) for path in args.ckpt]
+    runs = [run_flags(path) for path in args.ckpt]
+    modality = args.modality or {len(b): m for m, b in data.BANDS.items()}.get(nets[0].in_chans)
+    holdout = min(r.get("holdout", 0.1) for r in runs) if args.holdout is None else args.holdout
+    for path, net, run in zip(args.ckpt, nets, runs):
+        bands = len(data.BANDS.get(modality, ()))
+        if net.in_chans != bands or modality not in modalities.split():
+            raise ValueError(f"{path}: {net.in_chans} channels, modality {modality} has {bands}, "
+                             f"{args.task} takes {modalities}")
+        if holdout > run.get("holdout", 1):
+            raise ValueError(f"--holdout {holdout}: {path} held out {run['holdout']}, saw the rest")
+        net.size = args.img_size or run.get("img_size") or getattr(net, "img_size", 224)
+        print(f"{path}: {type(net).__name__} {net.embed_dim}, {net.size} px, scenes held out: "
+              f"{run.get('holdout', 'not known, no config.json beside it')}")
+    if args.show and not hasattr(nets[0], "last_blocks"):
+        raise ValueError("--show: a ResNet has no patch tokens")
+    seeds, n = range(args.seed, args.seed + args.seeds), len(nets)
     for seed in seeds:
         torch.manual_seed(seed)
-        nets.append(models.build(**nets[1].spec))
-        sizes.append(sizes[1])
-    splits = [split(scenes, args.task, seed, frac, holdout, parts, args.replace) for seed in seeds]
-    pairs = sorted({p for train, test in splits for p in train + test})
-    drawn = sorted({p for train, _ in splits for p in train})
-    views = [extract(nets, data.Images(scenes, drawn if draw else pairs), sizes, device, 64,
-                     args.workers, args.cache, args.centre, draw, args.area if draw else 1.0)
-             for draw in range(args.draws + 1)]
-    features, at, of = [np.concatenate(v) for v in zip(*views)], {}, pairs + args.draws * drawn
-    y, scene = np.stack([scenes.labels[i][s] for i, s in of]), np.array([i for i, _ in of])
-    for j, pair in enumerate(of):
-        at.setdefault(pair, []).append(j)                        # rows: the image itself, its draws
-    if args.show:
-        first = list({i: (i, s) for i, s in splits[0][1]}.values())[:8]           # of 8 scenes
-        show(args.show, nets[1], data.Images(scenes, first), sizes[1])
+        nets.append(models.build(**nets[0].spec))
+        nets[-1].size = nets[0].size
+    nets.append(Floor())
 
-    # ------------------------------------------------------------------------- heads and rows
-    multi, n = args.task in ("ssl4eo", "bigearthnet"), len(args.ckpt)
-    metrics = {"accuracy": lambda s, t: np.mean(s.argmax(1) == t.argmax(1))} if not multi else {
-        "micro_map": average_precision, "macro_map": lambda s, t: average_precision(s, t, "macro")}
-    if args.task == "bigearthnet":                             # as published [3], and biased
-        metrics["mean_of_256s"] = lambda s, t: np.mean(
-            [average_precision(s[i:i + 256], t[i:i + 256]) for i in range(0, len(s), 256)])
-    first, metric = next(iter(metrics.items()))
+    # ----------------------------------------------------------------- images to train and test on
+    root, lists = args.data or data.make_toy("toy"), None
+    labels = {"labels": args.labels or f"{root}/ssl4eo_multilabel.json"}
+    scenes = reader(root, modality=modality, **labels if args.task == "ssl4eo" else {})
+    if args.lists:
+        index = {name: i for i, name in enumerate(scenes.ids)}
+        leave = {index[name] for path in args.exclude for name in data.listed(path, index, True)}
+        leave |= {i for i, y in enumerate(scenes.labels) if args.drop_unlabelled and not y.any()}
+        lists = [[(index[name], 0) for name in data.listed(path, index, args.skip_missing)
+                  if index[name] not in leave] for path in args.lists]
+        if len(index) < len(scenes) or {*lists[0]} & {*lists[1]}:
+            raise ValueError("--lists: images that are in both, or two of one name in --data")
+    share = args.train_frac or (0.7 if not lists and args.task != "ssl4eo" else 1.0)
+    splits = [split(scenes, args.task, seed, share, holdout, lists, args.replace) for seed in seeds]
+    print(f"{args.task} {root}: {len(scenes)} scenes, {modality}, {len(scenes.classes)} classes")
+
+    # ----------------------------------------------------------------------------- rows of features
+    drawn = sorted({image for train, _ in splits for image in train})
+    whole = sorted({image for sides in splits for side in sides for image in side})
+    shown, rows = whole + args.draws * drawn, {}                               # n images
+    for j, image in enumerate(shown):
+        rows.setdefault(image, []).append(j)                     # of the image itself, of its draws
+    scene, y = np.array([i for i, _ in shown]), np.stack([scenes.labels[i][s] for i, s in shown])
+    done = [extract(nets, data.Images(scenes, drawn if draw else whole), args.device, args.workers,
+                    args.cache, args.centre, draw, args.area) for draw in range(args.draws + 1)]
+    features = {net: np.concatenate([views[net] for views in done]) for net in nets}   # (n,F) each
+    print(f"features: {len(whole)} images, {args.draws} draws of {len(drawn)} of them")
+    if args.show:
+        last = {i: (i, s) for i, s in splits[0][1]}              # an image of each test scene
+        show(args.show, nets[0], data.Images(scenes, [*last.values()][:8]))
+
+    # -------------------------------------------------------------------------- a head for each row
     names = [*(["checkpoint"] if n == 1 else args.ckpt), "random", "stats"]
     table = {name: {m: [] for m in metrics} for name in names}
     chosen, scores = {name: [] for name in names}, {}
-    for k, (seed, parts) in enumerate(zip(seeds, splits)):
-        train, test = [j for p in parts[0] for j in at[p][args.draws > 0:]], [
-            at[p][0] for p in parts[1]]
-        for name, j in zip(names, [*range(1, n + 1), n + 1 + k, 0]):
-            x, dim = features[j], nets[j].embed_dim if hasattr(nets[j], "last_blocks") else None
-            if args.head in ("linear", "grid"):
-                heads = [(args.feature, args.lr)] if args.head == "linear" else [
-                    (f, lr) for f in FEATURES for lr in LRS if f == "cls" or dim and f != "mean"]
-                scores[name], choice = linear(x[train], y[train], x[test], scene[train], multi,
-                                              metric, heads, dim, args.steps, seed)
-                chosen[name].append(choice)
+    fits = {"ridge": ridge, "logistic": partial(logistic, multi=multi)}
+    for k, (seed, images) in enumerate(zip(seeds, splits)):
+        train = [j for image in images[0] for j in rows[image][args.draws > 0:]]
+        test = [rows[image][0] for image in images[1]]
+        place = np.unique(scene[train], return_inverse=True)[1]
+        for name, net in zip(names, [*nets[:n], nets[n + k], nets[-1]]):
+            grid = GRID if hasattr(net, "last_blocks") else GRID[:13]
+            heads = {"linear": [(args.feature, args.lr)], "grid": grid}.get(args.head)
+            x = features[net] if heads else features[net][:, columns(net, args.feature)]
+            given = x[train], y[train], x[test], place
+            if heads:
+                scores[name], best = linear(*given, multi, metric, heads, net, args.steps, seed)
+                chosen[name].append(best)
+            elif args.head == "knn":
+                scores[name] = knn(*given[:3])
             else:
-                x = x[:, slice(*(dim * e for e in FEATURES[args.feature]))] if dim else x
-                fit = {"ridge": ridge, "logistic": partial(logistic, multi=multi)}.get(args.head)
-                scores[name] = validated(fit, x[train], y[train], x[test], scene[train]) if fit \
-                    else knn(x[train], y[train], x[test])
+                scores[name] = validated(fits[args.head], *given)
             for m, function in metrics.items():
                 table[name][m].append(round(float(function(scores[name], y[test])), 5))
     empty, width = int((~y[test].any(0)).sum()), max(12, *map(len, names))
-    print(f"{len(parts[0])} training, {len(test)} test images ({empty} classes have none: not in "
+    print(f"{len(images[0])} training, {len(test)} test images ({empty} classes have none: not in "
           f"macro), mean ± deviation over {args.seeds} seed(s)\n{'':{width}}",
           *(f"{m:>17}" for m in metrics))
     for name, row in table.items():
         print(f"{name:{width}}", *(f"{np.mean(v):9.4f} ± {np.std(v):.4f}" for v in row.values()),
               *chosen[name])                       # --head grid: feature, rate, validation value
-    value, *_, random, stats = (round(float(np.mean(v[first])), 5) for v in table.values())
-    out = {"task": args.task, "metric": first, "n_train": len(parts[0]), "n_test": len(test),
+
+    # ------------------------------------------- intervals and classes of the last seed, and JSON
+    value, *_, random, stats = (round(float(np.mean(row[key])), 5) for row in table.values())
+    out = {"task": args.task, "metric": key, "n_train": len(images[0]), "n_test": len(test),
            "value": value, "random": random, "stats": stats, "seeds": args.seeds, "head": args.head,
-           "std": round(float(np.std(table[names[0]][first])), 5), "chosen": chosen, "all": table,
+           "std": round(float(np.std(table[names[0]][key])), 5), "chosen": chosen, "all": table,
            "empty_classes": empty, "ckpt": args.ckpt[0] if n == 1 else args.ckpt}
     if args.bootstrap:
         own, gain = bootstrap(metric, scores.values(), y[test], args.bootstrap)
-        print(*(f"{name:{width}} {first}, 95 % of bootstraps: {a}, minus {names[0]}: {b}"
-                for name, a, b in zip(names, own, gain)), sep="\n")
+        for name, a, b in zip(names, own, gain):
+            print(f"{name:{width}} {key}, 95 % of bootstraps: {a}, minus {names[0]}: {b}")
         out |= {"interval": dict(zip(names, own)), "difference": dict(zip(names, gain))}
-    for k, name in enumerate(scenes.classes if args.classes else ()):  # the first row's, last seed
+    for k, name in enumerate(scenes.classes if args.classes else ()):             # of the first row
         mine, s = y[test][:, k] > 0, scores[names[0]]
         print(f"{name[:40]:40} {mine.sum():6}", round(average_precision(s[:, k], mine), 4) if multi
               else f"called {np.bincount(s[mine].argmax(1), minlength=s.shape[1])}")

@@ -74,6 +74,8 @@ def test_the_split_is_by_location_among_the_scenes_that_pretraining_held_out(toy
     a, b = {i for i, _ in train}, {i for i, _ in test}
     assert a and b and a | b <= out and not a & b
     assert all(scenes.labels[i][s].any() for i, s in train + test)
+    with pytest.raises(ValueError, match="4 training images are of a single class or scene"):
+        probe.split(scenes, "bigearthnet", 0, 1.0, 0, [[(5, s) for s in range(4)], [(6, 0)]])
     half = probe.split(scenes, "ssl4eo", 1, 0.5, 0.4)
     assert half[1] == test and len(half[0]) == round(len(train) / 2) and set(half[0]) < set(train)
 
@@ -83,7 +85,8 @@ def test_the_backbone_is_bit_identical_after_feature_extraction(toy, labels):
     net = model.build("resnet18", 2).train()
     before = {k: v.clone() for k, v in net.state_dict().items()}
     images = data.Images(scenes, [(0, 0), (1, 2)])
-    stats, features = probe.extract([probe.Floor(), net], images, [None, 32], "cpu")
+    net.size = 32
+    stats, features = probe.extract([probe.Floor(), net], images).values()
     assert features.shape == (2, 512) and stats.shape == (2, 4)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     x = torch.from_numpy(scenes.image(1, 2)) / 255
@@ -105,22 +108,22 @@ def test_the_cache_gives_the_same_and_notices_changed_weights_images_and_sizes(
     scenes = data.SSL4EO(toy, "s1", labels)
     images, net = data.Images(scenes, [(0, 0), (1, 2)]), model.build("resnet18", 2)
     nets, cache = [probe.Floor(), net], str(tmp_path / "c")
-    want = probe.extract(nets, images, [None, 32], "cpu")
+    net.size = 32
+    want = probe.extract(nets, images)
 
     def count():
         reads = []
         monkeypatch.setattr(data.Scenes, "image", lambda self, i, s: reads.append(i) or
                             self.decode(self.files[i][s]))
-        got = probe.extract(nets, images, sizes, "cpu", cache=cache)
+        got = probe.extract(nets, images, cache=cache)
         return len(reads), got
-    sizes = [None, 32]
     first, again = count(), count()
     assert first[0] == 2 and again[0] == 0
-    assert all(np.array_equal(a, b) for got in (first, again) for a, b in zip(got[1], want))
+    assert all(np.array_equal(got[1][n], want[n]) for got in (first, again) for n in nets)
     assert not [f for f in Path(cache).iterdir() if f.suffix != ".npy"]
-    sizes = [None, 24]
+    net.size = 24
     assert count()[0] == 2
-    sizes = [None, 32]
+    net.size = 32
     with torch.no_grad():
         net.conv1.weight += 1e-3
     assert count()[0] == 2
@@ -130,10 +133,11 @@ def test_the_cache_gives_the_same_and_notices_changed_weights_images_and_sizes(
 
 def test_features_that_are_not_finite_are_refused(toy, labels):
     net = model.build("resnet18", 2)
+    net.size = 32
     with torch.no_grad():
         net.conv1.weight[:] = float("nan")
     with pytest.raises(ValueError, match="features are not finite"):
-        probe.extract([net], data.Images(data.SSL4EO(toy, "s1", labels), [(0, 0)]), [32], "cpu")
+        probe.extract([net], data.Images(data.SSL4EO(toy, "s1", labels), [(0, 0)]))
 
 
 @pytest.mark.parametrize("multi", [False, True])
@@ -209,8 +213,8 @@ def test_paired_bootstraps_are_narrower_than_the_spread_of_each_and_zero_against
 
 def test_train_frac_with_replacement_draws_as_the_published_ten_percent(toy, labels):
     scenes = data.SSL4EO(toy, "s1", labels)
-    parts = [range(40), range(40, 60)]
-    train, test = probe.split(scenes, "bigearthnet", 42, 0.5, 0, parts, True)
+    lists = [[(i, 0) for i in range(40)], [(i, 0) for i in range(40, 60)]]
+    train, test = probe.split(scenes, "bigearthnet", 42, 0.5, 0, lists, True)
     want = np.random.default_rng(42).choice(range(40), int(0.5 * 40))
     assert [i for i, _ in train] == sorted(want) and len(set(want)) < 20 and len(test) == 20
 
@@ -333,8 +337,9 @@ def test_logistic_ends_where_the_gradient_of_the_penalised_log_loss_is_zero(mult
 def test_draws_are_seeded_crops_mirrored_sideways_and_cached_apart(toy, labels, tmp_path):
     scenes = data.SSL4EO(toy, "s1", labels)
     images, net = data.Images(scenes, [(i, 0) for i in range(20)]), torch.nn.Flatten()
-    take = lambda **view: probe.extract([net], images, [12], "cpu", 64, 0,         # noqa: E731
-                                        str(tmp_path / "c"), **view)[0].reshape(20, 2, 12, 12)
+    net.size = 12
+    take = lambda **view: probe.extract([net], images, cache=str(tmp_path / "c"),  # noqa: E731
+                                        **view)[net].reshape(20, 2, 12, 12)
     plain, a, b = take(), take(draw=1, area=0.5), take(draw=2, area=0.5)
     assert np.array_equal(a, take(draw=1, area=0.5)) and len(os.listdir(tmp_path / "c")) == 3
     assert not np.array_equal(a, b) and not np.array_equal(a, plain)
@@ -367,9 +372,41 @@ def test_show_writes_colours_beside_the_main_directions_of_the_patches(toy, labe
     import imagecodecs
     scenes = data.SSL4EO(toy, "s1", labels)
     images = data.Images(scenes, [(0, 1), (4, 2)])
-    probe.show(str(tmp_path / "p"), model.build("vit_tiny", 2, 24, 4), images, 24)
+    net = model.build("vit_tiny", 2, 24, 4)
+    net.size = 24
+    probe.show(str(tmp_path / "p"), net, images)
     x = imagecodecs.imread(tmp_path / "p" / f"{scenes.ids[4]}_2.png")
     assert x.shape == (24, 48, 3) and len(os.listdir(tmp_path / "p")) == 2
     assert np.array_equal(x[:, :24].transpose(2, 0, 1), scenes.image(4, 2)[[0, 1, 0]])
     patches = x[:, 24:].reshape(6, 4, 6, 4, 3).swapaxes(1, 2).reshape(36, 16, 3)
     assert (patches == patches[:, :1]).all() and len(np.unique(patches[:, 0], axis=0)) > 20
+
+
+def test_a_probe_says_when_the_run_is_not_known_and_refuses_scenes_that_the_run_saw(
+        toy, tmp_path, capsys):
+    path = tmp_path / "b.pt"
+    torch.save(model.export_backbone(model.build("resnet18", 2)), path)
+    flags = ["--ckpt", str(path), "--data", toy, "--workers", "0", "--bootstrap", "0"]
+    probe.main([*flags, "--img-size", "24", "--holdout", "0.4"])
+    assert f"{path}: ResNet 512, 24 px, scenes held out: not known" in capsys.readouterr().out
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"flags": {"holdout": 0.3, "img_size": 30}}))
+    probe.main(flags)
+    assert f"{path}: ResNet 512, 30 px, scenes held out: 0.3\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"--holdout 0.4: .*b.pt held out 0.3, saw the rest"):
+        probe.main([*flags, "--holdout", "0.4"])
+    for damaged in ('{"flags": {"img_size": 1e999}}', '{"flags": {"holdout": "x"}}', "[]", "{"):
+        config.write_text(damaged)
+        with pytest.raises(ValueError, match="config.json: not a run's config.json"):
+            probe.main(flags)
+
+
+@pytest.mark.parametrize("name", [n for n, (*_, kind) in probe.FLAGS.items()
+                                  if isinstance(kind, tuple)])
+def test_a_value_out_of_range_is_refused_with_the_range(name, capsys):
+    low, high = probe.FLAGS[name][2]
+    for value in (low - 1, high + 1, "nan"):
+        with pytest.raises(SystemExit):
+            probe.main(["--ckpt", "x", f"--{name}={value}"])
+        said = capsys.readouterr().err
+        assert f"--{name}" in said and (f"{low} to {high}" in said or "invalid int value" in said)
