@@ -291,8 +291,9 @@ def split(scenes, task, seed, share, holdout, lists=None, replace=False):
 
 
 def run_flags(ckpt):
-    """img_size and holdout of the run that left `ckpt`, where its config.json is and says so."""
-    path, kinds = Path(ckpt).parent / "config.json", {"img_size": int, "holdout": float}
+    """What is asked of the run that left `ckpt`, where its config.json is and says so."""
+    path = Path(ckpt).parent / "config.json"
+    kinds = {"img_size": int, "holdout": float, "labels": str, "data": str}
     try:
         flags = json.loads(data.read_text(path)).get("flags", {}) if path.exists() else {}
         return {name: kind(flags[name]) for name, kind in kinds.items() if name in flags}
@@ -374,6 +375,9 @@ def main(argv=None):
                              f"{args.task} takes {modalities}")
         if holdout > run.get("holdout", 1):
             raise ValueError(f"--holdout {holdout}: {path} held out {run['holdout']}, saw the rest")
+        if run.get("labels") == "classes" and os.path.realpath(run.get("data", "")) == os.path.realpath(
+                args.data or ""):
+            raise ValueError(f"{path}: was trained on the classes of all images in {args.data}")
         net.size = args.img_size or run.get("img_size") or getattr(net, "img_size", 224)
         print(f"{path}: {type(net).__name__} {net.embed_dim}, {net.size} px, scenes held out: "
               f"{run.get('holdout', 'not known, no config.json beside it')}")

@@ -395,6 +395,9 @@ def test_a_probe_says_when_the_run_is_not_known_and_refuses_scenes_that_the_run_
     assert f"{path}: ResNet 512, 30 px, scenes held out: 0.3\n" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"--holdout 0.4: .*b.pt held out 0.3, saw the rest"):
         probe.main([*flags, "--holdout", "0.4"])
+    config.write_text(json.dumps({"flags": {"labels": "classes", "data": f"{toy}/../world"}}))
+    with pytest.raises(ValueError, match="b.pt: was trained on the classes of all images in"):
+        probe.main(flags)
     for damaged in ('{"flags": {"img_size": 1e999}}', '{"flags": {"holdout": "x"}}', "[]", "{"):
         config.write_text(damaged)
         with pytest.raises(ValueError, match="config.json: not a run's config.json"):
