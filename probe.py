@@ -375,8 +375,8 @@ def main(argv=None):
                              f"{args.task} takes {modalities}")
         if holdout > run.get("holdout", 1):
             raise ValueError(f"--holdout {holdout}: {path} held out {run['holdout']}, saw the rest")
-        if run.get("labels") == "classes" and os.path.realpath(run.get("data", "")) == os.path.realpath(
-                args.data or ""):
+        folders = {os.path.realpath(folder or "") for folder in (run.get("data"), args.data)}
+        if run.get("labels") == "classes" and len(folders) == 1:
             raise ValueError(f"{path}: was trained on the classes of all images in {args.data}")
         net.size = args.img_size or run.get("img_size") or getattr(net, "img_size", 224)
         print(f"{path}: {type(net).__name__} {net.embed_dim}, {net.size} px, scenes held out: "
