@@ -1,20 +1,17 @@
 """Backbones, heads, and getting weights in and out.  [reading time: 18 minutes]
 
-Two families, written out once each: a ResNet with torchvision's parameter names and a ViT with
-DINOv2's, so that a checkpoint trained here loads into those code bases without a converter, and
-theirs load here.  The first layer takes any number of channels (2 for Sentinel-1, 12 or 13 for
-Sentinel-2, 3 for RGB); everything after it does not know what a satellite is.
+A ResNet with torchvision's parameter names and a ViT with DINOv2's, so that a checkpoint trained
+here loads into those code bases without a converter, and theirs load here.  The first layer takes
+any number of channels (Sentinel-1: 2, Sentinel-2: 12, 13, RGB: 3); the rest knows no satellite.
 
-    build(arch, in_chans) -> module          load_pretrained(module, path)
-    build_from(path)      -> module          export_backbone(module)
-    python model.py inspect FILE
+    build(arch, in_chans) -> module    load_pretrained(module, path)    python model.py inspect FILE
+    build_from(path) -> module         export_backbone(module)
 
 [1] He et al. 2016, Deep residual learning; the stride sits on the 3x3 as in torchvision (v1.5)
 [2] Dosovitskiy et al. 2021, ViT; Oquab et al. 2023, DINOv2 (LayerScale, SwiGLU, position table)
-[3] Chen, Xie, He 2021, MoCo v3: projector and predictor
+[3] Chen, Xie, He 2021, MoCo v3: projector and predictor      [4] Shen et al. 2026, PerA
 
-Letters: B batch, C channels, H W pixels, P patch side, N = (H/P)(W/P) patches, D width,
-R registers.
+Letters: B batch, C channels, H W pixels, P patch side, N = (H/P)(W/P) patches, D width, R registers
 """
 import argparse
 import math
@@ -28,11 +25,29 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+RESNETS = {"resnet18": ((2, 2, 2, 2), False), "resnet50": ((3, 4, 6, 3), True)}  # bottleneck or not
+VITS = {"vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6), "vit_base": (768, 12, 12),
+        "vit_large": (1024, 24, 16), "vit_giant2": (1536, 40, 24), "vit_pera_g": (1024, 40, 16)}
+
+
+def build(arch, in_chans, img_size=224, patch_size=14, registers=0, drop_path=0.0, layerscale=None):
+    """A backbone (B,C,H,W) -> (B, embed_dim), random weights; build(**model.spec) is its twin.
+
+    vit_giant2 is DINOv2's (SwiGLU), vit_pera_g PerA's "ViT-g" (no LayerScale, patch 16).
+    Raises ValueError for an unknown arch or an img_size that patch_size does not divide."""
+    spec = {"arch": arch, "in_chans": in_chans} if arch in RESNETS else dict(locals())
+    if arch not in RESNETS | VITS:
+        raise ValueError(f"unknown arch {arch!r}; choose from {', '.join([*RESNETS, *VITS])}")
+    model = (ViT if arch in VITS else ResNet)(**spec)
+    model.spec = spec
+    return model
+
+
 # ------------------------------------------------------------------------------------- ResNet [1]
 
 
 class AllReduce(torch.autograd.Function):
-    """Sum over ranks, forward and backward: every rank's loss depends on every rank's input."""
+    """Sum over ranks; so is the gradient, since every rank's loss depends on every rank's x."""
 
     @staticmethod
     def forward(ctx, x):
@@ -40,18 +55,12 @@ class AllReduce(torch.autograd.Function):
         dist.all_reduce(x)
         return x
 
-    @staticmethod
-    def backward(ctx, grad):
-        return AllReduce.forward(ctx, grad)
+    backward = forward
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm over the global batch of (B,C) or (B,C,H,W), on any device.
-
-    On one rank this is PyTorch's own kernel.  On several, mean and variance are those of all ranks'
-    rows (nn.SyncBatchNorm does the same but refuses the CPU), so W ranks with B/W rows compute what
-    one rank with B rows computes; every rank must hold equally many rows.
-    """
+    """Batch norm of (B,C) or (B,C,H,W) over the global batch: W ranks with B/W rows each compute
+    what one with B rows does, which is PyTorch's own (nn.SyncBatchNorm refuses the CPU)."""
 
     def _check_input_dim(self, x):
         pass                                                     # (B,C) is as welcome as (B,C,H,W)
@@ -60,22 +69,22 @@ class BatchNorm(nn.BatchNorm2d):
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world == 1 or not self.training:
             return super().forward(x)
-        rows = (x if x.dtype == torch.float64 else x.float()).transpose(1, -1)   # (B, ..., C)
+        rows = x.transpose(1, -1).to(self.running_mean.dtype)                # (B, ..., C)
         dims, count = tuple(range(x.dim() - 1)), x.numel() // x.shape[1] * world
         mean = AllReduce.apply(rows.mean(dims)) / world                      # (C,)
         rows = rows - mean
         var = AllReduce.apply(rows.square().mean(dims)) / world              # (C,)
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean.detach(), self.momentum)
+        self.running_var.lerp_(var.detach() * count / (count - 1), self.momentum)
         rows = rows * (var + self.eps).rsqrt()
-        rows = rows if self.weight is None else rows * self.weight + self.bias
+        rows = rows * self.weight + self.bias if self.affine else rows
         return rows.transpose(1, -1).to(x.dtype)
 
 
 class Block(nn.Module):
-    """Residual block: two 3x3 (ResNet-18) or 1x1, 3x3, 1x1 with 4 times the width (ResNet-50)."""
+    """Residual block: two 3x3 (ResNet-18), or 1x1, 3x3, 1x1 to 4 times the width (ResNet-50):
+    (B, c_in, H, W) -> (B, c or 4c, H/stride, W/stride)."""
 
     def __init__(self, c_in, c, stride, bottleneck):
         super().__init__()
@@ -84,39 +93,37 @@ class Block(nn.Module):
         for i, (a, b, k, s) in enumerate(shapes, 1):
             self.add_module(f"conv{i}", nn.Conv2d(a, b, k, s, k // 2, bias=False))
             self.add_module(f"bn{i}", BatchNorm(b))
-        self.depth, self.downsample = len(shapes), None
+        self.depth, self.downsample = len(shapes), nn.Identity()
         if stride != 1 or c_in != b:
             self.downsample = nn.Sequential(nn.Conv2d(c_in, b, 1, stride, bias=False), BatchNorm(b))
 
     def forward(self, x):
-        y = x
-        for i in range(1, self.depth + 1):
-            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
-            y = F.relu(y) if i < self.depth else y
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+        y = self.bn1(self.conv1(x))
+        for i in range(2, self.depth + 1):
+            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(F.relu(y)))
+        return F.relu(y + self.downsample(x))
 
 
 class ResNet(nn.Module):
-    """torchvision's ResNet without `fc`; forward gives the pooled features (B, embed_dim)."""
+    """torchvision's ResNet without `fc`: (B,C,H,W) -> pooled features (B, embed_dim)."""
 
-    def __init__(self, depths, bottleneck, in_chans):
+    def __init__(self, arch, in_chans):
         super().__init__()
-        self.in_chans, self.embed_dim = in_chans, 512 * (4 if bottleneck else 1)
-        self.conv1 = nn.Conv2d(in_chans, 64, 7, 2, 3, bias=False)
-        self.bn1 = BatchNorm(64)
+        depths, bottleneck = RESNETS[arch]
+        self.conv1, self.bn1 = nn.Conv2d(in_chans, 64, 7, 2, 3, bias=False), BatchNorm(64)
         c_in = 64
         for i, depth in enumerate(depths):
-            layer, c_mid = nn.Sequential(), 64 * 2 ** i
+            layer, c = nn.Sequential(), 64 * 2 ** i
             for j in range(depth):
-                layer.append(Block(c_in, c_mid, 2 if i and not j else 1, bottleneck))
-                c_in = c_mid * (4 if bottleneck else 1)
+                layer.append(Block(c_in, c, 2 if i and not j else 1, bottleneck))
+                c_in = c * (4 if bottleneck else 1)
             self.add_module(f"layer{i + 1}", layer)
+        self.in_chans, self.embed_dim = in_chans, c_in
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
-        check_channels(self, x)
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)          # (B, 64, H/4, W/4)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))           # (B, D, H/32, W/32)
         return x.mean((2, 3))                                               # (B, D)
@@ -126,8 +133,8 @@ class ResNet(nn.Module):
 
 
 def take(x, index):
-    """Rows of x (B,N,D) named by index (B,n): (B,n,D)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    """Rows of x (B,N,D) or (1,N,D) named by index (B,n): (B,n,D)."""
+    return x.take_along_dim(index[..., None], 1)
 
 
 def pack(xs):
@@ -136,8 +143,8 @@ def pack(xs):
 
 
 def unpack(x, groups):
-    parts = x.split([b * n for b, n in groups])
-    return [part.view(b, n, -1) for part, (b, n) in zip(parts, groups)]
+    """Undoes pack: (T,D), [(b, n), ...] -> views [(b,n,D), ...]."""
+    return [y.view(b, n, -1) for y, (b, n) in zip(x.split([b * n for b, n in groups]), groups)]
 
 
 class Attention(nn.Module):
@@ -150,16 +157,10 @@ class Attention(nn.Module):
     def forward(self, x, groups):
         out = []
         for qkv in unpack(self.qkv(x), groups):                              # (b, n, 3D)
-            qkv = qkv.unflatten(2, (3, self.heads, -1))                      # (b, n, 3, h, d)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)                             # 3 x (b, h, n, d)
-            y = F.scaled_dot_product_attention(q, k, v)                      # (b, h, n, d)
+            qkv = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # (3, b, h, n, d)
+            y = F.scaled_dot_product_attention(*qkv)                         # (b, h, n, d)
             out.append(y.transpose(1, 2).flatten(2))                         # (b, n, D)
         return self.proj(pack(out)[0])                                       # (T, D)
-
-
-def mlp(dim):
-    layers = {"fc1": nn.Linear(dim, 4 * dim), "act": nn.GELU(), "fc2": nn.Linear(4 * dim, dim)}
-    return nn.Sequential(OrderedDict(layers))
 
 
 class SwiGLU(nn.Module):
@@ -187,30 +188,28 @@ class LayerScale(nn.Module):
 
 
 class ViTBlock(nn.Module):
+    """Pre-norm block on packed sequences: x (T,D) and their groups [(b, n), ...] -> (T,D)."""
+
     def __init__(self, dim, heads, swiglu, layerscale, drop_path):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.mlp = Attention(dim, heads), (SwiGLU if swiglu else mlp)(dim)
-        self.ls1 = LayerScale(dim) if layerscale else nn.Identity()
-        self.ls2 = LayerScale(dim) if layerscale else nn.Identity()
-        self.drop_path = drop_path
+        self.attn, self.drop_path = Attention(dim, heads), drop_path
+        self.mlp = SwiGLU(dim) if swiglu else nn.Sequential(OrderedDict(
+            fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
+        self.ls1, self.ls2 = (LayerScale(dim) if layerscale else nn.Identity() for _ in range(2))
 
     def residual(self, x, groups, branch):
         """x + branch(x); in training only a random (1 - drop_path) of each group's samples pays for
         it, scaled up for the others [dinov2, drop_add_residual_stochastic_depth]."""
         if not self.training or self.drop_path == 0:
             return x + branch(x, groups)
-        rows, kept_groups, scale, start = [], [], [], 0
-        for b, n in groups:
-            kept = torch.randperm(b, device=x.device)[:max(1, int(b * (1 - self.drop_path)))]
-            tokens = kept[:, None] * n + torch.arange(n, device=x.device)    # (kept, n)
-            rows.append(start + tokens.flatten())
-            scale.append(x.new_full((tokens.numel(), 1), b / len(kept)))
-            kept_groups.append((len(kept), n))
-            start += b * n
-        rows = torch.cat(rows)
-        y = branch(x[rows], kept_groups) * torch.cat(scale)
-        return x.index_add(0, rows, y.to(x.dtype))
+        share = 1 - self.drop_path
+        rows = unpack(torch.arange(len(x), device=x.device)[:, None], groups)           # (b, n, 1)
+        kept = [r[torch.randperm(len(r), device=x.device)[:int(len(r) * share) or 1]] for r in rows]
+        scale = [x.new_full((k.numel(), 1), len(r) / len(k)) for r, k in zip(rows, kept)]
+        kept, groups = pack(kept)                                            # (t, 1)
+        y = branch(x[kept[:, 0]], groups) * torch.cat(scale)                 # (t, D)
+        return x.index_add(0, kept[:, 0], y.to(x.dtype))                     # (T, D)
 
     def forward(self, x, groups):
         x = self.residual(x, groups, lambda x, g: self.ls1(self.attn(self.norm1(x), g)))
@@ -218,24 +217,24 @@ class ViTBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """DINOv2's vision transformer; forward gives the CLS token after the norm (B, embed_dim)."""
+    """DINOv2's vision transformer: (B,C,H,W) -> the CLS token after the norm (B, embed_dim)."""
 
-    def __init__(self, dim, depth, heads, in_chans, img_size, patch_size, registers, drop_path,
-                 swiglu=False, layerscale=True):
+    def __init__(self, arch, in_chans, img_size, patch_size, registers, drop_path, layerscale):
         super().__init__()
-        self.in_chans, self.embed_dim, self.patch_size = in_chans, dim, patch_size
-        self.registers, self.img_size = registers, img_size
+        dim, depth, heads = VITS[arch]
+        layerscale = arch != "vit_pera_g" if layerscale is None else layerscale
+        self.in_chans, self.img_size, self.patch_size = in_chans, img_size, patch_size
+        self.embed_dim, self.registers = dim, registers
+        self.grid = check_grid(img_size, img_size, patch_size)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 1e-6)
-        grid = check_grid(img_size, img_size, patch_size)
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + math.prod(self.grid), dim))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if registers:
             self.register_tokens = nn.Parameter(torch.randn(1, registers, dim) * 1e-6)
         if layerscale:                       # DINOv2's files carry it; dropped tokens never need it
             self.mask_token = nn.Parameter(torch.zeros(1, dim), requires_grad=False)
-        proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
-        self.patch_embed = nn.ModuleDict({"proj": proj})             # upstream key; used in embed()
-        args = dim, heads, swiglu, layerscale, drop_path
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_chans, dim, patch_size, patch_size)})
+        args = dim, heads, arch == "vit_giant2", layerscale, drop_path
         self.blocks = nn.ModuleList([ViTBlock(*args) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         for m in self.modules():
@@ -243,37 +242,46 @@ class ViT(nn.Module):
                 nn.init.trunc_normal_(m.weight, std=0.02)
                 nn.init.zeros_(m.bias)
 
-    def positions(self, h, w):
-        return resample_positions(self.pos_embed, h, w, antialias=self.registers > 0)
+    def positions(self, h, w, table=None):
+        """The position table, or another (1, 1+M*M, D), for h x w patches: (1, 1+h*w, D).
+
+        DINOv2's models without registers were trained with the scale nudged by 0.1 pixel and no
+        antialiasing, those with, the other way round. [dinov2, interpolate_pos_encoding]"""
+        pos = self.pos_embed if table is None else table
+        M = math.isqrt(pos.shape[1] - 1)
+        if (h, w) == (M, M):
+            return pos
+        grid = pos[:, 1:].float().reshape(1, M, M, -1).permute(0, 3, 1, 2)   # (1, D, M, M)
+        to = dict(size=(h, w), antialias=True) if self.registers else dict(
+            scale_factor=((h + 0.1) / M, (w + 0.1) / M))
+        grid = F.interpolate(grid, mode="bicubic", **to)                     # (1, D, h, w)
+        return torch.cat([pos[:, :1], grid.flatten(2).mT.to(pos.dtype)], 1)
 
     def embed(self, x, keep=None):
         """Pixels (B,C,H,W) to tokens (B, 1+R+n, D); only the n kept patches are ever computed.
 
         A stride-P convolution is one matrix product per patch: cutting the patches first and
-        multiplying after lets the dropped ones cost nothing.
-        """
-        check_channels(self, x)
+        multiplying after lets the dropped ones cost nothing.  ValueError: C, H, W do not fit."""
         (B, C, H, W), P = x.shape, self.patch_size
+        if C != self.in_chans:
+            raise ValueError(f"input has {C} channels, the model takes {self.in_chans}")
         h, w = check_grid(H, W, P)
-        x = x.reshape(B, C, h, P, w, P).permute(0, 2, 4, 1, 3, 5)            # (B, h, w, C, P, P)
-        x = x.reshape(B, h * w, C * P * P)                                   # (B, N, CPP)
         pos = self.positions(h, w)                                           # (1, 1+N, D)
-        patch_pos = pos[:, 1:].expand(B, -1, -1)                             # (B, N, D)
+        x = x.reshape(B, C, h, P, w, P).permute(0, 2, 4, 1, 3, 5)            # (B, h, w, C, P, P)
+        x, at = x.reshape(B, h * w, C * P * P), pos[:, 1:]                   # (B,N,CPP), (1,N,D)
         if keep is not None:
-            x, patch_pos = take(x, keep), take(patch_pos, keep)              # (B, n, ...)
+            x, at = take(x, keep), take(at, keep)                            # (B, n, ...)
         proj = self.patch_embed["proj"]
-        x = F.linear(x, proj.weight.flatten(1), proj.bias) + patch_pos       # (B, n, D)
-        first = [(self.cls_token + pos[:, :1]).expand(B, -1, -1)]            # (B, 1, D)
-        if self.registers:
-            first.append(self.register_tokens.expand(B, -1, -1))             # (B, R, D) no position
-        return torch.cat([*first, x], 1)                                     # (B, 1+R+n, D)
+        x = F.linear(x, proj.weight.flatten(1), proj.bias) + at              # (B, n, D)
+        first = [self.cls_token + pos[:, :1], *([self.register_tokens] if self.registers else [])]
+        return torch.cat([*(t.expand(B, -1, -1) for t in first), x], 1)      # (B, 1+R+n, D)
 
     def outputs(self, x, n, keep=None):
         """What the last n blocks give, final norm applied: [(B, 1+R+n_kept, D), ...]."""
         outputs, (x, groups) = [], pack([self.embed(x, keep)])
-        for i, block in enumerate(self.blocks):
+        for left, block in enumerate(self.blocks, n - len(self.blocks)):
             x = block(x, groups)
-            if i >= len(self.blocks) - n:
+            if left >= 0:
                 outputs.append(self.norm(x).view(*groups[0], -1))
         return outputs
 
@@ -289,95 +297,44 @@ class ViT(nn.Module):
         return [(y[:, 0], y[:, 1 + self.registers:]) for y in self.outputs(x, n)]
 
 
-def resample_positions(pos, h, w, antialias):
-    """Position table (1, 1+M*M, D) to (1, 1+h*w, D), exactly as DINOv2 does.
-
-    Its models without registers were trained with the scale nudged by 0.1 pixel and no
-    antialiasing, those with registers the other way round. [dinov2, interpolate_pos_encoding]
-    """
-    M = math.isqrt(pos.shape[1] - 1)
-    if (h, w) == (M, M):
-        return pos
-    grid = pos[:, 1:].float().reshape(1, M, M, -1).permute(0, 3, 1, 2)       # (1, D, M, M)
-    to = dict(size=(h, w)) if antialias else dict(scale_factor=((h + 0.1) / M, (w + 0.1) / M))
-    grid = F.interpolate(grid, mode="bicubic", antialias=antialias, **to)    # (1, D, h, w)
-    assert grid.shape[-2:] == (h, w)
-    return torch.cat([pos[:, :1], grid.flatten(2).transpose(1, 2).to(pos.dtype)], 1)
-
-
 def check_grid(H, W, P):
+    """Patches along both sides of an image, (H/P, W/P); ValueError unless both are whole."""
     if H % P or W % P:
         raise ValueError(f"image size {H} x {W} is not divisible by patch size {P}")
     return H // P, W // P
 
 
-def check_channels(model, x):
-    if x.shape[1] != model.in_chans:
-        raise ValueError(f"input has {x.shape[1]} channels, the model takes {model.in_chans}")
-
-
-# ------------------------------------------------------------------------- architectures and heads
-
-RESNETS = {"resnet18": ((2, 2, 2, 2), False), "resnet50": ((3, 4, 6, 3), True)}
-VITS = {"vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6), "vit_base": (768, 12, 12),
-        "vit_large": (1024, 24, 16), "vit_giant2": (1536, 40, 24), "vit_pera_g": (1024, 40, 16)}
-
-
-def build(arch, in_chans, img_size=224, patch_size=14, registers=0, drop_path=0.0, layerscale=None):
-    """A backbone with random weights: (B,C,H,W) -> (B, embed_dim), `.embed_dim`, `.in_chans`.
-
-    vit_giant2 is DINOv2's (SwiGLU); vit_pera_g is PerA's "ViT-g" (no LayerScale, patch 16).
-    `.spec` holds the arguments: build(**model.spec) is the same architecture again.
-    Raises ValueError for an unknown arch or an img_size that patch_size does not divide.
-    """
-    spec = dict(locals())
-    if arch in RESNETS:
-        model, spec = ResNet(*RESNETS[arch], in_chans), {"arch": arch, "in_chans": in_chans}
-    elif arch in VITS:
-        layerscale = arch != "vit_pera_g" if layerscale is None else layerscale
-        model = ViT(*VITS[arch], in_chans, img_size, patch_size, registers, drop_path,
-                    arch == "vit_giant2", layerscale)
-    else:
-        raise ValueError(f"unknown arch {arch!r}; choose from {', '.join([*RESNETS, *VITS])}")
-    model.spec = spec
-    return model
+# ------------------------------------------------------------------------------------------- heads
 
 
 def head(widths):
     """MoCo v3's MLP [3]: Linear without bias, BN, ReLU, ..., Linear, BN without scale and shift."""
     layers = []
-    for i, (a, b) in enumerate(zip(widths, widths[1:])):
-        last = i == len(widths) - 2
-        layers += [nn.Linear(a, b, bias=False), BatchNorm(b, affine=not last)]
-        layers += [] if last else [nn.ReLU()]
-    return nn.Sequential(*layers)
+    for a, b in zip(widths, widths[1:]):
+        layers += [nn.Linear(a, b, bias=False), BatchNorm(b), nn.ReLU()]
+    return nn.Sequential(*layers[:-2], BatchNorm(b, affine=False))
 
 
 class Branch(nn.Module):
-    """One side of SoftCon: backbone -> projector (D, hidden, hidden, out) [-> predictor].
-
-    The student has a predictor (out, hidden, out), the teacher has none.  forward gives the
-    embedding z (B, out) and the features under it (B, D), which are what a user keeps.
-    """
+    """One side of SoftCon: backbone -> projector (D, hidden, hidden, out) [-> predictor (out,
+    hidden, out), student only].  Gives z (B, out) and the features under it (B, D), to be kept."""
 
     def __init__(self, backbone, hidden=4096, predict=False, out=256):
         super().__init__()
         self.backbone = backbone
         self.projector = head([backbone.embed_dim, hidden, hidden, out])
-        self.predictor = head([out, hidden, out]) if predict else None
+        self.predictor = head([out, hidden, out]) if predict else nn.Identity()
 
     def forward(self, x, keep=None):
-        features = self.backbone(x) if keep is None else self.backbone(x, keep)   # (B, D)
-        z = self.projector(features)                                              # (B, out)
-        return z if self.predictor is None else self.predictor(z), features
+        features = self.backbone(x) if keep is None else self.backbone(x, keep)
+        return self.predictor(self.projector(features)), features         # (B, out), (B, D)
 
 
 class PrototypeHead(nn.Module):
     """PerA's head: MLP (D, hidden, hidden, 384) with GELU and L2 norm, then `out` dot products.
 
     forward gives the embedding (n, 384), `prototypes` the matrix (out, 384) to multiply it with:
-    the products may be too many to hold at once.  Its row k is g_k v_k / |v_k|, with g_k from 1.
-    """
+    the products may be too many to hold at once.  Its row k is g_k v_k / |v_k|, with g_k from 1."""
 
     def __init__(self, dim, out, hidden, bottleneck=384):
         super().__init__()
@@ -386,7 +343,7 @@ class PrototypeHead(nn.Module):
         for layer in self.mlp[::2]:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-        self.weight_v = nn.Parameter(nn.Linear(bottleneck, out, bias=False).weight.detach())
+        self.weight_v = nn.Linear(bottleneck, out, bias=False).weight
         self.weight_g = nn.Parameter(torch.ones(out, 1))
 
     def forward(self, x):
@@ -397,11 +354,10 @@ class PrototypeHead(nn.Module):
 
 
 class SparseBranch(nn.Module):
-    """One side of PerA: some patches of global and local crops -> CLS -> prototypes.
+    """One side of PerA [4]: some patches of global and local crops -> CLS -> prototypes.
 
     The student (predict=True) also guesses the pixels of patches that nobody shows it: in the
-    middle of the network mask tokens that know only their position join the global crops.
-    """
+    middle of the network mask tokens that know only their position join the global crops."""
 
     def __init__(self, backbone, prototypes=131072, hidden=2048, predict=False):
         super().__init__()
@@ -415,21 +371,18 @@ class SparseBranch(nn.Module):
     def forward(self, crops, keep, learn=None):
         """crops [(b,C,H,W), ...], patches to see [(b,n), ...], and to guess in crops[0]: (b,m).
 
-        Returns embeddings (sum of b, 384), CLS features (sum of b, D), guesses (b,m,PPC) or None.
-        """
-        net, half, guess = self.backbone, len(self.backbone.blocks) // 2, None
-        x, groups = pack([net.embed(x, k) for x, k in zip(crops, keep)])     # (T, D)
-        for block in net.blocks[:half]:
-            x = block(x, groups)
-        if learn is not None:                             # attention does not care for their order
-            pos = net.positions(*(n // net.patch_size for n in crops[0].shape[2:]))[:, 1:]
-            asked = self.mask_token + take(pos.expand(len(learn), -1, -1), learn)   # (b, m, D)
-            xs = unpack(x, groups)
-            x, groups = pack([torch.cat([xs[0], asked.to(x.dtype)], 1), *xs[1:]])
-        for block in net.blocks[half:]:
+        Returns embeddings (sum of b, 384), CLS features (sum of b, D), guesses (b,m,PPC), None."""
+        net = self.backbone
+        x, groups = pack([net.embed(x, k) for x, k in zip(crops, keep)])              # (T, D)
+        for i, block in enumerate(net.blocks):
+            if learn is not None and i == len(net.blocks) // 2:
+                pos = net.positions(*check_grid(*crops[0].shape[2:], net.patch_size))[:, 1:]
+                asked = self.mask_token + take(pos, learn)                           # (b, m, D)
+                first, *others = unpack(x, groups)        # at the end: attention knows no order
+                x, groups = pack([torch.cat([first, asked.to(x.dtype)], 1), *others])
             x = block(x, groups)
         xs = unpack(net.norm(x), groups)
-        cls = torch.cat([x[:, 0] for x in xs])
+        cls, guess = torch.cat([x[:, 0] for x in xs]), None
         if learn is not None:
             guess = self.pred_head(xs[0][:, -learn.shape[1]:]) @ self.pred_head.prototypes().T
         return self.cls_head(cls), cls, guess
@@ -437,51 +390,53 @@ class SparseBranch(nn.Module):
 
 @torch.no_grad()
 def ema_update(teacher, student, momentum):
-    """teacher <- momentum * teacher + (1 - momentum) * student, for every parameter the two share.
-
-    Buffers stay: the teacher's batch norms count their own batches, as in MoCo v3.
-    """
-    source = dict(student.named_parameters())
-    pairs = [(t, source[name]) for name, t in teacher.named_parameters()]
-    torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - momentum)
+    """teacher <- momentum * teacher + (1 - momentum) * student, for each parameter of the teacher.
+    Buffers stay: the teacher's batch norms count their own batches [3]."""
+    own = dict(teacher.named_parameters())
+    torch._foreach_lerp_([*own.values()], [student.get_parameter(n) for n in own], 1 - momentum)
 
 
 # ----------------------------------------------------------------------------- weights in and out
 
 FIRST = "conv1.weight", "patch_embed.proj.weight"              # the input layer, ResNet and ViT
 BACKBONE = r"(|.*\.)(patch_embed\.proj\.weight|cls_token|layer[14]\.0\.conv1\.weight)"
+BODY = r"layer\d|conv1|bn1|blocks|norm_pre|patch_embed|reg"    # a deeper net is not a shallower one
 TIMM = ("mlp.w12.", "mlp.fc1."), ("mlp.w3.", "mlp.fc2."), ("register_tokens", "reg_token")
 FAMILIES = {"s_mask_token": "PerA", "optimiser": "last.pt", "encoder_k": "MoCo v2",
             "momentum_encoder": "MoCo v3", "backbone_": "DeCUR", "student": "DINO",
             r"\bfc\.": "torchvision", "gamma": "DINOv2's keys", "": "bare backbone"}   # first hit
 
 
-def read_weights(path, which="", in_chans=0):
-    """Any checkpoint file -> (backbone tensors under upstream keys, keys left out).
-
-    Goes by keys, never by file name, and unpickles no code.  Of several backbones: the one with
-    `which` in its prefix ("student"), else the one its authors evaluate (the teacher in DINO, PerA
-    and our runs, MoCo's query or base encoder), else the nearest to in_chans (DeCUR: SAR or MS).
-    """
+def read_tensors(path):
+    """{dotted key: tensor} of what torch.save wrote; unpickles no code.  One-line ValueError with
+    the path: it is not there, wants to run code, is damaged, compressed or less than it says."""
     try:
-        zipped, flat = zipfile.is_zipfile(path), {}
-        file = zipfile.ZipFile(path) if zipped else None      # torch.save never compresses, and
-        if zipped and (any(i.compress_type for i in file.infolist()) or file.testzip()):
-            raise RuntimeError                                # torch.load looks at no checksums
+        archive, flat = zipfile.is_zipfile(path) and zipfile.ZipFile(path), {}
+        if archive and (any(i.compress_type for i in archive.infolist()) or archive.testzip()):
+            raise RuntimeError          # torch.save never compresses, torch.load checks no checksum
         with torch.serialization.safe_globals([argparse.Namespace]):         # DINO saves its flags
-            level = [("", torch.load(path, "cpu", weights_only=True, mmap=zipped))]
+            level = [("", torch.load(path, "cpu", weights_only=True, mmap=bool(archive)))]
         for _ in range(4):         # as deep as optimiser.state.0.exp_avg; a dict may contain itself
             items = [(p + str(k), v) for p, d in level if isinstance(d, dict) for k, v in d.items()]
             flat |= {k: v for k, v in items if isinstance(v, torch.Tensor)}
             level = {id(v): (f"{k}.", v) for k, v in items}.values()
         if any(v.is_meta or v.nbytes > v.untyped_storage().nbytes() + 2**30 for v in flat.values()):
-            raise RuntimeError                                # one number that poses as gigabytes
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
+            raise RuntimeError
     except Exception as error:                                # torch.load raises half a dozen kinds
         code = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(f"{path}: " + (f"refused, it wants to run code ({code[1]})" if code else
-                                        "damaged, or not a PyTorch checkpoint")) from None
+        why = (f"refused, it wants to run code ({code[1]})" if code else error.strerror if
+               getattr(error, "filename", None) else "damaged, or not a PyTorch checkpoint")
+        raise ValueError(f"{path}: {why}") from None
+    return flat
+
+
+def read_weights(path, which="", in_chans=0):
+    """Any checkpoint file -> (backbone tensors under upstream keys, keys left out), by keys only.
+
+    Of several backbones: the one with `which` in its prefix ("student"), else the one its authors
+    evaluate (teacher in DINO, PerA and our runs, MoCo's query or base encoder), else the nearest to
+    in_chans (DeCUR: SAR or MS).  Raises ValueError as read_tensors and for no ViT or ResNet."""
+    flat = read_tensors(path)
     prefixes = [m[1] for m in (re.fullmatch(BACKBONE, k) for k in flat) if m]
     prefix = min(prefixes, default="", key=lambda p: (
         which not in p, not re.search("teacher|encoder_q|base_encoder", p),
@@ -496,11 +451,8 @@ def read_weights(path, which="", in_chans=0):
     for name, dims in ((FIRST[0], 4),) if resnet else ((FIRST[1], 4), ("pos_embed", 3)):
         if name not in state or state[name].dim() != dims or 0 in state[name].shape:
             raise ValueError(f"{path}: no ViT or ResNet, has no {dims}-dimensional tensor {name}")
-    if "register_tokens" in state and state["pos_embed"].shape[1] ** 0.5 % 1 == 0:
+    if not resnet and "register_tokens" in state and state["pos_embed"].shape[1] ** 0.5 % 1 == 0:
         state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))   # timm: cls_token includes it
-    shapes = [tuple(state[k].shape) for k in (FIRST[1], "pos_embed") if not resnet]
-    if shapes and (shapes[0][2] != shapes[0][3] or shapes[1][0] != 1 or shapes[1][1] < 2):
-        raise ValueError(f"{path}: {shapes[0]} and {shapes[1]} are no ViT's patches and positions")
     return state, [k for k in flat if not k.startswith(prefix)]
 
 
@@ -508,32 +460,30 @@ def build_from(path, in_chans=0, quiet=True):
     """The backbone in a file, loaded: architecture, channels, patch, size read off the tensors.
 
     in_chans only chooses between several.  Heads are in no tensor: a ViT-S with 12 is read as 6.
-    """
+    Raises ValueError as read_weights, load_pretrained, and for a ViT of no known size."""
     weights = state, _ = read_weights(path, in_chans=in_chans)
+    dim, chans, patch, _ = state[FIRST[0] if FIRST[0] in state else FIRST[1]].shape
     if FIRST[0] in state:
-        arch = "resnet50" if "layer1.0.conv3.weight" in state else "resnet18"
-        model = build(arch, state[FIRST[0]].shape[1])
+        model = build("resnet50" if "layer1.0.conv3.weight" in state else "resnet18", chans)
     else:
-        dim, in_chans, patch, _ = state[FIRST[1]].shape
-        depth = len({k.split(".")[1] for k in state if re.match(r"blocks\.\d+\.", k)})
+        depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
         arch = next((a for a, v in VITS.items() if v[:2] == (dim, depth)), None)
         if arch is None:
             raise ValueError(f"{path}: a ViT {dim} wide and {depth} deep is not one of {[*VITS]}")
-        registers = state["register_tokens"].numel() // dim if "register_tokens" in state else 0
-        model = build(arch, in_chans, math.isqrt(state["pos_embed"].shape[1] - 1) * patch, patch,
-                      registers, layerscale=any(k.endswith("gamma") for k in state))
+        side = max(1, math.isqrt(state["pos_embed"].shape[1] - 1))
+        registers = state.get("register_tokens", torch.empty(0)).numel() // dim
+        model = build(arch, chans, side * patch, patch, registers,
+                      layerscale=any(k.endswith("gamma") for k in state))
     load_pretrained(model, path, quiet=quiet, weights=weights)
     return model
 
 
 def adapt_input(weight, fresh, adapt):
-    """First-layer weight (D, C_file, k, k) for fresh.shape[1] channels.
+    """First-layer weight (D, C_file, k, k) for fresh.shape[1] channels; ValueError if it cannot be.
 
-    random: the fresh initialisation, as SoftCon does.  mean: the average over the file's channels
-    in every band, rescaled by C_file / C so that the output keeps its size.  rgb: copied to the
-    bands that are red, green and blue (B4, B3, B2), fresh elsewhere.  12 and 13 bands, whatever
-    `adapt`, share all but B10, which goes or gets 0: the output is the file's at B10 = 0.
-    """
+    random: the fresh one, as SoftCon.  mean: the file's average in every band, times C_file / C, so
+    that the output keeps its size.  rgb: copied to red, green, blue (B4, B3, B2), fresh elsewhere.
+    12 and 13 bands, whatever `adapt`, share all but B10: the output is the file's at B10 = 0."""
     weight, C_file, C = weight.to(fresh), weight.shape[1], fresh.shape[1]
     if {C_file, C} == {12, 13}:                                              # B10 has index 10
         return torch.cat([weight[:, :10], 0 * fresh[:, 12:], weight[:, C_file - 2:]], 1)
@@ -551,37 +501,34 @@ def load_pretrained(model, path, adapt="random", quiet=False, weights=None):
     """Fill `model` from a checkpoint file; returns and prints what happened to every tensor.
 
     {"loaded", "resampled" (position table), "adapted" (input layer), "fresh" (kept its start),
-    "ignored" (only in the file)} -> lists of names.  A tensor that the file lacks or has in another
-    shape, or a block only in the file, is a ValueError naming it; mask token, LayerScale (1 then,
-    the identity) and batch counters may be absent.  weights: read_weights(path), if called before.
-    """
+    "ignored" (only in the file)} -> names.  ValueError that names it: a tensor that the file lacks
+    (but for mask token, LayerScale, then 1, batch counters) or has in another shape, a block only
+    in the file.  weights: read_weights(path), if called before."""
     state, rest = weights or read_weights(path, in_chans=model.in_chans)
-    start, filled, keys = model.state_dict(), {}, " ".join([*state, *rest])
-    report = {k: [] for k in ("loaded", "resampled", "adapted", "fresh")}
-    report["ignored"] = rest + [k for k in state if k not in start]
+    own, keys = model.state_dict(), " ".join([*state, *rest])
+    extra = [k for k in state if k not in own]
+    report = {"loaded": [], "resampled": [], "adapted": [], "fresh": [], "ignored": rest + extra}
     absent = ("mask_token", "num_batches_tracked") + ("gamma",) * ("gamma" not in keys)
-    wrong = [f"has no tensor {k}" for k in start if k not in state and not k.endswith(absent)]
-    body = r"layer\d|conv1|bn1|blocks|norm_pre|patch_embed|reg"   # a deeper net is not a shallower
-    wrong += [f"has {k}, which the model lacks" for k in state if k not in start
-              and re.match(body, k)]
-    for name, own in start.items():
-        new, verdict = state.get(name, own), "loaded"
-        if name in FIRST and new.shape[1] != own.shape[1] and new[:, :0].shape == own[:, :0].shape:
-            new, verdict = adapt_input(new, own, adapt), "adapted"
-        elif name == "pos_embed" and new.shape != own.shape and (new.shape[1] - 1) ** 0.5 % 1 == 0:
-            side = math.isqrt(own.shape[1] - 1)
-            new, verdict = resample_positions(new, side, side, model.registers > 0), "resampled"
-        if name == "mask_token" and new.shape != own.shape:           # MAE's, of its decoder
-            new = own
-        if new.shape != own.shape:
-            wrong.append(f"{name} is {tuple(new.shape)}, the model's is {tuple(own.shape)}")
-        elif new.is_floating_point() != own.is_floating_point():
-            wrong.append(f"{name} is {new.dtype}, the model's is {own.dtype}")
-        filled[name] = new
-        report["fresh" if new is own else verdict].append(name)
+    wrong = [f"has no tensor {k}" for k in own if k not in state and not k.endswith(absent)]
+    wrong += [f"has {k}, which the model lacks" for k in extra if re.match(BODY, k)]
+    for name, old in own.items():
+        new, verdict = state.get(name, old), "loaded"
+        if new.shape != old.shape:
+            if name in FIRST and new.shape[:1] + new.shape[2:] == old.shape[:1] + old.shape[2:]:
+                new, verdict = adapt_input(new, old, adapt), "adapted"
+            elif name == "pos_embed" and new.shape[::2] == old.shape[::2] and (
+                    new.shape[1] > 1 and (new.shape[1] - 1) ** 0.5 % 1 == 0):
+                new, verdict = model.positions(*model.grid, new), "resampled"
+            elif name == "mask_token":                                  # MAE's, of its decoder
+                new = old
+        if (new.shape, new.is_floating_point()) != (old.shape, old.is_floating_point()):
+            wrong.append(f"{name} is {tuple(new.shape)} {new.dtype}, "
+                         f"the model's is {tuple(old.shape)} {old.dtype}")
+        report["fresh" if new is old else verdict].append(name)
+        own[name] = new
     if wrong:
         raise ValueError(f"{path}: {'; '.join(wrong[:3])}")
-    model.load_state_dict(filled)
+    model.load_state_dict(own)
     if not quiet:
         print(f"{path}: {next(v for k, v in FAMILIES.items() if re.search(k, keys))}, as "
               f"{model.spec}, {sum(p.numel() for p in model.parameters()):,} parameters")

@@ -92,7 +92,7 @@ def test_last_blocks_ends_with_what_tokens_gives():
 def test_other_sizes_and_shapes_run_and_the_native_size_resamples_nothing(registers):
     m = models.build("vit_tiny", 2, 56, 14, registers=registers)
     assert m(torch.rand(1, 2, 98, 154)).shape == (1, 192)
-    assert models.resample_positions(m.pos_embed, 4, 4, registers > 0) is m.pos_embed
+    assert m.positions(4, 4) is m.pos_embed
     with pytest.raises(ValueError, match="50 x 56 is not divisible by patch size 14"):
         m(torch.rand(1, 2, 50, 56))
     with pytest.raises(ValueError, match="input has 3 channels, the model takes 2"):
