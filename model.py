@@ -1,4 +1,4 @@
-"""Backbones, heads, and getting weights in and out.  [reading time: 18 minutes]
+"""Backbones, heads, and getting weights in and out.  [reading time: 16 minutes]
 
 A ResNet with torchvision's parameter names and a ViT with DINOv2's, so that a checkpoint trained
 here loads into those code bases without a converter, and theirs load here.  The first layer takes
