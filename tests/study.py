@@ -147,6 +147,8 @@ def listing():
             probes if study != "init" else [])
     for seed, modality, name in itertools.product(seeds, ("s1", "s2c"), [*FACTORS][:4]):
         add("softcon", name, modality, seed, SOFTCON + FACTORS[name][0])
+    for seed, name in itertools.product(seeds, ("soft-weight 2", "form ce, weight 1")):
+        add("factors", name, "s2c", seed, SOFTCON + FACTORS[name][0])
     for seed, name in itertools.product(seeds, [*FACTORS][4:]):
         add("factors", name, "s1", seed, SOFTCON + FACTORS[name][0], FACTORS[name][1])
     for seed, modality, name in itertools.product(seeds, ("s2c", "s1"), [*FACTORS][:3]):
