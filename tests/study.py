@@ -1,7 +1,7 @@
 """The runs behind the README's results: trains, probes, keeps a line a run in tests/results/.
 
     python tests/study.py run softcon pera --workers 2      what is missing of these, two at a time
-    python tests/study.py run eurosat --shared DIR          DIR holds eurosat_ms and eurosat_rgb
+    python tests/study.py run eurosat 'pera/*/s1/0' --shared DIR    DIR: eurosat_ms and eurosat_rgb
     python tests/study.py tables                            the README's tables, from tests/results/
     python tests/study.py curve runs/softcon_s1 x.svg       a run's log as a figure
 
@@ -20,6 +20,7 @@ eurosat  real chips: pretrained without labels on 70 % of them, tested on the ot
 classes  the soft term on the classes of 30 % of the RGB chips, the probe on the other 70 %
 """
 import argparse
+import fnmatch
 import itertools
 import json
 import os
@@ -152,9 +153,8 @@ def listing():
     for seed, name in itertools.product(seeds, [*FACTORS][4:]):
         add("factors", name, "s1", seed, SOFTCON + FACTORS[name][0], FACTORS[name][1])
     for seed, modality, name in itertools.product(seeds, ("s2c", "s1"), [*FACTORS][:3]):
-        if modality == "s2c" or name == "both":
-            add("long", name, modality, seed, FACTORS[name][0],
-                probes=[["--seeds", "3"] if (seed, name) == (0, "both") else []])
+        add("long", name, modality, seed, FACTORS[name][0],
+            probes=[["--seeds", "3"] if (seed, name) == (0, "both") else []])
     for seed, modality, soft in itertools.product(seeds, ("s1", "s2c"), (0, 0.5)):
         add("pera", "PerA + soft" if soft else "PerA", modality, seed,
             [*PERA, "--soft-weight", str(soft)],
@@ -254,13 +254,14 @@ def one(key):
                  for more, x in zip(probes, said)])
 
 
-def run(studies, workers, shared):
-    """The runs of `studies` that have no line yet, `workers` at a time."""
+def run(names, workers, shared):
+    """The runs of studies, or with keys like these, that have no line yet, `workers` at a time."""
     data.make_toy("toy")
-    done = {row["key"] for study in studies for row in rows(study)}
     plan = listing()
-    todo = [key for study in studies for key in plan
-            if key.split("/")[0] == study and key not in done]
+    done = {row["key"] for study in {key.split("/")[0] for key in plan} for row in rows(study)}
+    todo = dict.fromkeys(key for name in names for key in plan if key not in done
+                         and (key.startswith(f"{name}/") or fnmatch.fnmatch(key, name)))
+    todo = [*todo]
     for at in {Path(x).parent for key in todo for x in plan[key][0] if "/chips/" in x}:
         if not at.exists():
             make_chips(Path(shared, "eurosat_rgb" if at.name.startswith("rgb") else "eurosat_ms"),
@@ -421,7 +422,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", choices=["run", "one", "tables", "curve"])
-    parser.add_argument("names", nargs="*", help="run: studies; one: a run's key; curve: run, file")
+    parser.add_argument("names", nargs="*", help="run: studies or keys; one: a key; curve: run, file")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--shared", default=".", help="folder of eurosat_ms and eurosat_rgb")
     args = parser.parse_args(argv)
