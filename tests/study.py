@@ -422,7 +422,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", choices=["run", "one", "tables", "curve"])
-    parser.add_argument("names", nargs="*", help="run: studies or keys; one: a key; curve: run, file")
+    parser.add_argument("names", nargs="*", help="studies, keys; curve: run, file")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--shared", default=".", help="folder of eurosat_ms and eurosat_rgb")
     args = parser.parse_args(argv)
