@@ -21,6 +21,7 @@ normalization"].  RGB images are uint8 already and stay as they are.
 import argparse
 import csv
 import fcntl
+import importlib
 import json
 import math
 import os
@@ -626,6 +627,54 @@ def colour(x, p):
     return x
 
 
+# ---------------------------------------------------------------------------------------- picture
+
+
+def show(scenes, out, losses, seed=0, n=4, grid=8):
+    """Write to `out` (PNG) what the model sees of n scenes, a row each, drawn with `seed`.
+
+    Left to right: all seasons | SoftCon's two views | view 1 as SoftCon masks it (dark: dropped)
+    and as PerA does (blue: the student's patches, yellow: to guess, red: the teacher's) | labels of
+    both views, a line a class | label similarity of view 1 to each row's view 2, black 0, white 1.
+    losses: that module, an argument because this one imports nothing of ours.
+    """
+    import imagecodecs
+    rng, eye = np.random.default_rng(seed), COLOURS[scenes.modality]
+    rows, g = rng.permutation(len(scenes))[:n].tolist(), torch.Generator()
+    g.manual_seed(seed % 2 ** 63)
+    n, T = len(rows), 96 // scenes.size * scenes.size or 96                # T: side of an image
+
+    def tiles(x):                                                          # (.,.,h,w) -> (.,.,T,T)
+        return F.interpolate(x.float(), (T, T), mode="area")
+    seasons = torch.full((n, max(len(scenes.files[i]) for i in rows), 3, T, T), torch.nan)
+    for row, i in zip(seasons, rows):
+        x = np.stack([scenes.image(*pair)[eye] for pair in scenes.pairs([i])])
+        row[:len(x)] = tiles(torch.from_numpy(x)) / 255
+    x, y = map(torch.from_numpy, scenes[[(i, (seed, i)) for i in rows]])   # (n,2,C,P,P), (n,2,K)
+    p = draw_crops(2 * n, g) | draw_colours(2 * n, scenes.modality, g,
+                                            0.8 * (scenes.modality != "s1"))
+    views = colour(crop(x.flatten(0, 1), p, scenes.size), p)[:, eye]       # (2n,3,P,P)
+    views = tiles(views).view(n, 2, 3, T, T)
+
+    def painted(parts, tints):
+        """View 1, dark but for the patches of each part (n,m), which get its tint."""
+        image, out = views[:, 0], torch.full((n, 3, T, T), 0.15)
+        for part, tint in zip(parts, tints):
+            mask = torch.zeros(n, grid ** 2).scatter(1, part, 1).view(n, 1, grid, grid)
+            out = torch.where(tiles(mask) > 0.5, (image + tint) / 2, out)
+        return out
+    tints = torch.tensor([[0.1, 0.4, 1], [1, 0.9, 0.1], [0.9, 0.1, 0.2]]).view(3, 3, 1, 1)
+    masks = torch.stack([painted([losses.block_mask(n, (grid, grid), 0.3, g)], [views[:, 0]]),
+                         painted(losses.disjoint_masks(n, grid ** 2, generator=g), tints)], 1)
+    sets = tiles(y.mT[:, None]).expand(n, 3, T, T)[:, None]                # (n,1,3,T,T)
+    alike = losses.label_similarity(*y.unbind(1)).view(n, n, 1, 1, 1).expand(n, n, 3, T, T)
+    groups = [F.pad(v, (2, 2, 2, 2), value=torch.nan).permute(0, 3, 1, 4, 2).flatten(2, 3)
+              .flatten(0, 1) for v in (seasons, views, masks, sets, alike)]              # (H,W,3)
+    x = torch.cat([F.pad(v, (0, 0, 4, 4), value=torch.nan) for v in groups], 1)
+    x = torch.where(x.isnan(), torch.tensor([0.7, 0.85, 1]), x)            # the paper: light blue
+    Path(out).write_bytes(imagecodecs.png_encode((255 * x).round().byte().numpy(), level=9))
+
+
 # ------------------------------------------------------------------------------------- toy world
 
 # reflectance x 10000 in the 13 bands, backscatter VV and VH in dB, strength of the texture
@@ -778,11 +827,15 @@ def main(argv=None):
     toy.add_argument("--seed", type=int, default=0, help="another seed, another world")
     for name, text in (("pack", "put all images into one file, which --data takes as well"),
                        ("check", "read everything, list every bad file"),
+                       ("show", "draw what the model sees: seasons, views, masks, similarity"),
                        ("stats", "what STATS would be, and how much of it is clipped")):
         sub = commands.add_parser(name, help=text)
         sub.add_argument("root", help="any folder that pretrain.py's --data takes")
         if name == "pack":
             sub.add_argument("out", help="a new folder")
+        if name == "show":
+            sub.add_argument("--out", required=True, help="a PNG")
+            sub.add_argument("--seed", type=int, default=0, help="of the scenes and all draws")
         sub.add_argument("--modality", choices=DTYPE if name == "stats" else BANDS, required=True)
         sub.add_argument("--labels", help="as in pretrain.py")
         sub.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
@@ -793,11 +846,15 @@ def main(argv=None):
     default = f"{args.root}/ssl4eo_multilabel.json"
     labels = args.labels or (default if os.path.exists(default) else None)
     scenes = open_data(args.root, args.modality, labels)
+    if not labels and scenes.memory is None:                               # as in pretrain.py
+        scenes.labels = [np.zeros_like(y) for y in scenes.labels]
     found, what = [], f"{scenes.first[-1]} images of {len(scenes)} scenes"
     if args.command == "pack":
-        if not labels and scenes.memory is None:
-            scenes.labels = [np.zeros_like(y) for y in scenes.labels]
         pack(scenes, args.out, args.workers)
+        print(f"{args.out}: {what}")
+    elif args.command == "show":
+        losses = importlib.import_module("losses")                         # here alone, for masks
+        show(scenes, args.out, losses, args.seed)
         print(f"{args.out}: {what}")
     elif args.command == "check":
         job, pairs = partial(complaint, scenes), scenes.pairs(range(len(scenes)))
