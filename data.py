@@ -23,13 +23,13 @@ import csv
 import fcntl
 import importlib
 import json
-import math
 import os
 import re
 import shutil
 import struct
 import sys
 import zlib
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -43,38 +43,40 @@ from tqdm import tqdm
 CLASSES = ("water", "trees", "grass", "flooded vegetation", "crops", "shrub & scrub", "built",
            "bare", "snow & ice")                            # Dynamic World's indices 0..8
 S2 = "B1 B2 B3 B4 B5 B6 B7 B8 B8A B9 B10 B11 B12".split()
-BANDS = {"s1": ["VV", "VH"], "s2c": S2, "s2a": [b for b in S2 if b != "B10"],
-         "rgb": ["R", "G", "B"]}
+BANDS = {"s1": ["VV", "VH"], "s2c": S2, "s2a": [b for b in S2 if b != "B10"], "rgb": [*"RGB"]}
 COLOURS = {"s1": [0, 1, 0], "s2c": [3, 2, 1], "s2a": [3, 2, 1], "rgb": [0, 1, 2]}    # for the eye
-SHRINK = {"B1": 6, "B9": 6, "B10": 6, **dict.fromkeys(["B5", "B6", "B7", "B8A", "B11", "B12"], 2)}
+SHRINK = {"B1": 6, "B9": 6, "B10": 6, **dict.fromkeys("B5 B6 B7 B8A B11 B12".split(), 2)}
 # units and types on disk: S1 backscatter in dB, float32; S2 reflectance x 10000, uint16
 DTYPE = {"s1": np.float32, "s2c": np.uint16, "s2a": np.uint16}
-STATS = {   # mean, std of the full SSL4EO-S12 set [SSL4EO-S12 convert_rgb.py; torchgeo resnet.py]
-    "s1": ((-12.59, -20.26), (5.26, 5.91)),
-    "s2c": ((1612.9, 1397.6, 1322.3, 1373.1, 1561.0, 2108.4, 2390.7, 2318.7, 2581.0, 837.7, 22.0,
-             2195.2, 1537.4),
-            (791.0, 854.3, 878.7, 1144.9, 1127.5, 1164.2, 1276.0, 1249.5, 1345.9, 577.5, 47.5,
-             1340.0, 1142.9)),
-    "s2a": ((756.4, 889.6, 1151.7, 1307.6, 1637.6, 2212.6, 2442.0, 2538.9, 2602.9, 2666.8, 2388.8,
-             1821.5),
-            (1111.4, 1159.1, 1188.1, 1375.2, 1376.6, 1358.6, 1418.4, 1476.4, 1439.9, 1582.1, 1460.7,
-             1352.2))}
+# mean and std of the full SSL4EO-S12 set [SSL4EO-S12 convert_rgb.py; torchgeo resnet.py];
+# ben: of BigEarthNet's own S2 L2A pixels [SSL4EO-S12 bigearthnet_dataset_seco.py]
+STATS = {name: [[float(x) for x in row.split()] for row in rows] for name, rows in {
+    "s1": ("-12.59 -20.26", "5.26 5.91"),
+    "s2c": ("1612.9 1397.6 1322.3 1373.1 1561 2108.4 2390.7 2318.7 2581 837.7 22 2195.2 1537.4",
+            "791 854.3 878.7 1144.9 1127.5 1164.2 1276 1249.5 1345.9 577.5 47.5 1340 1142.9"),
+    "s2a": ("756.4 889.6 1151.7 1307.6 1637.6 2212.6 2442 2538.9 2602.9 2666.8 2388.8 1821.5",
+            "1111.4 1159.1 1188.1 1375.2 1376.6 1358.6 1418.4 1476.4 1439.9 1582.1 1460.7 1352.2"),
+    "ben": ("341 430 614 590 951 1792 2075 2219 2266 2246 1594 1009",
+            "555 572 583 676 730 1096 1273 1365 1356 1302 1079 819")}.items()}
 
 # ---------------------------------------------------------------------------------------- reading
 
 
-def read_tiff(path):
-    """First page as an array; ValueError, naming the file, if it is missing, cut off or no TIFF."""
+def require(fine, problem):
+    """ValueError(problem), one line that names what is wrong and where, if it is not fine."""
+    if not fine:
+        raise ValueError(problem)
+
+
+@contextmanager
+def named(path, problem, gone="no such file"):
+    """Whatever a library raises inside becomes a ValueError of one line that names the file."""
     try:
-        x = plain_tiff(np.fromfile(path, np.uint8))
-        if x is None:
-            with tifffile.TiffFile(path) as file:
-                x = file.pages[0].asarray()
-        return x.astype(x.dtype.newbyteorder("="), copy=False)
+        yield
     except FileNotFoundError:
-        raise ValueError(f"{path}: missing") from None
-    except Exception as error:                 # tifffile and codecs raise a dozen kinds
-        raise ValueError(f"{path}: unreadable TIFF ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{path}: {gone}") from None
+    except Exception as error:                                       # codecs raise a dozen kinds
+        raise ValueError(f"{path}: {problem} ({type(error).__name__}: {error})") from None
 
 
 def plainly(error):
@@ -84,40 +86,44 @@ def plainly(error):
 
 def read_text(path):
     """A text file's content; ValueError, naming the file, if it is missing or not UTF-8."""
-    try:
+    with named(path, "not a readable text file"):
         return Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable text file ({type(error).__name__})") from None
+
+
+def read_tiff(path):
+    """First page as an array; ValueError, naming the file, if it is missing, cut off or no TIFF."""
+    with named(path, "unreadable TIFF", "missing"):
+        x = plain_tiff(np.fromfile(path, np.uint8))
+        if x is None:
+            with tifffile.TiffFile(path) as file:
+                x = file.pages[0].asarray()
+        return x.astype(x.dtype.newbyteorder("="), copy=False)
 
 
 def plain_tiff(raw):
     """The bytes of a TIFF -> (H,W) if its first page is one band in one uncompressed block; None:
     ask tifffile, which opens anything, and takes ten times as long.  [TIFF 6.0, section 2]"""
-    # width, height, bits, compression, bit order, strips, bands, strips' bytes, predictor, tiles,
-    # type, depth: 1 if the file does not say
-    tags = {k: (1,) for k in (256, 257, 258, 259, 266, 273, 277, 279, 317, 322, 339, 32997)}
+    # width, height, bits, strips, strips' bytes, type; compression, bit order, bands, predictor,
+    # tiles, depth: 1 if the file does not say
+    tags = dict.fromkeys((256, 257, 258, 273, 279, 339, 259, 266, 277, 317, 322, 32997), (1,))
     try:
-        last, (at,) = 0, struct.unpack_from("<I", raw, 4)
+        (at,), order = struct.unpack_from("<I", raw, 4), []
         n, = struct.unpack_from("<H", raw, at)
         for at in range(at + 2, at + 2 + 12 * n, 12):
             tag, kind, count, value = struct.unpack_from("<HHII", raw, at)
-            if tag <= last:                                          # no tag twice: they ascend
-                return None
-            last = tag
+            order.append(tag)
             if tag in tags:
                 form = f"<{count}" + {3: "H", 4: "I"}[kind]
                 here = struct.calcsize(form) <= 4                    # else `value` says where
                 tags[tag] = struct.unpack_from(form, raw, at + 8 if here else value)
-        w, h, bits, starts, sizes, kind = (tags.pop(k) for k in (256, 257, 258, 273, 279, 339))
+        w, h, bits, starts, sizes, kind, *rest = tags.values()
         kind = {(8, 1): "u1", (16, 1): "<u2", (32, 3): "<f4"}[bits + kind]
-        ends, rest = np.add(starts, sizes), {raw[:4].tobytes(), *tags.values()}
-        if rest == {b"II*\0", (1,)} and (ends[:-1] == starts[1:]).all():
+        ends = np.add(starts, sizes)
+        if (raw[:4].tobytes() == b"II*\0" and {*rest} == {(1,)} and order == sorted({*order})
+                and (ends[:-1] == starts[1:]).all()):
             return raw[starts[0]:ends[-1]].view(kind).reshape(h + w)
     except (KeyError, IndexError, ValueError, struct.error):
-        pass
-    return None
+        return None
 
 
 def to_uint8(x, modality):
@@ -125,22 +131,19 @@ def to_uint8(x, modality):
 
     Values beyond saturate.  (A plain cast would wrap: reflectance 12000 as x/10000*255 gives 50.)
     """
-    mean, std = np.float32(STATS[modality])
-    out = np.empty((len(x), *x[0].shape), np.uint8)
-    for band, low, gain, y in zip(x, mean - 2 * std, 255 / (4 * std), out):    # fits in the cache
-        band = np.subtract(band, low, dtype=np.float32)
-        band *= gain
-        band += 0.5
-        y[:] = np.clip(band, 0, 255, out=band)
-    return out
+    mean, std = np.float32(STATS[modality])[..., None, None]         # (C,1,1)
+    x = np.stack(x, dtype=np.float32)                                # (C,H,W)
+    x -= mean - 2 * std
+    x *= 255 / (4 * std)
+    x += 0.5
+    return np.clip(x, 0, 255, out=x).astype(np.uint8)
 
 
 def resize(x, size):
     """(H,W) or (C,H,W) to (...,size,size), bilinear with pixel centres aligned."""
     if x.shape[-2:] == (size, size):
         return x
-    x = torch.from_numpy(np.ascontiguousarray(x, np.float32))
-    x = x.reshape(1, -1, *x.shape[-2:])
+    x = torch.from_numpy(np.ascontiguousarray(x, np.float32)).reshape(1, -1, *x.shape[-2:])
     return F.interpolate(x, (size, size), mode="bilinear", antialias=size < x.shape[-1])[0].numpy()
 
 
@@ -170,61 +173,63 @@ def read_product(folder, modality, size, prefix="", stats=None, scale=to_uint8):
             bands.append(resize(x, size).reshape(size, size))
         except ValueError as error:
             bad.append(str(error))
-    if bad:
-        raise ValueError("\n".join(bad))
+    require(not bad, "\n".join(bad))
     return scale(bands, stats or modality)
 
 
 class Scenes(Dataset):
-    """Scenes of one or more images.  scenes[i] or scenes[i, seed] -> (x, y), a list of them ->
-    the same for a batch, with one more axis in front:
+    """Scenes of one or more images.  scenes[i, seed] -> (x, y), a list of such keys -> the same for
+    a batch, with one more axis in front:
 
         x  uint8 (V, C, P, P)   `views` different images of scene i, drawn with `seed`; a scene
         y  uint8 (V, K)         with fewer repeats them; y: multi-hot labels, all 0 = unlabelled
 
     ids[i] is the scene's name, files[i] its images, labels[i] (S,K), decode(file) -> (C,P,P).
+    memory: None, or all images (n,C,P,P); files[i] are then their places in it.
     """
 
-    def __init__(self, ids, files, labels, classes, modality, size, decode, views=2):
+    def __init__(self, ids, files, labels, classes, modality, size, decode, views=2, memory=None):
         self.ids, self.files, self.labels, self.classes = ids, files, labels, classes
-        self.modality, self.size, self.decode, self.views = modality, size, decode, views
-        self.first = np.cumsum([0] + [len(f) for f in files])         # scene -> its first image
-        self.memory = None
+        self.modality, self.size, self.decode = modality, size, decode
+        self.views, self.memory = views, memory
 
     def __len__(self):
         return len(self.ids)
 
     def image(self, i, s):
         """Image s of scene i: uint8 (C,P,P)."""
-        if self.memory is not None:
-            return self.memory[self.first[i] + s]
         return self.decode(self.files[i][s])
 
-    def __getitem__(self, key):
-        keys = [k if isinstance(k, tuple) else (k, 0)
-                for k in (key if isinstance(key, list) else [key])]
-        chosen = [np.resize(np.random.default_rng(seed).permutation(len(self.files[i])), self.views)
-                  for i, seed in keys]
-        pairs = [(i, s) for (i, _), row in zip(keys, chosen) for s in row]
+    def __getitem__(self, keys):
+        if isinstance(keys, tuple):
+            return tuple(v[0] for v in self[[keys]])
+        pairs = [(i, s) for i, seed in keys for s in np.resize(
+            np.random.default_rng(seed).permutation(len(self.files[i])), self.views)]
         x = np.stack([self.image(*p) for p in pairs]) if self.memory is None else (
-            self.memory[[self.first[i] + s for i, s in pairs]])           # the only copy there is
+            self.memory[[self.files[i][s] for i, s in pairs]])       # the only copy there is
         y = np.stack([self.labels[i][s] for i, s in pairs])
-        x, y = (v.reshape(len(keys), self.views, *v.shape[1:]) for v in (x, y))
-        return (x, y) if isinstance(key, list) else (x[0], y[0])
+        return tuple(v.reshape(len(keys), self.views, *v.shape[1:]) for v in (x, y))
 
     def pairs(self, scenes):
         return [(i, s) for i in scenes for s in range(len(self.files[i]))]
 
     def preload(self, scenes, workers=0):
         """Decode the named scenes once and keep them in memory, so that no epoch reads again."""
-        if isinstance(self.memory, np.memmap):                    # packed: the system's page cache
-            return
-        memory = np.zeros((self.first[-1], len(BANDS[self.modality]), self.size, self.size),
-                          np.uint8)
-        images = Images(self, self.pairs(scenes))
-        for x, _, at in tqdm(DataLoader(images, 64, num_workers=workers), "reading", leave=False):
-            memory[at] = x
-        self.memory = memory
+        if self.memory is None:                                      # else packed: the page cache
+            pairs, C = self.pairs(scenes), len(BANDS[self.modality])
+            memory = np.empty((len(pairs), C, self.size, self.size), np.uint8)
+            loader = DataLoader(Images(self, pairs), 64, num_workers=workers)
+            for x, _, at in tqdm(loader, "reading", leave=False):
+                memory[at] = x
+            for i, places in zip(scenes, in_a_row([self.files[i] for i in scenes])):
+                self.files[i] = places
+            self.memory, self.decode = memory, memory.__getitem__
+
+
+def in_a_row(lists):
+    """[range(0, 4), range(4, 7), ...]: the places of each list's items when all are joined."""
+    ends = np.cumsum([0, *map(len, lists)]).tolist()
+    return [range(*at) for at in zip(ends, ends[1:])]
 
 
 class Images(Dataset):
@@ -238,7 +243,12 @@ class Images(Dataset):
 
     def __getitem__(self, j):
         i, s = self.pairs[j]
-        return self.scenes.image(i, s), self.scenes.labels[i][s], int(self.scenes.first[i]) + s
+        return self.scenes.image(i, s), self.scenes.labels[i][s], j
+
+
+def in_parallel(job, items, workers, title):
+    """job(item) of each, in order, from `workers` processes (0: this one); shows a progress bar."""
+    return tqdm(DataLoader(items, None, collate_fn=job, num_workers=workers), title)
 
 
 def held_out(ids, fraction):
@@ -248,17 +258,20 @@ def held_out(ids, fraction):
 
 
 def subfolders(folder):
-    if not os.path.isdir(folder):
-        raise ValueError(f"{folder}: no such folder")
+    require(os.path.isdir(folder), f"{folder}: no such folder")
     return sorted(e.name for e in os.scandir(folder) if e.is_dir())
 
 
 def date(product):
     """Sensing time of an S1 or S2 product, the first time stamp in its name."""
     found = re.search(r"\d{8}T\d{6}", product)
-    if not found:
-        raise ValueError(f"product name {product!r} has no date such as 20200604T054639")
+    require(found, f"product name {product!r} has no date such as 20200604T054639")
     return found[0]
+
+
+def multi_hot(rows, K):
+    """[{class index, ...}, ...], a set an image -> (S,K) uint8."""
+    return np.uint8([[k in row for k in range(K)] for row in rows])
 
 
 def SSL4EO(root, modality, labels=None, seasons=2):
@@ -269,35 +282,25 @@ def SSL4EO(root, modality, labels=None, seasons=2):
     list, is unlabelled, and so are S1 images of a scene with fewer or more S2 images; a class or a
     product that does not exist is a ValueError.
     """
-    ids = subfolders(f"{root}/{modality}")
-    products = [sorted(subfolders(f"{root}/{modality}/{i}"), key=date) for i in ids]
-    for i, found in zip(ids, products):
-        if not found:
-            raise ValueError(f"{root}/{modality}/{i}: scene without a {modality} product")
-    if not ids:
-        raise ValueError(f"{root}/{modality}: no scenes")
-    for other in BANDS:
-        if other != modality and os.path.isdir(f"{root}/{other}"):
-            for i in sorted(set(subfolders(f"{root}/{other}")) - set(ids)):
-                raise ValueError(f"{root}/{modality}/{i}: missing, while {root}/{other}/{i} "
-                                 f"is there")
-    table = read_labels(labels) if labels else {}
-    rows = []
-    for i, found in zip(ids, products):
-        y, mine = np.zeros((len(found), len(CLASSES)), np.uint8), table.get(i, {})
-        names = found
-        if modality == "s1":                           # the S2 names in order of time
-            s2 = next((f"{root}/{m}/{i}" for m in ("s2c", "s2a")
-                       if os.path.isdir(f"{root}/{m}")), "")
-            names = sorted(subfolders(s2) if s2 else mine, key=date)
-        for product in mine.keys() - set(names):
-            raise ValueError(f"{labels}: scene {i} has no product {product}")
-        for s, name in enumerate(names if len(names) == len(found) else []):
-            y[s, mine.get(name, [])] = 1
-        rows.append(y)
-    size = max(read_tiff(
-        f"{root}/{modality}/{ids[0]}/{products[0][0]}/{BANDS[modality][1]}.tif").shape)
-    files = [[f"{root}/{modality}/{i}/{p}" for p in found] for i, found in zip(ids, products)]
+    ids, files, rows = subfolders(f"{root}/{modality}"), [], []
+    require(ids, f"{root}/{modality}: no scenes")
+    trees = {m: f"{root}/{m}" for m in BANDS if os.path.isdir(f"{root}/{m}")}
+    for tree in trees.values():
+        for i in sorted({*subfolders(tree)} - {*ids}):
+            raise ValueError(f"{root}/{modality}/{i}: missing, while {tree}/{i} is there")
+    table, s2 = read_labels(labels) if labels else {}, trees.get("s2c", trees.get("s2a"))
+    for i in ids:
+        mine, products = table.get(i, {}), sorted(subfolders(f"{root}/{modality}/{i}"), key=date)
+        require(products, f"{root}/{modality}/{i}: scene without a {modality} product")
+        names = products                                             # of the S2 images
+        if modality == "s1":
+            names = sorted(subfolders(f"{s2}/{i}") if s2 else mine, key=date)
+        for name in mine.keys() - {*names}:
+            raise ValueError(f"{labels}: scene {i} has no product {name}")
+        names = names if len(names) == len(products) else [None] * len(products)
+        rows.append(multi_hot([mine.get(name, ()) for name in names], len(CLASSES)))
+        files.append([f"{root}/{modality}/{i}/{p}" for p in products])
+    size = max(read_tiff(f"{files[0][0]}/{BANDS[modality][1]}.tif").shape)
     decode = partial(read_product, modality=modality, size=size)
     return Scenes(ids, files, rows, CLASSES, modality, size, decode, seasons)
 
@@ -305,18 +308,15 @@ def SSL4EO(root, modality, labels=None, seasons=2):
 def read_labels(path):
     """{scene: {product: [class index, ...]}} from the json, whose classes are strings "0".."8"."""
     text = read_text(path)
-    try:
+    with named(path, "not labels of the form {scene: {product: [class]}}"):
         table = json.loads(text)
         for i, mine in table.items():
             for product, classes in mine.items():
                 for c in classes:
-                    if not (str(c).isdecimal() and int(c) < len(CLASSES)):
-                        raise ValueError(f"unknown class {c!r} in scene {i}, product {product}")
+                    require(str(c).isdecimal() and int(c) < len(CLASSES),
+                            f"unknown class {c!r} in scene {i}, product {product}")
                 mine[product] = [int(c) for c in classes]
         return table
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: not labels of the form {{scene: {{product: [class]}}}}: "
-                         f"{error}") from None
 
 
 def read_image(path, modality, size=None, order=None, scale=to_uint8):
@@ -326,20 +326,16 @@ def read_image(path, modality, size=None, order=None, scale=to_uint8):
     if path.lower().endswith((".tif", ".tiff")):
         x = read_tiff(path)
     else:
-        try:
+        with named(path, "unreadable image"):
             import imagecodecs                 # only here: TIFFs without compression do without it
             x = np.atleast_3d(imagecodecs.imread(path))
-        except Exception as error:
-            raise ValueError(f"{path}: unreadable image ({type(error).__name__}: "
-                             f"{error})") from None
         x = x[..., :3 if path.lower().endswith(".png") else None]
         x = x[..., [0] * 3] if x.shape[2] < 3 else x
     x = x.transpose(1, 2, 0) if x.ndim == 3 and len(x) == bands else x         # band after band
-    if x.shape[2:] != (bands,) or x.dtype != dtype or not np.isfinite(x).all():
-        raise ValueError(f"{path}: {x.dtype} {x.shape}, expected {bands} finite bands of {dtype}")
-    size = size or len(x)
-    if x.shape[:2] != (size, size):
-        raise ValueError(f"{path}: {x.shape[:2]} pixels, the others have {size} x {size}")
+    require(x.shape[2:] == (bands,) and x.dtype == dtype and np.isfinite(x).all(),
+            f"{path}: {x.dtype} {x.shape}, expected {bands} finite bands of {dtype}")
+    P = size or len(x)
+    require(x.shape[:2] == (P, P), f"{path}: {x.shape[:2]} pixels, the others have {P} x {P}")
     x = x.transpose(2, 0, 1)
     return x if modality == "rgb" else scale(x if order is None else x[order], modality)
 
@@ -352,9 +348,8 @@ def Folder(root, modality="rgb", views=2, order=None):
              for c in [*subfolders(root), "."]}
     classes = tuple(c for c in found if found[c] and c != ".") or (".",)
     names = [f for c in classes for f in found[c]]
-    if not names:
-        raise ValueError(f"{root}: no {modality} images ({' '.join(kinds)}) in it or its folders")
-    labels = [np.array([[f.split("/")[0] == c != "." for c in classes]], np.uint8) for f in names]
+    require(names, f"{root}: no {modality} images ({' '.join(kinds)}) in it or its folders")
+    labels = [np.uint8([[f.split("/")[0] == c != "." for c in classes]]) for f in names]
     size = read_image(f"{root}/{names[0]}", modality, None, order).shape[1]
     decode = partial(read_image, modality=modality, size=size, order=order)
     return Scenes([Path(f).stem for f in names], [[f"{root}/{f}"] for f in names], labels, classes,
@@ -373,9 +368,6 @@ def EuroSAT(root, modality="s2c", views=2):
 
 BEN_TOP = {"s1": {"BigEarthNet-S1-v1.0", "BigEarthNet-S1", "S1"}}           # v1, v2, short
 BEN_TOP["s2a"] = BEN_TOP["s2c"] = {"BigEarthNet-v1.0", "BigEarthNet-S2", "S2"}
-STATS["ben"] = (   # of its own S2 L2A pixels [SSL4EO-S12 bigearthnet_dataset_seco.py]
-    (341, 430, 614, 590, 951, 1792, 2075, 2219, 2266, 2246, 1594, 1009),
-    (555, 572, 583, 676, 730, 1096, 1273, 1365, 1356, 1302, 1079, 819))
 # 19 classes | with their CORINE labels; the last group has no class
 BEN = """Urban fabric|Continuous urban fabric|Discontinuous urban fabric;Industrial or commercial
     units;Arable land|Non-irrigated arable land|Permanently irrigated land|Rice fields;Permanent
@@ -390,7 +382,7 @@ BEN = """Urban fabric|Continuous urban fabric|Discontinuous urban fabric;Industr
     Road and rail networks and associated land|Port areas|Airports|Mineral extraction sites|Dump
     sites|Construction sites|Green urban areas|Sport and leisure facilities|Bare rock|Burnt areas|
     Intertidal flats"""
-BEN = [[re.sub(r"\s+", " ", x.strip()) for x in row.split("|")] for row in BEN.split(";")]
+BEN = [[" ".join(x.split()) for x in row.split("|")] for row in BEN.split(";")]
 
 
 def read_patch(folder, modality, scale=to_uint8):
@@ -407,26 +399,21 @@ def BigEarthNet(root, split=None, modality="s2a", views=2, skip=False):
     root/metadata.csv (README, Probing).  19 classes; zeros if the CORINE labels belong to none.
     """
     top = [f for f in subfolders(root) if f in BEN_TOP.get(modality, ())]
-    if not top:
-        raise ValueError(f"{root}: no BigEarthNet folder for modality {modality}")
+    require(top, f"{root}: no BigEarthNet folder for modality {modality}")
     meta, key = Path(root, "metadata.csv"), "s1_name" if modality == "s1" else "patch_id"
     v2 = meta.exists()
     table = csv.DictReader(read_text(meta).splitlines() if v2 else ())
-    table = {r.get(key) or "": r for r in table}
+    table = {row.get(key) or "": row for row in table}
     have = {p.name: p for p in sorted(Path(root, top[0]).glob("S*/S*" if v2 else "S*"))}
     names = [name for name, r in table.items() if split in (None, r.get("split"))]
     names = listed(split or meta, have, skip, names) if split or v2 else [*have]
     columns, rows = {label: k for k, row in enumerate(BEN) for label in row}, []
     for name in names:
-        try:
+        with named(meta if v2 else have[name], f"no BigEarthNet labels of {name}"):
             found = table[name]["labels"].split(";") if v2 else json.loads(
                 read_text(have[name] / f"{name}_labels_metadata.json"))["labels"]
-            rows.append(np.zeros((1, len(BEN)), np.uint8))
-            rows[-1][0, [columns[label] for label in found]] = 1
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{meta if v2 else have[name]}: no BigEarthNet labels of {name}: "
-                             f"{error}") from None
-    return Scenes(names, [[str(have[name])] for name in names], [y[:, :-1] for y in rows],
+            rows.append(multi_hot([{columns[label] for label in found}], len(BEN) - 1))
+    return Scenes(names, [[str(have[name])] for name in names], rows,
                   tuple(row[0] for row in BEN[:-1]), modality, 120,
                   partial(read_patch, modality=modality), views)
 
@@ -437,36 +424,28 @@ def listed(path, have, skip=False, names=()):
     lines = [[Path(n).stem for n in x.split(",")] for x in names or read_text(path).split()]
     found = [next((n for n in line if n in have), None) for line in lines]
     gone = [line[0] for line, n in zip(lines, found) if n is None]
-    if gone and not skip:
-        raise ValueError(f"{path}: {len(gone)} of {len(lines)} images are not there: "
-                         f"{', '.join(gone[:5])}")
+    require(skip or not gone, f"{path}: {len(gone)} of {len(lines)} images are not there: "
+                              f"{', '.join(gone[:5])}")
     return [n for n in found if n]
 
 
 def open_data(root, modality, labels=None, views=2):
     """The reader that fits what lies in `root`; labels: a json, or "classes" for class folders."""
-    subfolders(root)                                                       # names a missing root
+    folders = {*subfolders(root)}
     if os.path.exists(f"{root}/images.uint8"):
         return Packed(root, modality, views, labels)
-    products = any(os.path.isdir(f"{root}/{m}") for m in DTYPE)
-    if products and not os.path.isdir(f"{root}/{modality}"):
-        raise ValueError(f"{root}: has no modality {modality}")
-    if labels and products == (labels == "classes"):
-        raise ValueError(f"--labels {labels}: {root} holds {'products' if products else 'classes'}")
+    products = bool(folders & {*DTYPE})
+    require(modality in folders or not products, f"{root}: has no modality {modality}")
+    require(not labels or products != (labels == "classes"),
+            f"--labels {labels}: {root} holds {'products' if products else 'classes'}")
     if products:
         return SSL4EO(root, modality, labels, views)
-    folders = set(subfolders(root))
     if folders & set().union(*BEN_TOP.values()):
         return BigEarthNet(root, None, modality, views)
     return (EuroSAT if folders & EUROSAT_CLASSES else Folder)(root, modality, views)
 
 
 # -------------------------------------------------------------------------- packing and checking
-
-
-def in_parallel(job, items, workers, title):
-    """job(item) of each, in order, from `workers` processes (0: this one); shows a progress bar."""
-    return tqdm(DataLoader(items, None, collate_fn=job, num_workers=workers), title)
 
 
 def pack(scenes, out, workers=0):
@@ -476,21 +455,18 @@ def pack(scenes, out, workers=0):
     when it is whole.  Until then the file grows, image by image, in out.part{...}, named by what
     goes in: after a kill the same call cuts off half an image and goes on from there.
     """
-    if os.path.exists(out):
-        raise ValueError(f"{out}: exists; pack never overwrites")
-    pairs, size = scenes.pairs(range(len(scenes))), len(BANDS[scenes.modality]) * scenes.size ** 2
+    require(not os.path.exists(out), f"{out}: exists; pack never overwrites")
     index = {k: getattr(scenes, k) for k in ("modality", "size", "classes", "ids")}
     index = json.dumps(index | {"labels": [y.tolist() for y in scenes.labels]}).encode()
     part = f"{os.path.normpath(out)}.part{zlib.crc32(index + repr(scenes.files).encode()):08x}"
     os.makedirs(part, exist_ok=True)
     with open(f"{part}/images.uint8", "ab") as file:
-        try:
+        with named(part, "another process is writing it"):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{part}: another process is writing it") from None
-        done = file.tell() // size
-        file.truncate(done * size)
-        for x, *_ in in_parallel(None, Images(scenes, pairs[done:]), workers, f"packing {out}"):
+        done, cut = divmod(file.tell(), len(BANDS[scenes.modality]) * scenes.size ** 2)
+        file.truncate(file.tell() - cut)
+        files = [f for row in scenes.files for f in row][done:]
+        for x in in_parallel(scenes.decode, files, workers, f"packing {out}"):
             file.write(np.ascontiguousarray(x))
         file.flush()
         os.fsync(file.fileno())
@@ -502,26 +478,23 @@ def Packed(root, modality, views=2, labels=None):
     """What `pack` wrote; image() gives views of the file, mapped into memory and not read ahead."""
     path = f"{root}/images.uint8"
     crc, _, index = Path(root, "index.jsonl").read_bytes().partition(b"\n")
-    if crc != b"%d" % zlib.crc32(index):
-        raise ValueError(f"{root}/index.jsonl: damaged, its checksum does not fit")
+    fits = crc == b"%d" % zlib.crc32(index)
+    require(fits, f"{root}/index.jsonl: damaged, its checksum does not fit")
     index = json.loads(index)
-    if labels or modality != index["modality"]:
-        raise ValueError(f"{root}: packed with its labels, for --modality {index['modality']} only")
-    rows = [np.array(y, np.uint8) for y in index["labels"]]
-    at, n = np.cumsum([0] + [len(y) for y in rows]).tolist(), os.path.getsize(path)
-    shape = at[-1], len(BANDS[modality]), index["size"], index["size"]
-    if n != math.prod(shape):
-        raise ValueError(f"{path}: {n} bytes, but {shape} pixels make {math.prod(shape)}")
-    scenes = Scenes(index["ids"], [range(*ends) for ends in zip(at, at[1:])], rows,
-                    index["classes"], modality, index["size"], None, views)
-    scenes.memory = np.memmap(path, np.uint8, "r", shape=shape)
-    return scenes
+    require(not labels and modality == index["modality"],
+            f"{root}: packed with its labels, for --modality {index['modality']} only")
+    rows, n = [np.uint8(y) for y in index["labels"]], os.path.getsize(path)
+    shape = sum(map(len, rows)), len(BANDS[modality]), index["size"], index["size"]
+    require(n == np.prod(shape), f"{path}: {n} bytes, but {shape} pixels make {np.prod(shape)}")
+    memory = np.memmap(path, np.uint8, "r", shape=shape)
+    return Scenes(**index | {"labels": rows}, files=in_a_row(rows), decode=memory.__getitem__,
+                  views=views, memory=memory)
 
 
-def complaint(scenes, pair):
+def complaint(decode, file):
     """What is wrong with an image, a line for each bad file, or nothing."""
     try:
-        scenes.image(*pair)
+        decode(file)
     except (ValueError, OSError) as error:
         return f"{error}\n"
     return ""
@@ -537,8 +510,8 @@ def moments(x, name):
 
 def statistics(scenes, workers=0):
     """As `moments`, over all images, and the std where the mean square was."""
-    if scenes.memory is not None:
-        raise ValueError("packed images have no sensor units: take the folder they come from")
+    require(scenes.memory is None and scenes.modality != "rgb",
+            "rgb and packed images have no sensor units")
     job, files = partial(scenes.decode, scale=moments), [f for row in scenes.files for f in row]
     x = np.stack([*in_parallel(job, files, workers, "statistics")])                    # (n,C,8)
     out = x.mean(0)
@@ -573,17 +546,12 @@ def draw_colours(n, modality, generator, p=0.8, jitter=0.4, grey=0.2, blur=0.5):
     grey: probability that all bands become their mean; blur: of std U(.1, 2) pixels at 224.
     [SSL4EO-S12 pretrain_moco_v2_s2c.py; DeCUR for SAR; PerA augmentation.py; dB offset: ours]
     """
-    u = torch.rand(9, n, generator=generator)
-    lit, swing = u[0] < p, jitter * (2 * u[[1, 2, 3, 4, 8]] - 1)
-
-    def within(wanted, value):
-        return torch.where(lit & wanted, value, torch.zeros(()))
-    optical, rgb = torch.tensor(modality != "s1"), torch.tensor(modality == "rgb")
-    return {"brightness": 1 + within(optical, swing[0]), "contrast": 1 + within(optical, swing[1]),
-            "offset": torch.stack([within(~optical, 5 * v) for v in (swing[0], swing[4])], 1),
-            "saturation": torch.where(u[5] < grey, 0, 1 + within(rgb, swing[2] / 2)),
-            "hue": within(rgb, swing[3] / 4),
-            "blur": torch.where(u[6] < blur, 0.1 + 1.9 * u[7], 0)}
+    u, radar, rgb = torch.rand(9, n, generator=generator), modality == "s1", modality == "rgb"
+    swing = jitter * (2 * u[[1, 2, 3, 4, 8]] - 1) * (u[0] < p)                        # (5,n)
+    return {"brightness": 1 + swing[0] * (not radar), "contrast": 1 + swing[1] * (not radar),
+            "offset": 5 * radar * swing[[0, 4]].T,
+            "saturation": torch.where(u[5] < grey, 0, 1 + rgb * swing[2] / 2),
+            "hue": rgb * swing[3] / 4, "blur": torch.where(u[6] < blur, 0.1 + 1.9 * u[7], 0)}
 
 
 def crop(x, p, size):
@@ -594,16 +562,14 @@ def crop(x, p, size):
     p = {k: v.to(x.device, non_blocking=True) for k, v in p.items()}
     zero = torch.zeros_like(p["x"])
     theta = torch.stack([p["w"] * p["flip_x"], zero, p["x"], zero, p["h"] * p["flip_y"], p["y"]], 1)
-    grid = F.affine_grid(theta.view(-1, 2, 3), (len(x), x.shape[1], size, size),
-                         align_corners=False)
-    x = F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
-    return x.div_(255)
+    grid = F.affine_grid(theta.view(-1, 2, 3), [*x.shape[:2], size, size], align_corners=False)
+    return F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False).div_(255)
 
 
 def colour(x, p):
     """float (n,C,H,W) in [0,1] and what draw_colours drew -> the same in that light."""
     blurred, tinted = p["blur"].nonzero()[:, 0], (p["saturation"] != 1).any()  # known on the CPU
-    reach = math.ceil(3 * float(p["blur"].max()) * x.shape[-1] / 224)
+    reach = int(np.ceil(3 * float(p["blur"].max()) * x.shape[-1] / 224))
     p = {k: v.to(x.device, non_blocking=True).view(len(x), -1, 1, 1) for k, v in p.items()}
     decibel = 1 / (4 * torch.tensor(STATS["s1"][1], device=x.device).view(-1, 1, 1))
     offset = p["offset"] * decibel if x.shape[1] == 2 else 0
@@ -639,10 +605,9 @@ def show(scenes, out, losses, seed=0, n=4, grid=8):
     losses: that module, an argument because this one imports nothing of ours.
     """
     import imagecodecs
-    rng, eye = np.random.default_rng(seed), COLOURS[scenes.modality]
-    rows, g = rng.permutation(len(scenes))[:n].tolist(), torch.Generator()
-    g.manual_seed(seed % 2 ** 63)
-    n, T = len(rows), 96 // scenes.size * scenes.size or 96                # T: side of an image
+    rows = np.random.default_rng(seed).permutation(len(scenes))[:n].tolist()
+    g, n, eye = torch.Generator().manual_seed(seed % 2 ** 63), len(rows), COLOURS[scenes.modality]
+    T = 96 // scenes.size * scenes.size or 96                              # side of a small image
 
     def tiles(x):                                                          # (.,.,h,w) -> (.,.,T,T)
         return F.interpolate(x.float(), (T, T), mode="area")
@@ -677,21 +642,19 @@ def show(scenes, out, losses, seed=0, n=4, grid=8):
 
 # ------------------------------------------------------------------------------------- toy world
 
-# reflectance x 10000 in the 13 bands, backscatter VV and VH in dB, strength of the texture
-SPECTRA = np.array([
-    [1300, 1000, 800, 550, 450, 350, 320, 280, 260, 120, 10, 120, 80],
-    [1220, 880, 800, 520, 850, 1850, 2200, 2150, 2350, 800, 14, 1200, 550],
-    [1330, 1080, 1120, 900, 1500, 2550, 2950, 2850, 3050, 980, 18, 2250, 1250],
-    [1290, 1020, 900, 680, 850, 1400, 1600, 1550, 1650, 550, 12, 750, 400],
-    [1380, 1130, 1180, 950, 1600, 3000, 3900, 3800, 4000, 1150, 20, 1900, 1000],
-    [1420, 1200, 1180, 1250, 1600, 2050, 2250, 2200, 2450, 880, 21, 2700, 1950],
-    [1800, 1720, 1680, 1750, 1850, 1950, 2000, 2050, 2100, 780, 25, 2100, 1900],
-    [1700, 1560, 1680, 2100, 2450, 2600, 2700, 2700, 2900, 900, 26, 3500, 3100],
-    [4200, 4000, 3900, 3900, 3800, 3600, 3500, 3400, 3300, 1300, 60, 800, 600]], np.float32)
-BACKSCATTER = np.array([[-19, -26], [-9.5, -14.5], [-13, -20], [-9, -18.5], [-11.5, -17],
-                        [-12, -18.5], [-5, -12], [-15, -23], [-13, -19]], np.float32)
-SOIL, GREEN = SPECTRA[7], (1, 2, 3, 4, 5)                            # what vegetation fades to
-UNLABELLED = 0.08                                                    # share of images
+# of each class: reflectance x 10000 in the 13 bands, backscatter VV and VH in dB
+LAND = np.float32([
+    [1300, 1000, 800, 550, 450, 350, 320, 280, 260, 120, 10, 120, 80, -19, -26],
+    [1220, 880, 800, 520, 850, 1850, 2200, 2150, 2350, 800, 14, 1200, 550, -9.5, -14.5],
+    [1330, 1080, 1120, 900, 1500, 2550, 2950, 2850, 3050, 980, 18, 2250, 1250, -13, -20],
+    [1290, 1020, 900, 680, 850, 1400, 1600, 1550, 1650, 550, 12, 750, 400, -9, -18.5],
+    [1380, 1130, 1180, 950, 1600, 3000, 3900, 3800, 4000, 1150, 20, 1900, 1000, -11.5, -17],
+    [1420, 1200, 1180, 1250, 1600, 2050, 2250, 2200, 2450, 880, 21, 2700, 1950, -12, -18.5],
+    [1800, 1720, 1680, 1750, 1850, 1950, 2000, 2050, 2100, 780, 25, 2100, 1900, -5, -12],
+    [1700, 1560, 1680, 2100, 2450, 2600, 2700, 2700, 2900, 900, 26, 3500, 3100, -15, -23],
+    [4200, 4000, 3900, 3900, 3800, 3600, 3500, 3400, 3300, 1300, 60, 800, 600, -13, -19]])
+SPECTRA, BACKSCATTER = LAND[:, :13], LAND[:, 13:]
+SOIL, GREEN = SPECTRA[7], SPECTRA[1:6]                               # vegetation fades to the first
 
 
 def smooth(rng, size, scale):
@@ -724,7 +687,7 @@ def textures(rng, size):
 
 
 def toy_scene(seed, i, size):
-    """Toy scene i: [(s2 (13,P,P) uint16, s1 (2,P,P) float32, labels), ...] by season."""
+    """Toy scene i, season by season: s2 (13,P,P) uint16, s1 (2,P,P) float32, labels."""
     rng = np.random.default_rng([seed, i])
     cold, wet, town = rng.uniform(0, 1, 3)
     likely = np.array([wet, 1, 1, 0.8 * wet, 1, 1 - wet / 2, town, 1 - wet, cold - 0.15]) + 0.15
@@ -732,7 +695,7 @@ def toy_scene(seed, i, size):
     score = np.stack([smooth(rng, size, size / 10) for _ in present])
     score += rng.normal(0, 0.6, (len(present), 1, 1))
     summer = present[score.argmax(0)]                                # (P,P) class of each pixel
-    relief, t, out = smooth(rng, size, size / 8), textures(rng, size), []
+    relief, t = smooth(rng, size, size / 8), textures(rng, size)
     level = np.exp(rng.normal(0, 0.1, (9, 1)) + rng.normal(0, 0.05, (9, 13)))
     level_db = rng.normal(0, 1.5, (9, 2))
     amplitude = np.array([0.1, 1, 1, 1, 1, 1, 1.2, 0.8, 0.3]) * rng.uniform(0.6, 1.4, 9)
@@ -744,8 +707,7 @@ def toy_scene(seed, i, size):
         gain_band = np.exp(rng.normal(0, 0.1, (13, 1, 1)))           # the sensor's
         leaf = np.clip((0.35, 0.8, 1, 0.6)[season] + rng.normal(0, 0.1), 0, 1)
         spectra = SPECTRA.copy()
-        spectra[GREEN, :] = leaf * SPECTRA[GREEN, :] + (1 - leaf) * (
-            0.5 * SOIL + 0.5 * SPECTRA[GREEN, :])
+        spectra[1:6] = leaf * GREEN + (1 - leaf) * (0.5 * SOIL + 0.5 * GREEN)
         texture = np.take_along_axis(t, cover[None], 0)[0] * amplitude[cover]
         s2 = (spectra * level)[cover].transpose(2, 0, 1) * np.exp(0.3 * texture - 0.05)
         haze = rng.uniform(0, 600) * np.exp(-np.arange(13) / 4)[:, None, None]
@@ -758,10 +720,9 @@ def toy_scene(seed, i, size):
         s1 += rng.normal(0, 1.5, (2, 1, 1)) + rng.uniform(-2, 2) * slope  # calibration, incidence
         s1 += 10 * np.log10(rng.gamma(12, 1 / 12, s1.shape))           # speckle of 12 looks
         area = np.bincount(cover.ravel(), minlength=9) / cover.size
-        labels = np.flatnonzero(area > 0.03) if rng.random() > UNLABELLED else []
+        labels = np.flatnonzero(area > 0.03) if rng.random() > 0.08 else []       # unlabelled
         s2 = np.clip(np.rint(s2), 0, 65535).astype(np.uint16)
-        out.append((s2, s1.astype(np.float32), [str(c) for c in labels]))
-    return out
+        yield s2, s1.astype(np.float32), [str(c) for c in labels]
 
 
 def write_toy_scene(i, root, size, seed):
@@ -772,17 +733,17 @@ def write_toy_scene(i, root, size, seed):
         name = f"{day}T054639_{day}T054831_T43RCP"
         radar = f"S1A_IW_GRDH_1SDV_{day}T010203_{day}T010228_032911_03CFF0_9BAF"
         entry[name] = labels
-        for folder, bands, pixels in ((f"s2c/{i:07d}/{name}", S2, s2),
-                                      (f"s1/{i:07d}/{radar}", BANDS["s1"], s1)):
-            os.makedirs(f"{root}/{folder}")
-            for band, x in zip(bands, pixels):
+        for folder, bands in ((f"{root}/s2c/{i:07d}/{name}", zip(S2, s2)),
+                              (f"{root}/s1/{i:07d}/{radar}", zip(BANDS["s1"], s1))):
+            os.makedirs(folder)
+            for band, x in bands:
                 k = SHRINK.get(band, 1)
                 x = x.reshape(size // k, k, size // k, k).mean((1, 3)).astype(x.dtype)
                 degrees = 10 * k / 111320                          # GeoTIFF: EPSG:4326, 10 k metres
                 tags = [(33550, "d", 3, (degrees, degrees, 0), True),
                         (33922, "d", 6, (0, 0, 0, 0.1 * (i % 1000), 45, 0), True),
                         (34735, "H", 12, (1, 1, 0, 2, 1024, 0, 1, 2, 2048, 0, 1, 4326), True)]
-                tifffile.imwrite(f"{root}/{folder}/{band}.tif", x, metadata=None, extratags=tags)
+                tifffile.imwrite(f"{folder}/{band}.tif", x, metadata=None, extratags=tags)
     return f"{i:07d}", entry
 
 
@@ -793,52 +754,53 @@ def make_toy(root, scenes=2000, size=36, seed=0, workers=None):
     haze, sensor gain, cloud and speckle hide what a mean and a std could tell.  size: pixels of the
     10 m bands, a multiple of 6.  Appears whole or not at all; one that is there is left alone.
     """
-    root, done = os.path.normpath(root), {"scenes": scenes, "size": size, "seed": seed,
-                                          "version": 1}
-    if os.path.exists(root):
-        found = f"{root}/toy.json"
-        if os.path.exists(found) and json.loads(Path(found).read_text()) == done:
-            return root
-        raise ValueError(f"{root}: exists and is not the toy world {done}")
-    if size % 6 or size < 12 or scenes < 1:
-        raise ValueError(f"toy world of {scenes} scenes of {size} pixels: size is a "
-                         f"multiple of 6, >= 12")
+    root = os.path.normpath(root)
+    what = json.dumps({"scenes": scenes, "size": size, "seed": seed, "version": 1})
+    if os.path.exists(f"{root}/toy.json") and read_text(f"{root}/toy.json") == what:
+        return root
+    require(not os.path.exists(root), f"{root}: exists and is not the toy world {what}")
+    require(size % 6 == 0 and size >= 12 and scenes > 0,
+            f"toy world of {scenes} scenes of {size} pixels: size is a multiple of 6, >= 12")
     part = f"{root}.part{os.getpid()}"
     os.makedirs(part)
     try:
         job = partial(write_toy_scene, root=part, size=size, seed=seed)
-        entries = in_parallel(job, range(scenes), os.cpu_count() if workers is None else workers,
-                              f"toy world {root}")
-        Path(part, "ssl4eo_multilabel.json").write_text(json.dumps(dict(entries)))
-        Path(part, "toy.json").write_text(json.dumps(done))
+        entries = dict(in_parallel(job, range(scenes), os.cpu_count() if workers is None else
+                                   workers, f"toy world {root}"))
+        Path(part, "ssl4eo_multilabel.json").write_text(json.dumps(entries))
+        Path(part, "toy.json").write_text(what)
         os.rename(part, root)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return root
 
 
+# --------------------------------------------------------------------------------- command line
+
+READ = "root --modality --labels "
+COMMANDS = {
+    "toy": ("write the toy world as an SSL4EO-S12 v1.0 tree", "root --scenes --size --seed"),
+    "pack": ("put all images into one file, which --data takes as well", READ + "out --workers"),
+    "check": ("read everything, list every bad file", READ + "--workers"),
+    "stats": ("what STATS would be, and how much of it is clipped", READ + "--workers"),
+    "show": ("draw what the model sees: seasons, views, masks, similarity", READ + "--out --seed")}
+FLAGS = {
+    "root": {"help": "any folder that pretrain.py's --data takes; toy: a new one"},
+    "out": {"help": "a new folder"}, "--out": {"help": "a PNG", "required": True},
+    "--modality": {"choices": BANDS, "required": True}, "--labels": {"help": "as in pretrain.py"},
+    "--workers": {"type": int, "default": os.cpu_count(), "help": "processes"},
+    "--scenes": {"type": int, "default": 2000, "help": "locations, four seasons each"},
+    "--size": {"type": int, "default": 36, "help": "pixels of a 10 m band; multiple of 6"},
+    "--seed": {"type": int, "default": 0, "help": "another seed, another world or draw"}}
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    toy = commands.add_parser("toy", help="write the toy world as an SSL4EO-S12 v1.0 tree")
-    toy.add_argument("root")
-    toy.add_argument("--scenes", type=int, default=2000, help="locations, four seasons each")
-    toy.add_argument("--size", type=int, default=36, help="pixels of a 10 m band; multiple of 6")
-    toy.add_argument("--seed", type=int, default=0, help="another seed, another world")
-    for name, text in (("pack", "put all images into one file, which --data takes as well"),
-                       ("check", "read everything, list every bad file"),
-                       ("show", "draw what the model sees: seasons, views, masks, similarity"),
-                       ("stats", "what STATS would be, and how much of it is clipped")):
+    for name, (text, flags) in COMMANDS.items():
         sub = commands.add_parser(name, help=text)
-        sub.add_argument("root", help="any folder that pretrain.py's --data takes")
-        if name == "pack":
-            sub.add_argument("out", help="a new folder")
-        if name == "show":
-            sub.add_argument("--out", required=True, help="a PNG")
-            sub.add_argument("--seed", type=int, default=0, help="of the scenes and all draws")
-        sub.add_argument("--modality", choices=DTYPE if name == "stats" else BANDS, required=True)
-        sub.add_argument("--labels", help="as in pretrain.py")
-        sub.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+        for flag in flags.split():
+            sub.add_argument(flag, **FLAGS[flag])
     args = parser.parse_args(argv)
     if args.command == "toy":
         make_toy(args.root, args.scenes, args.size, args.seed)
@@ -848,23 +810,23 @@ def main(argv=None):
     scenes = open_data(args.root, args.modality, labels)
     if not labels and scenes.memory is None:                               # as in pretrain.py
         scenes.labels = [np.zeros_like(y) for y in scenes.labels]
-    found, what = [], f"{scenes.first[-1]} images of {len(scenes)} scenes"
+    files, bad = [f for row in scenes.files for f in row], []
+    what = f"{len(files)} images of {len(scenes)} scenes"
     if args.command == "pack":
         pack(scenes, args.out, args.workers)
         print(f"{args.out}: {what}")
     elif args.command == "show":
-        losses = importlib.import_module("losses")                         # here alone, for masks
-        show(scenes, args.out, losses, args.seed)
+        show(scenes, args.out, importlib.import_module("losses"), args.seed)   # here alone: masks
         print(f"{args.out}: {what}")
     elif args.command == "check":
-        job, pairs = partial(complaint, scenes), scenes.pairs(range(len(scenes)))
-        found = "".join(in_parallel(job, pairs, args.workers, "checking")).splitlines()
-        print(*found, f"{args.root}: {what}, {len(found)} bad files", sep="\n")
+        job = partial(complaint, scenes.decode)
+        bad = "".join(in_parallel(job, files, args.workers, "checking")).splitlines()
+        print(*bad, f"{args.root}: {what}, {len(bad)} bad files", sep="\n")
     else:
         print("band      mean       std       min       max  below  above   STATS: mean       std")
         for band, x in zip(BANDS[args.modality], statistics(scenes, args.workers)):
             print(f"{band:4}" + ("{:10.2f}" * 4 + "{:7.2%}" * 2 + "{:13.2f}{:10.2f}").format(*x))
-    return bool(found)
+    return bool(bad)
 
 
 if __name__ == "__main__":

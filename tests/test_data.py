@@ -135,6 +135,10 @@ def test_preloading_changes_nothing(toy):
     a, b = data.SSL4EO(toy, "s2c"), data.SSL4EO(toy, "s2c")
     b.preload([2, 5], workers=0)
     assert all(np.array_equal(a[i, 7][0], b[i, 7][0]) for i in (2, 5))
+    assert all(np.array_equal(a.image(i, s), b.image(i, s)) for i in (5, 2) for s in range(4))
+    assert b.memory.shape == (8, 13, 24, 24)
+    with pytest.raises(IndexError):
+        b.image(3, 0)                                          # was not read: not zeros, an error
 
 
 def test_held_out_scenes_depend_on_their_name_alone():

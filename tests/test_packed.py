@@ -117,6 +117,11 @@ def test_a_killed_pack_goes_on_where_it_stopped_and_ends_in_the_same_bytes(toy, 
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_rgb_images_have_no_statistics_in_sensor_units(tmp_path):
+    with pytest.raises(ValueError, match="^rgb and packed images have no sensor units$"):
+        data.main(["stats", tree(tmp_path, "rgb", None), "--modality", "rgb"])
+
+
 def test_images_that_are_packed_already_are_not_read_again(toy, packed, tmp_path, monkeypatch):
     scenes, read = data.open_data(toy, "s1"), []
     monkeypatch.setattr(data.os, "rename", lambda *_: None)
