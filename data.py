@@ -149,13 +149,11 @@ def resize(x, size):
 
 def read_band(path, modality, size):
     """One band file -> (H,W) of the sensor's type and finite, about size x size pixels."""
-    x = read_tiff(path)
-    if x.dtype != DTYPE[modality]:
-        raise ValueError(f"{path}: {x.dtype} pixels, {modality} has {DTYPE[modality].__name__}")
-    if x.ndim != 2 or max(abs(n - size) for n in x.shape) > size // 40:
-        raise ValueError(f"{path}: {x.shape} pixels, expected {size} x {size}")
-    if not np.isfinite(x).all():
-        raise ValueError(f"{path}: NaN or infinite pixels")
+    x, dtype = read_tiff(path), DTYPE[modality]
+    require(x.dtype == dtype, f"{path}: {x.dtype} pixels, {modality} has {dtype.__name__}")
+    fits = x.ndim == 2 and max(abs(n - size) for n in x.shape) <= size // 40
+    require(fits, f"{path}: {x.shape} pixels, expected {size} x {size}")
+    require(np.isfinite(x).all(), f"{path}: NaN or infinite pixels")
     return x
 
 
@@ -221,15 +219,9 @@ class Scenes(Dataset):
             loader = DataLoader(Images(self, pairs), 64, num_workers=workers)
             for x, _, at in tqdm(loader, "reading", leave=False):
                 memory[at] = x
-            for i, places in zip(scenes, in_a_row([self.files[i] for i in scenes])):
-                self.files[i] = places
+            for place, (i, s) in enumerate(pairs):
+                self.files[i][s] = place
             self.memory, self.decode = memory, memory.__getitem__
-
-
-def in_a_row(lists):
-    """[range(0, 4), range(4, 7), ...]: the places of each list's items when all are joined."""
-    ends = np.cumsum([0, *map(len, lists)]).tolist()
-    return [range(*at) for at in zip(ends, ends[1:])]
 
 
 class Images(Dataset):
@@ -413,9 +405,9 @@ def BigEarthNet(root, split=None, modality="s2a", views=2, skip=False):
             found = table[name]["labels"].split(";") if v2 else json.loads(
                 read_text(have[name] / f"{name}_labels_metadata.json"))["labels"]
             rows.append(multi_hot([{columns[label] for label in found}], len(BEN) - 1))
-    return Scenes(names, [[str(have[name])] for name in names], rows,
-                  tuple(row[0] for row in BEN[:-1]), modality, 120,
-                  partial(read_patch, modality=modality), views)
+    files, classes = [[str(have[name])] for name in names], tuple(row[0] for row in BEN[:-1])
+    decode = partial(read_patch, modality=modality)
+    return Scenes(names, files, rows, classes, modality, 120, decode, views)
 
 
 def listed(path, have, skip=False, names=()):
@@ -484,11 +476,13 @@ def Packed(root, modality, views=2, labels=None):
     require(not labels and modality == index["modality"],
             f"{root}: packed with its labels, for --modality {index['modality']} only")
     rows, n = [np.uint8(y) for y in index["labels"]], os.path.getsize(path)
-    shape = sum(map(len, rows)), len(BANDS[modality]), index["size"], index["size"]
+    ends = np.cumsum([0, *map(len, rows)]).tolist()
+    files = [range(*at) for at in zip(ends, ends[1:])]
+    shape = ends[-1], len(BANDS[modality]), index["size"], index["size"]
     require(n == np.prod(shape), f"{path}: {n} bytes, but {shape} pixels make {np.prod(shape)}")
     memory = np.memmap(path, np.uint8, "r", shape=shape)
-    return Scenes(**index | {"labels": rows}, files=in_a_row(rows), decode=memory.__getitem__,
-                  views=views, memory=memory)
+    return Scenes(**index | {"labels": rows}, files=files, decode=memory.__getitem__, views=views,
+                  memory=memory)
 
 
 def complaint(decode, file):
@@ -514,10 +508,9 @@ def statistics(scenes, workers=0):
             "rgb and packed images have no sensor units")
     job, files = partial(scenes.decode, scale=moments), [f for row in scenes.files for f in row]
     x = np.stack([*in_parallel(job, files, workers, "statistics")])                    # (n,C,8)
-    out = x.mean(0)
-    out[:, 1] = np.sqrt((out[:, 1] - out[:, 0] ** 2).clip(0))
-    out[:, 2], out[:, 3] = x[..., 2].min(0), x[..., 3].max(0)
-    return out
+    mean, square, _, _, *rest = x.mean(0).T                                            # (C,) each
+    std = np.sqrt((square - mean ** 2).clip(0))
+    return np.stack([mean, std, x[..., 2].min(0), x[..., 3].max(0), *rest], 1)
 
 
 # --------------------------------------------------------------------------------- augmentation
@@ -606,8 +599,8 @@ def show(scenes, out, losses, seed=0, n=4, grid=8):
     """
     import imagecodecs
     rows = np.random.default_rng(seed).permutation(len(scenes))[:n].tolist()
-    g, n, eye = torch.Generator().manual_seed(seed % 2 ** 63), len(rows), COLOURS[scenes.modality]
-    T = 96 // scenes.size * scenes.size or 96                              # side of a small image
+    g, m, n = torch.Generator().manual_seed(seed % 2 ** 63), scenes.modality, len(rows)
+    T, eye = 96 // scenes.size * scenes.size or 96, COLOURS[m]             # T: side of an image
 
     def tiles(x):                                                          # (.,.,h,w) -> (.,.,T,T)
         return F.interpolate(x.float(), (T, T), mode="area")
@@ -616,8 +609,7 @@ def show(scenes, out, losses, seed=0, n=4, grid=8):
         x = np.stack([scenes.image(*pair)[eye] for pair in scenes.pairs([i])])
         row[:len(x)] = tiles(torch.from_numpy(x)) / 255
     x, y = map(torch.from_numpy, scenes[[(i, (seed, i)) for i in rows]])   # (n,2,C,P,P), (n,2,K)
-    p = draw_crops(2 * n, g) | draw_colours(2 * n, scenes.modality, g,
-                                            0.8 * (scenes.modality != "s1"))
+    p = draw_crops(2 * n, g) | draw_colours(2 * n, m, g, 0.8 * (m != "s1"))
     views = colour(crop(x.flatten(0, 1), p, scenes.size), p)[:, eye]       # (2n,3,P,P)
     views = tiles(views).view(n, 2, 3, T, T)
 
@@ -672,14 +664,14 @@ def textures(rng, size):
     def waves(period, bend):
         a = rng.uniform(0, np.pi)
         return np.sin(2 * np.pi * (x * np.cos(a) + y * np.sin(a)) / period + bend)
-    parcels = np.sign(smooth(rng, size, 4))                          # fields, each with own rows
-    rows = np.where(parcels > 0, waves(rng.uniform(4, 6), 0), waves(rng.uniform(4, 6), 0))
+    fields = np.where(smooth(rng, size, 4) > 0, waves(rng.uniform(4, 6), 0),
+                      waves(rng.uniform(4, 6), 0))
     block = rng.integers(5, 8)
     houses = rng.standard_normal((size, size)).astype(np.float32)
     houses = np.kron(houses[::block, ::block], np.ones((block, block)))[:size, :size]
     streets = (x % block < 1) | (y % block < 1)
     t = [smooth(rng, size, 1), smooth(rng, size, 1.2), smooth(rng, size, 5),
-         np.sign(smooth(rng, size, 2.5)), rows, smooth(rng, size, 0.8) > 1.3,
+         np.sign(smooth(rng, size, 2.5)), fields, smooth(rng, size, 0.8) > 1.3,
          np.where(streets, -1.5, houses), waves(rng.uniform(8, 12), 2 * smooth(rng, size, 6)),
          smooth(rng, size, 8)]
     t = np.stack(t).astype(np.float32)
@@ -739,15 +731,14 @@ def write_toy_scene(i, root, size, seed):
             for band, x in bands:
                 k = SHRINK.get(band, 1)
                 x = x.reshape(size // k, k, size // k, k).mean((1, 3)).astype(x.dtype)
-                degrees = 10 * k / 111320                          # GeoTIFF: EPSG:4326, 10 k metres
-                tags = [(33550, "d", 3, (degrees, degrees, 0), True),
+                tags = [(33550, "d", 3, (10 * k / 111320,) * 2 + (0,), True),   # GeoTIFF: EPSG:4326
                         (33922, "d", 6, (0, 0, 0, 0.1 * (i % 1000), 45, 0), True),
                         (34735, "H", 12, (1, 1, 0, 2, 1024, 0, 1, 2, 2048, 0, 1, 4326), True)]
                 tifffile.imwrite(f"{folder}/{band}.tif", x, metadata=None, extratags=tags)
     return f"{i:07d}", entry
 
 
-def make_toy(root, scenes=2000, size=36, seed=0, workers=None):
+def make_toy(root, scenes=2000, size=36, seed=0, workers=os.cpu_count()):
     """A procedural world as a real SSL4EO-S12 v1.0 tree: root/{s1,s2c} and the ML labels json.
 
     Nine classes with spectra, backscatter and texture of their own, four seasons; illumination,
@@ -765,8 +756,7 @@ def make_toy(root, scenes=2000, size=36, seed=0, workers=None):
     os.makedirs(part)
     try:
         job = partial(write_toy_scene, root=part, size=size, seed=seed)
-        entries = dict(in_parallel(job, range(scenes), os.cpu_count() if workers is None else
-                                   workers, f"toy world {root}"))
+        entries = dict(in_parallel(job, range(scenes), workers, f"toy world {root}"))
         Path(part, "ssl4eo_multilabel.json").write_text(json.dumps(entries))
         Path(part, "toy.json").write_text(what)
         os.rename(part, root)
