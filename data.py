@@ -470,8 +470,7 @@ def Packed(root, modality, views=2, labels=None):
     """What `pack` wrote; image() gives views of the file, mapped into memory and not read ahead."""
     path = f"{root}/images.uint8"
     crc, _, index = Path(root, "index.jsonl").read_bytes().partition(b"\n")
-    fits = crc == b"%d" % zlib.crc32(index)
-    require(fits, f"{root}/index.jsonl: damaged, its checksum does not fit")
+    require(crc == b"%d" % zlib.crc32(index), f"{root}/index.jsonl: damaged, its checksum differs")
     index = json.loads(index)
     require(not labels and modality == index["modality"],
             f"{root}: packed with its labels, for --modality {index['modality']} only")
