@@ -25,8 +25,27 @@ from torch.utils.checkpoint import checkpoint
 # ------------------------------------------------------------------------------ gather over ranks
 
 
+def gather_soon(*xs):
+    """Start to gather the rows of all ranks, in rank order and without gradient; other work goes on
+    meanwhile, until the function that comes back is called for them.
+
+    [(B/W, ...) on each of W ranks, ...] -> () -> [(B, ...) on all, ...]; xs without other ranks.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return lambda: xs
+    xs = [x.detach().contiguous() for x in xs]
+    rows = [[torch.empty_like(x) for _ in range(dist.get_world_size())] for x in xs]
+    under_way = [dist.all_gather(r, x, async_op=True) for r, x in zip(rows, xs)]
+
+    def gathered():
+        for work in under_way:
+            work.wait()
+        return [torch.cat(r) for r in rows]
+    return gathered
+
+
 class Gather(torch.autograd.Function):
-    """Rows of all ranks, in rank order; a row's gradient is summed over the ranks that used it.
+    """gather_soon with a gradient: a row's is summed over the ranks that used it.
 
     DDP then divides parameter gradients by the number of ranks, which makes W ranks with B/W rows
     each equal one rank with B rows.  (dist.all_gather alone drops the gradient.)
@@ -34,9 +53,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, x.contiguous())
-        return torch.cat(rows)
+        return gather_soon(x)()[0]
 
     @staticmethod
     def backward(ctx, grad):
@@ -117,26 +134,29 @@ def soft_contrastive(q, k, yq, yk, form="bce", tau=None, rows=None):
     return terms.sum() / (rows + (rows == 0))
 
 
-def softcon_loss(q, k, yq, yk, tau=0.2, weight=0.5, form="bce", soft_tau=None):
+def softcon_loss(q, k, yq, yk, tau=0.2, weight=0.5, form="bce", soft_tau=None, all_yq=None):
     """L = InfoNCE + weight * soft, for this rank's queries against the keys of all ranks.
 
     q (N,D) student, k (N,D) teacher, yq and yk (N,C) the labels of the two views: two seasons of
-    one scene, so s_ii is what their labels say and not always 1.  Returns (L, InfoNCE, soft).
+    one scene, so s_ii is what their labels say and not always 1.  Gathers them; who gives all_yq
+    has: it is yq (M,C) of all ranks, as are k (M,D) and yk (M,C).  Returns (L, InfoNCE, soft).
     """
-    rank, keys = dist.get_rank() if dist.is_initialized() else 0, gather(k)      # (M,D)
-    hard = info_nce(q, keys, tau, offset=rank * len(q))
-    soft = soft_over_ranks(q, keys, yq, gather(yk), form, soft_tau)
+    if all_yq is None:
+        k, all_yq, yk = gather(k), gather(yq), gather(yk)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    hard = info_nce(q, k, tau, offset=rank * len(q))
+    soft = soft_over_ranks(q, k, yq, yk, form, soft_tau, all_yq)
     return hard + weight * soft, hard, soft
 
 
-def soft_over_ranks(q, k, yq, yk, form="bce", tau=None):
+def soft_over_ranks(q, k, yq, yk, form="bce", tau=None, all_yq=None):
     """soft_contrastive of this rank's queries (N,D) against the keys (M,D) and labels of all ranks.
 
-    DDP averages the ranks' losses: dividing by (labelled rows anywhere) / ranks instead of the
-    labelled rows here turns that average into the mean over all labelled rows.
+    DDP averages the ranks' losses: dividing by (labelled rows of all_yq) / ranks instead of those
+    of yq turns that average into the mean over all labelled rows.
     """
-    rows = has_labels(gather(yq)).sum() * len(q) / len(k)
-    return soft_contrastive(q, k, yq, yk, form, tau, rows)
+    all_yq = gather(yq) if all_yq is None else all_yq
+    return soft_contrastive(q, k, yq, yk, form, tau, has_labels(all_yq).sum() * len(q) / len(k))
 
 
 # ------------------------------------------------------------------------------------------- PerA

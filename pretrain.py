@@ -255,12 +255,14 @@ def softcon_step(net, x, y, args, dice, now):
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
         with torch.no_grad():
             k, features = net.teacher(views)                                     # (2B,256), (2B,D)
+        keys = losses.gather_soon(k.unflatten(0, (2, -1)).transpose(0, 1), y)    # on their way
         masked = views if vit else losses.blank_patches(views, keep, args.patch_size)
         q, _ = net.ddp(masked, keep if vit else None)                            # (2B,256)
-    (q1, q2), (k1, k2), (y1, y2) = q.chunk(2), k.chunk(2), y.unbind(1)
-    arguments = args.tau, args.soft_weight, args.soft_form, args.soft_tau
-    a = losses.softcon_loss(q1, k2, y1, y2, *arguments)
-    b = losses.softcon_loss(q2, k1, y2, y1, *arguments)
+    (q1, q2), (y1, y2) = q.chunk(2), y.unbind(1)                                 # (B,256), (B,K)
+    (k1, k2), (Y1, Y2) = (v.unbind(1) for v in keys())                           # (M,256), (M,K)
+    flags = args.tau, args.soft_weight, args.soft_form, args.soft_tau
+    a = losses.softcon_loss(q1, k2, y1, Y2, *flags, Y1)
+    b = losses.softcon_loss(q2, k1, y2, Y1, *flags, Y2)
     loss, hard, soft = ((u + v) / 2 for u, v in zip(a, b))
     return loss, {"info_nce": hard, "soft": soft}, q, features
 
@@ -290,6 +292,9 @@ def pera_step(net, x, y, args, dice, now):
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
         with torch.no_grad():
             t, features, _ = net.teacher(theirs, others)                # (crops B,384), (crops B,D)
+        if args.soft_weight:
+            k = features[:n_global * len(x)].unflatten(0, (n_global, -1))        # (n_global,B,D)
+            keys = losses.gather_soon(k.transpose(0, 1), y)                      # on their way
         s, cls, guess = net.ddp(mine, keep, learn[0])                   # guess (n_global B, m, PPC)
         matrices = [b.cls_head.prototypes() for b in (net.student, net.teacher)]         # (K,384)
         dino, spread = losses.pera_loss(s, t, matrices, net.centre.value, now["teacher_tau"],
@@ -300,10 +305,10 @@ def pera_step(net, x, y, args, dice, now):
     parts = {"dino": dino, "koleo": spread, "pixel": pixel}
     loss = dino + 0.1 * spread + 0.01 * pixel
     if args.soft_weight:
-        rows = [v[:n_global * len(x)].chunk(n_global) for v in (cls, features)]
+        k, labels = keys()                                                       # of all ranks
         parts["soft"] = sum(
-            losses.soft_over_ranks(q, losses.gather(k), y, losses.gather(y), args.soft_form,
-                                   args.soft_tau) for q, k in zip(*rows)) / n_global
+            losses.soft_over_ranks(q, k, y, labels, args.soft_form, args.soft_tau, labels)
+            for q, k in zip(cls.chunk(n_global + n_local), k.unbind(1))) / n_global
         loss = loss + args.soft_weight * parts["soft"]
     return loss, parts, cls, features[:len(x)]
 
@@ -367,6 +372,33 @@ def largest(value, world):
     if world > 1:
         dist.all_reduce(value, dist.ReduceOp.MAX)
     return int(value)
+
+
+def ahead(loader, device):
+    """The loader's batches (x, y, ...), x and y on `device`.  A GPU gets each on a stream beside the
+    step before it; what the loader raises comes in its own step.  The CPU gets them as they are."""
+    if device.type != "cuda":
+        yield from loader
+        return
+    side = torch.cuda.Stream(device)
+
+    def copies():
+        try:
+            for x, y, *rest in loader:
+                with torch.cuda.stream(side):
+                    moved = [v.to(device, non_blocking=True) for v in (x, y)]
+                yield moved, rest, side.record_event()
+        except Exception as error:
+            yield error
+    for this, _ in itertools.pairwise(itertools.chain(copies(), [None])):        # _: on its way
+        if isinstance(this, Exception):
+            raise this
+        moved, rest, copied = this
+        here = torch.cuda.current_stream(device)
+        here.wait_event(copied)
+        for v in moved:
+            v.record_stream(here)                # its memory is not given away while `here` uses it
+        yield *moved, *rest
 
 
 class Spare:
@@ -543,9 +575,10 @@ def main(argv=None, asked=()):
                  | {name: part.state_dict() for name, part in kept.items()}, older)
 
     # ------------------------------------------------------------------------------------- loop
-    loader = iter(DataLoader(Spare(scenes, train) if args.on_bad == "skip" else scenes, None,
-                             sampler=batches(train, args, world, rank, start, stop),
-                             num_workers=args.workers, pin_memory=cuda, worker_init_fn=listen))
+    loader = ahead(DataLoader(Spare(scenes, train) if args.on_bad == "skip" else scenes, None,
+                              sampler=batches(train, args, world, rank, start, stop),
+                              num_workers=args.workers, pin_memory=cuda, worker_init_fn=listen),
+                   device)
     bar = tqdm(range(start, stop), args.method, stop, initial=start, disable=rank > 0)
     clock, waited, since = time.perf_counter(), 0.0, start
     step_function, low, skipped = pera_step if pera else softcon_step, 0, set()
@@ -574,7 +607,6 @@ def main(argv=None, asked=()):
             if len(skipped) > 0.01 * len(train):
                 raise ValueError(f"--on-bad skip: {len(skipped)} bad files are more than 1 % of "
                                  f"{len(train)} scenes")
-            x, y = (v.to(device, non_blocking=True) for v in (x, y))
             dice = Dice(args.seed, step, micro, rank, world)
             net.ddp.require_backward_grad_sync = micro == args.accum - 1
             loss, parts, q, features = step_function(net, x, y, args, dice, now)

@@ -1,7 +1,9 @@
 """Claims about pretrain.py: schedules, order of the data, files, exact resume, refusals."""
+import contextlib
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -48,6 +50,106 @@ def test_ranks_share_what_is_drawn_and_every_step_draws_anew():
     first = [torch.rand(3, generator=pretrain.Dice(0, step, micro, r, 2).generator).tolist()
              for step, micro, r in ((5, 0, 0), (5, 0, 1), (6, 0, 0), (5, 1, 0))]
     assert first[0] == first[1] and first[0] != first[2] and first[0] != first[3]
+
+
+def batches_then(events, n, failing=None):
+    """n batches of (x, y, complaints), noted in `events` when they are read."""
+    for i in range(n):
+        events.append(f"read {i}")
+        if i == failing:
+            raise ValueError("a bad file")
+        yield Copied(events, i), Copied(events, i, False), [f"complaint {i}"]
+
+
+class Copied:
+    """Stands in for a tensor and notes what is done to it."""
+
+    def __init__(self, events, i, noting=True):
+        self.events, self.i, self.noting = events, i, noting
+
+    def note(self, what):
+        self.events.extend([f"{what} {self.i}"] * self.noting)
+        return self
+
+    def to(self, device, non_blocking):
+        assert device.type == "cuda" and non_blocking
+        return self.note(f"copy on {STREAMS[-1]}")
+
+    def record_stream(self, stream):
+        self.note(f"kept for {stream}")
+
+
+STREAMS = ["main"]
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """torch.cuda's streams and events, as far as `ahead` needs them, without a GPU."""
+    class Stream(str):
+        def __new__(cls, device=None, name="side"):
+            return str.__new__(cls, name)
+
+        def record_event(self):
+            return f"event of {self}"
+
+        def wait_event(self, event):
+            self.waited.append(f"{self} waits for {event}")
+
+    @contextlib.contextmanager
+    def stream(which):
+        STREAMS.append(which)
+        yield
+        STREAMS.pop()
+    Stream.waited = []
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(name=STREAMS[-1]))
+    return Stream
+
+
+def test_on_a_gpu_each_batch_is_copied_beside_the_step_before_it(streams):
+    events, out = [], []
+    for x, y, complaints in pretrain.ahead(batches_then(events, 3), torch.device("cuda", 0)):
+        assert STREAMS == ["main"] and complaints == [f"complaint {x.i}"] and y.i == x.i
+        events.append(f"step {x.i}")
+        out.append(x.i)
+    assert out == [0, 1, 2] and streams.waited == ["main waits for event of side"] * 3
+    assert events == [
+        "read 0", "copy on side 0", "read 1", "copy on side 1", "kept for main 0", "step 0",
+        "read 2", "copy on side 2", "kept for main 1", "step 1", "kept for main 2", "step 2"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("failing", [0, 2])
+def test_what_the_loader_raises_surfaces_in_its_own_step(streams, device, failing):
+    seen = []
+    with pytest.raises(ValueError, match="a bad file"):
+        for x, *_ in pretrain.ahead(batches_then([], 4, failing), torch.device(device)):
+            seen.append(x.i)
+    assert seen == list(range(failing))
+
+
+def test_on_the_cpu_batches_pass_as_they_are_one_at_a_time():
+    events, cpu = [], torch.device("cpu")
+    stream = pretrain.ahead(batches_then(events, 2), cpu)
+    first = next(stream)
+    assert events == ["read 0"] and first[0].i == 0 and len(list(stream)) == 1
+    assert not list(pretrain.ahead([], cpu))
+    batch = (torch.ones(2), torch.zeros(2))
+    assert all(a is b for a, b in zip(next(pretrain.ahead([batch], cpu)), batch))
+
+
+def test_data_wait_is_the_time_the_loader_took(toy, tmp_path, monkeypatch):
+    scenes = pretrain.data.Scenes
+    real = scenes.__getitem__
+
+    def slow(self, key):
+        time.sleep(0.5)
+        return real(self, key)
+    monkeypatch.setattr(scenes, "__getitem__", slow)
+    run(toy, tmp_path / "r", "--max-steps", 2)
+    for row in map(json.loads, (tmp_path / "r" / "log.jsonl").read_text().splitlines()):
+        assert row["data_wait"] * 16 / row["images_per_s"] > 0.5               # 16 images a step
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "vit_tiny"])

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import losses
 import model
+import pretrain
 from conftest import ROOT, SMALL
 
 B = 8
@@ -37,6 +38,14 @@ def step(net, x, k, y):
     return loss.detach()
 
 
+def known_keys(q, k, y):
+    """The step's way: all ranks' keys and labels asked for at once, before the student's forward."""
+    gathered = losses.gather_soon(k, *y)
+    later = q + 0                                                      # work between start and wait
+    keys, all_y1, all_y2 = gathered()
+    return torch.stack(losses.softcon_loss(later, keys, y[0], all_y2, 0.2, 0.7, "ce", None, all_y1))
+
+
 def both_sides(x):
     """A loss with gradients through the keys too, as in SimCLR: needs the gradient of gather."""
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -51,6 +60,10 @@ def worker(rank, arch, folder):
     rows = slice(rank * B // 2, (rank + 1) * B // 2)
     loss = step(net, x[rows], k[rows], y[:, rows])
     dist.all_reduce(loss)
+    q = k[rows].roll(1, 1)
+    assert torch.equal(known_keys(q, k[rows], y[:, rows]), torch.stack(
+        losses.softcon_loss(q, k[rows], *y[:, rows], 0.2, 0.7, "ce")))
+    assert torch.equal(losses.gather_soon(x[rows])()[0], x)
     leaf = k[rows].clone().requires_grad_()
     both_sides(leaf).backward()
     grads = {n: p.grad for n, p in net.module.named_parameters() if p.grad is not None}
@@ -75,6 +88,57 @@ def test_two_ranks_equal_one_rank_in_loss_gradients_and_batch_statistics(arch, t
                 assert torch.allclose(r["grads"][name], p.grad, atol=1e-6, rtol=1e-5), name
         for name, b in net.named_buffers():
             assert torch.allclose(r["buffers"][name], b, atol=1e-6), name
+
+
+def test_keys_of_one_process_are_its_own_and_nothing_is_copied():
+    x, k, y = batch()
+    assert losses.gather_soon(k, *y)()[0] is k and losses.gather(k) is k
+    assert torch.equal(known_keys(x.flatten(1)[:, :16], k, y), torch.stack(
+        losses.softcon_loss(x.flatten(1)[:, :16], k, *y, 0.2, 0.7, "ce")))
+
+
+def order_of_a_step(rank, method, folder):
+    """Notes when a step gathers, waits and runs its student; -> {rank}.json"""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    pera, events = method == "pera", []
+    args = pretrain.parse(["--modality", "s1", "--method", method, *SMALL, "--arch", "vit_tiny",
+                           "--local-size", "12", "--soft-weight", "0.3"])
+    args.amp, net = "off", pretrain.networks(args, "cpu")
+    real_gather, student, teacher = dist.all_gather, net.student, net.teacher
+
+    def note(what, function):
+        def call(*a, **k):
+            events.append(what)
+            return function(*a, **k)
+        return call
+
+    def all_gather(rows, x, async_op=False):
+        work = real_gather(rows, x, async_op=async_op)
+        events.append(f"gather {list(x.shape[1:])} {'soon' if async_op else 'now'}")
+        return type("Work", (), {"wait": staticmethod(note("wait", work.wait))})
+    dist.all_gather = all_gather
+    net.ddp, net.teacher = note("student", student), note("teacher", teacher.forward)
+    net.teacher.backbone = teacher.backbone
+    if pera:
+        net.teacher.cls_head = teacher.cls_head
+    x = torch.randint(256, (4, 1 if pera else 2, 2, 24, 24), dtype=torch.uint8)
+    y = torch.randint(2, (4, x.shape[1], 9), dtype=torch.uint8)
+    step = pretrain.pera_step if pera else pretrain.softcon_step
+    step(net, x, y, args, pretrain.Dice(0, 0, 0, rank, 2), {"teacher_tau": 0.04})[0].backward()
+    with open(f"{folder}/{rank}.json", "w") as file:
+        json.dump(events, file)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("method, shapes", [("softcon", ([2, 256], [2, 9])),
+                                            ("pera", ([2, 192], [9]))])
+def test_keys_and_labels_travel_in_one_gather_each_beside_the_students_forward(
+        method, shapes, tmp_path):
+    mp.spawn(order_of_a_step, (method, str(tmp_path)), nprocs=2)
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == [
+            "teacher", *(f"gather {s} soon" for s in shapes), "student", "wait", "wait"]
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "vit_tiny"])
