@@ -102,7 +102,8 @@ def info_nce(q, k, tau, offset=0):
     """
     if len(k) < 2:
         raise ValueError("contrastive learning needs a global batch of at least 2")
-    return F.cross_entropy(cosine(q, k) / tau, torch.arange(len(q), device=q.device) + offset)
+    logits = cosine(q, k) / tau                                                             # (N, M)
+    return F.cross_entropy(logits, torch.arange(len(q), device=q.device) + offset)
 
 
 SOFT_TAU = {"ce": 0.2, "bce": 0.2, "bce_mean": 1.0}       # nothing is public: ours

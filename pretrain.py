@@ -23,6 +23,7 @@ Defaults in brackets; four of them: softcon on toy, softcon on --data, pera on t
 import argparse
 import itertools
 import json
+import linecache
 import math
 import os
 import platform
@@ -43,6 +44,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -120,11 +122,12 @@ FLAGS = {            # name: default, help, and what argparse needs beyond the t
         "log-every": (10, "steps between lines of log.jsonl"),
         "workers": (2, "reading processes per rank"),
         "seed": (0, "of everything"),
+        "dry-run": (False, "print one step, tensor by tensor, and its cost; write nothing"),
         "device": ("auto", "auto: CUDA if there is one", {"choices": ["auto", "cpu", "cuda"]}),
         "amp": ("auto", "bf16 autocast; auto: on CUDA", {"choices": ["auto", "bf16", "off"]}),
         "compile": (False, "torch.compile both networks: minutes first, then faster steps")}}
 FREE = {"data", "labels", "max_steps", "out", "resume", "resume_with_changes", "save_every",
-        "log_every", "workers", "cache", "on_bad", "device", "compile"}
+        "log_every", "workers", "cache", "on_bad", "device", "compile", "dry_run"}
 
 
 def parse(argv):
@@ -172,6 +175,17 @@ def schedule(step, total, start, end, warmup=0, first=0.0):
         return first + (start - first) * step / max(1, warmup - 1)
     return end + (start - end) * (
         1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+
+
+def schedules(args, step, total):
+    """What changes from step to step, by the name it has in the log."""
+    values = {"lr": schedule(step, total, args.lr, 1e-6, round(args.warmup * total)),
+              "weight_decay": schedule(step, total, *args.weight_decay),
+              "momentum": schedule(step, total, args.momentum, 1)}
+    if args.method == "pera":
+        first, last = args.teacher_tau
+        values["teacher_tau"] = schedule(step, total, last, last, round(0.15 * total), first)
+    return values
 
 
 def batches(scenes, args, world, rank, start, stop):
@@ -252,7 +266,7 @@ def softcon_step(net, x, y, args, dice, now):
     views = data.colour(data.crop(x.transpose(0, 1).flatten(0, 1), p, args.img_size), p)
     views = views.contiguous(memory_format=torch.channels_last)                  # (2B,C,H,W), [0,1]
     vit = hasattr(net.teacher.backbone, "patch_size")
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+    with torch.autocast("cuda" if x.is_cuda else "cpu", torch.bfloat16, enabled=args.amp == "bf16"):
         with torch.no_grad():
             k, features = net.teacher(views)                                     # (2B,256), (2B,D)
         keys = losses.gather_soon(k.unflatten(0, (2, -1)).transpose(0, 1), y)    # on their way
@@ -289,7 +303,7 @@ def pera_step(net, x, y, args, dice, now):
     if n_local:
         views.append(pairs(n_local, args.local_size, 0.05, args.crop_min))
     mine, theirs, keep, learn, others = zip(*views)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+    with torch.autocast("cuda" if x.is_cuda else "cpu", torch.bfloat16, enabled=args.amp == "bf16"):
         with torch.no_grad():
             t, features, _ = net.teacher(theirs, others)                # (crops B,384), (crops B,D)
         if args.soft_weight:
@@ -311,6 +325,105 @@ def pera_step(net, x, y, args, dice, now):
             for q, k in zip(cls.chunk(n_global + n_local), k.unbind(1))) / n_global
         loss = loss + args.soft_weight * parts["soft"]
     return loss, parts, cls, features[:len(x)]
+
+
+# ----------------------------------------------------------------------------------------- dry run
+
+
+def annotated(work):
+    """-> (lines of text, what work() returns): every tensor that a line of these files makes, its
+    shape, the line.  A function is shown once for the same shapes of its arguments."""
+    ours, texts, seen, depth = (__file__, losses.__file__, models.__file__), [], set(), 0
+
+    def shapes(named):
+        for name, value in named:
+            if torch.is_tensor(value):
+                yield f"{name} ({','.join(map(str, value.shape))})"
+            elif isinstance(value, (list, tuple)):
+                yield from shapes((f"{name}[{i}]", v) for i, v in enumerate(value))
+
+    def called(frame, event, arg):           # Python calls this at the beginning of a function, and
+        nonlocal depth                       # what it returns before each line and at its end
+        code = frame.f_code
+        if code.co_filename not in ours or code.co_name[0] == "<":
+            return None
+        known = dict(frame.f_locals)
+        header = f"{code.co_qualname}: {', '.join(shapes(known.items()))}"
+        if header in seen:
+            return None
+        number, first = frame.f_lineno, len(texts)
+
+        def at_line(frame, event, arg):
+            nonlocal depth, number
+            made = {k: v for k, v in frame.f_locals.items() if known.get(k) is not v}
+            text = "  " * depth + ", ".join(shapes(made.items()))
+            source = linecache.getline(code.co_filename, number)
+            text = f"{text:<64} {' '.join(source.split())}" if text.strip() else ""
+            texts.extend([text] * (text not in ["", *texts[first:]]))
+            known.update(made)
+            number = frame.f_lineno
+            if event == "return":
+                depth -= 1
+                del texts[first:first + (len(texts) == first + 1)]           # nothing but a header
+            return at_line
+        seen.add(header)
+        texts.append("  " * depth + header)
+        depth += 1
+        return at_line
+    sys.settrace(called)
+    try:
+        return texts, work()
+    finally:
+        sys.settrace(None)
+
+
+def dry_run(args, world):
+    """Print what one micro-batch of one rank does, tensor by tensor, and what it costs.
+
+    On the meta device, where tensors have a shape and no numbers: nothing is computed or written.
+    """
+    pera, here = args.method == "pera", args.data or os.path.isdir("toy")
+    scenes, train, _ = open_scenes(args) if here else (None, range(100 * args.batch_size), "")
+    B, size = args.batch_size // world // args.accum, scenes.size if here else 36
+    with torch.device("meta"):
+        net = networks(args, "meta")
+        x = torch.empty(B, 2 - pera, len(data.BANDS[args.modality]), size, size, dtype=torch.uint8)
+        y = torch.empty(B, 2 - pera, scenes.labels[0].shape[1] if here else len(data.CLASSES))
+    kept, lengths, gb = {}, {"student": {}, "teacher": {}}, {}
+
+    def keep(tensor):                                              # what the backward pass needs
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+    for side, seen in lengths.items():
+        for block in getattr(getattr(net, side).backbone, "blocks", ()):
+            block.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.setdefault(
+                " and ".join(str(n) for _, n in inputs[1])))
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            texts, (loss, *_) = annotated(lambda: (pera_step if pera else softcon_step)(
+                net, x, y, args, Dice(args.seed, 0, 0, 0, 1), schedules(args, 0, 100)))
+        loss.backward()
+    print(*texts, sep="\n")
+    for side, seen in lengths.items():
+        branch = getattr(net, side)
+        parts = {name: sum(p.numel() for p in module.parameters()) / 1e6
+                 for name, module in [("parameters in millions", branch), *branch.named_children()]}
+        print(f"{side}:", ", ".join(f"{name} {n:.2f}" for name, n in parts.items())
+              + "; tokens of a view, CLS included: " * bool(seen) + ", then ".join(seen))
+        gb[side] = 4e-3 * parts["parameters in millions"]
+        kept |= {p.untyped_storage()._cdata: 0 for p in branch.parameters()}
+    flops = counter.get_total_flops() / 1e12
+    print(f"operations: {flops:.4g} TFLOP a micro-batch of {B} scenes, "
+          f"{flops * args.accum * world:.4g} TFLOP a step of {args.batch_size}")
+    print(f"memory of a rank in GB: parameters {gb['student']:.2f}, gradients {gb['student']:.2f}, "
+          f"AdamW {2 * gb['student']:.2f}, teacher {gb['teacher']:.2f}, activations "
+          f"{sum(kept.values()) / 1e9:.2f} (float32; with bf16 about half of it)")
+    per_epoch = len(train) // args.batch_size
+    total = args.epochs * per_epoch
+    print(f"steps: {total}, {per_epoch} an epoch" + " (a guess: there are no data yet)" * (not here))
+    for step in (0, total // 2, total - 1):
+        print(f"step {step}:", ", ".join(
+            f"{k} {v:.4g}" for k, v in schedules(args, step, total).items()))
 
 
 # --------------------------------------------------------------------------------------------- run
@@ -422,6 +535,20 @@ class Spare:
         return *(np.stack(v) for v in zip(*rows)), complaints
 
 
+def open_scenes(args):
+    """The scenes of --data or of the toy world, the numbers of those to train on, their folder."""
+    root = args.data or "toy"
+    default = f"{root}/ssl4eo_multilabel.json"
+    labels = args.labels or (default if os.path.exists(default) else None)
+    scenes = data.open_data(root, args.modality, labels, views=1 if args.method == "pera" else 2)
+    if not labels and scenes.memory is None:                  # a packed folder brings its own
+        scenes.labels = [np.zeros_like(y) for y in scenes.labels]
+    train = np.flatnonzero(~data.held_out(scenes.ids, args.holdout))
+    if len(train) < args.batch_size:
+        raise ValueError(f"--batch-size {args.batch_size} exceeds the {len(train)} training scenes")
+    return scenes, train, root
+
+
 def commit():
     """Short git hash of this code, with + when files differ from it."""
     words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
@@ -462,6 +589,8 @@ def main(argv=None, asked=()):
         losses.disjoint_masks(1, h * w, *args.ratios) if pera else losses.block_mask(
             1, (h, w), args.mask_ratio)
     ckpt, older = f"{args.out}/last.pt", f"{args.out}/last_1.pt"
+    if args.dry_run:
+        return dry_run(args, world) if rank == 0 else None
     there = os.path.exists(ckpt) or os.path.exists(older)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     args.resume |= there and attempt != "0"
@@ -485,21 +614,13 @@ def main(argv=None, asked=()):
         data.make_toy("toy")
     if world > 1:
         dist.barrier()
-    root = args.data or "toy"
-    default = f"{root}/ssl4eo_multilabel.json"
-    labels = args.labels or (default if os.path.exists(default) else None)
-    scenes = data.open_data(root, args.modality, labels, views=1 if pera else 2)
-    if not labels and scenes.memory is None:                  # a packed folder brings its own
-        scenes.labels = [np.zeros_like(y) for y in scenes.labels]
-    train = np.flatnonzero(~data.held_out(scenes.ids, args.holdout))
+    scenes, train, root = open_scenes(args)
     n_images = sum(len(scenes.files[i]) for i in train)
     labelled = sum(int(scenes.labels[i].any(1).sum()) for i in train)
     say(f"data: {root}: {len(train)} of {len(scenes)} scenes to train on ({n_images} images of "
         f"{scenes.size} px, {labelled} labelled), the others held out")
     if not labelled and args.soft_weight:
         say("no labels: the soft term is 0, the rest alone is trained")
-    if len(train) < args.batch_size:
-        raise ValueError(f"--batch-size {args.batch_size} exceeds the {len(train)} training scenes")
     if n_images * len(data.BANDS[args.modality]) * scenes.size ** 2 < args.cache * 1e9:
         try:
             scenes.preload(train, args.workers)
@@ -584,13 +705,7 @@ def main(argv=None, asked=()):
     step_function, low, skipped = pera_step if pera else softcon_step, 0, set()
     bad = torch.zeros(3, device=device)         # the first step that is not finite, from 1, and why
     for step in bar:
-        warmup = round(args.warmup * total)
-        now = {"lr": schedule(step, total, args.lr, 1e-6, warmup),
-               "weight_decay": schedule(step, total, *args.weight_decay),
-               "momentum": schedule(step, total, args.momentum, 1)}
-        if pera:
-            first, last = args.teacher_tau
-            now["teacher_tau"] = schedule(step, total, last, last, round(0.15 * total), first)
+        now = schedules(args, step, total)
         for g in optimiser.param_groups:
             g["lr"] = now["lr"]
         optimiser.param_groups[0]["weight_decay"] = now["weight_decay"]
@@ -642,7 +757,7 @@ def main(argv=None, asked=()):
             std, eff = losses.collapse(features)
             seconds = time.perf_counter() - clock
             rate = scenes.views * args.batch_size * (step + 1 - since) / seconds
-            low = (low + 1) * (step > warmup and (std < 0.05 or eff < 2))
+            low = (low + 1) * (step > round(args.warmup * total) and (std < 0.05 or eff < 2))
             if low == 10:                                              # lines of the log in a row
                 say(f"step {step + 1}: the teacher's features collapse: std {std:.3f} of 1, "
                     f"effective rank {eff:.1f}; lower --lr or raise --teacher-tau, --batch-size")
