@@ -122,12 +122,14 @@ FLAGS = {            # name: default, help, and what argparse needs beyond the t
         "log-every": (10, "steps between lines of log.jsonl"),
         "workers": (2, "reading processes per rank"),
         "seed": (0, "of everything"),
+        "tensorboard": (False, "write the numbers of log.jsonl for TensorBoard, too, into OUT"),
         "dry-run": (False, "print one step, tensor by tensor, and its cost; write nothing"),
         "device": ("auto", "auto: CUDA if there is one", {"choices": ["auto", "cpu", "cuda"]}),
         "amp": ("auto", "bf16 autocast; auto: on CUDA", {"choices": ["auto", "bf16", "off"]}),
         "compile": (False, "torch.compile both networks: minutes first, then faster steps")}}
 FREE = {"data", "labels", "max_steps", "out", "resume", "resume_with_changes", "save_every",
-        "log_every", "workers", "cache", "on_bad", "device", "compile", "dry_run"}
+        "log_every", "workers", "cache", "on_bad", "device", "compile", "dry_run",
+        "tensorboard"}
 
 
 def parse(argv):
@@ -420,7 +422,7 @@ def dry_run(args, world):
           f"{sum(kept.values()) / 1e9:.2f} (float32; with bf16 about half of it)")
     per_epoch = len(train) // args.batch_size
     total = args.epochs * per_epoch
-    print(f"steps: {total}, {per_epoch} an epoch" + " (a guess: there are no data yet)" * (not here))
+    print(f"steps: {total}, {per_epoch} an epoch" + " (a guess: no data are here yet)" * (not here))
     for step in (0, total // 2, total - 1):
         print(f"step {step}:", ", ".join(
             f"{k} {v:.4g}" for k, v in schedules(args, step, total).items()))
@@ -488,8 +490,8 @@ def largest(value, world):
 
 
 def ahead(loader, device):
-    """The loader's batches (x, y, ...), x and y on `device`.  A GPU gets each on a stream beside the
-    step before it; what the loader raises comes in its own step.  The CPU gets them as they are."""
+    """The loader's batches (x, y, ...), x and y on `device`.  A GPU gets each beside the step before
+    it; what the loader raises comes in its own step.  The CPU gets them as they are."""
     if device.type != "cuda":
         yield from loader
         return
@@ -589,6 +591,11 @@ def main(argv=None, asked=()):
         losses.disjoint_masks(1, h * w, *args.ratios) if pera else losses.block_mask(
             1, (h, w), args.mask_ratio)
     ckpt, older = f"{args.out}/last.pt", f"{args.out}/last_1.pt"
+    if args.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(f"--tensorboard: {error}; pip install tensorboard") from None
     if args.dry_run:
         return dry_run(args, world) if rank == 0 else None
     there = os.path.exists(ckpt) or os.path.exists(older)
@@ -689,6 +696,9 @@ def main(argv=None, asked=()):
         lines = re.finditer(r'^{"step": (\d+), .*}\n', lines, re.M)          # a cut-off one is none
         save(log, "".join(x[0] for x in lines if int(x[1]) <= start))
 
+        if args.tensorboard:
+            board = SummaryWriter(args.out, purge_step=start + 1)
+
     def checkpoint(step):
         if rank == 0:
             save(f"{args.out}/backbone.pt", models.export_backbone(teacher.backbone))
@@ -772,6 +782,10 @@ def main(argv=None, asked=()):
                     file.write(json.dumps({k: round(v, 6) for k, v in now.items()}) + "\n")
             except OSError as error:
                 raise OSError(f"{log}: not written ({error})") from None
+            if args.tensorboard:
+                for k, v in now.items():
+                    board.add_scalar(k, v, step + 1)
+                board.flush()
             bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {rate:.0f} images/s")
             clock, waited, since = time.perf_counter(), 0.0, step + 1
         if saving:

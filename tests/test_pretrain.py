@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -181,6 +182,40 @@ def test_a_run_leaves_its_four_files_and_the_teacher_alone_moves_by_averaging(
     assert all(torch.equal(v, state["teacher"][f"backbone.{k}"]) for k, v in backbone.items())
     assert not torch.equal(backbone["conv1.weight"], state["student"]["backbone.conv1.weight"])
     assert not list((tmp_path / "r").glob("*.part"))
+
+
+def test_tensorboard_gets_the_numbers_of_every_line_of_the_log(toy, tmp_path, monkeypatch):
+    """A stand-in for the package; on resuming, what a lost run wrote beyond the checkpoint goes."""
+    boards = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            self.folder, self.purge_step, self.rows, self.flushed = folder, purge_step, {}, 0
+            boards.append(self)
+
+        def add_scalar(self, name, value, step):
+            self.rows.setdefault(step, {})[name] = round(value, 6)
+
+        def flush(self):
+            self.flushed = len(self.rows)
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    run(toy, tmp_path / "r", "--max-steps", 2)
+    assert not boards
+    run(toy, tmp_path / "r", "--max-steps", 4, "--resume", "--tensorboard")
+    log = [json.loads(x) for x in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    assert [b.rows for b in boards] == [{row["step"]: row for row in log[2:]}] and len(log) == 4
+    assert (boards[0].folder, boards[0].purge_step) == (str(tmp_path / "r"), 3) and boards[0].flushed == 2
+
+
+def test_a_missing_tensorboard_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)                    # import fails
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="^--tensorboard: .*tensorboard.*pip install tensorboard$"):
+        pretrain.main(["--modality", "s1", "--tensorboard"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_training_changes_with_the_seed_and_with_nothing_else(toy, tmp_path):
