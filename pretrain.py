@@ -26,7 +26,6 @@ import json
 import linecache
 import math
 import os
-import platform
 import re
 import resource
 import shlex
@@ -51,85 +50,67 @@ import data
 import losses
 import model as models
 
-PRESETS = {          # softcon on the toy world, on --data; pera on the toy world, on --data
-    "arch": ("resnet18", "vit_small", "vit_tiny", "vit_base"),
-    "img_size": (32, 224, 32, 224), "patch_size": (4, 14, 4, 16),
-    "crop_min": (0.5, 0.2, 0.4, 0.4), "jitter": (0.0, 0.4, 0.4, 0.4),
-    "grey": (0.0, 0.2, 0.1, 0.1), "crops": ([2, 8], [2, 8], [2, 2], [2, 8]),
-    "local_size": (0, 0, 16, 96), "hidden": (512, 4096, 512, 2048),
-    "prototypes": (0, 0, 512, 131072), "drop_path": (0.0, 0.0, 0.0, 0.3),
-    "tau": (0.2, 0.2, 0.1, 0.1), "soft_weight": (0.5, 0.1, 0.0, 0.0),
-    "epochs": (28, 100, 8, 200), "batch_size": (32, 256, 32, 192), "clip": (0.0, 0.0, 3.0, 3.0),
-    "lr": (5e-4, 1.5e-4, 5e-4, 1e-3), "momentum": (0.9, 0.99, 0.95, 0.992),
-    "weight_decay": ([0.05] * 2, [0.05] * 2, [0.04, 0.2], [0.04, 0.2]),
-    "holdout": (0.4, 0.1, 0.4, 0.1)}
-FLAGS = {            # name: default, help, and what argparse needs beyond the type of the default
+FLAGS = {   # default, or (softcon on toy, on --data, pera on toy, on --data); help; choices
     "data": {
-        "modality": (None, "s1 radar, s2c/s2a optical before/after atmospheric correction, rgb",
-                     {"choices": list(data.BANDS), "required": True}),
+        "modality": (None, "s1 radar, s2c optical, s2a the same, air corrected, rgb", data.BANDS),
         "data": (None, "folder: SSL4EO-S12 tree or class folders; none: a toy world in ./toy"),
-        "labels": (None, "SSL4EO-S12-ML json (ssl4eo_multilabel.json in --data); 'classes':\n"
-                   "the class folders; without labels the soft term is 0"),
-        "holdout": (0.0, "share of scenes, by hash of the name, kept for probe.py"),
-        "img-size": (0, "side of a (global) crop in pixels"),
-        "crop-min": (0.0, "smallest share of the image that a (global) crop covers"),
-        "crops": ([0, 0], "pera: global and local crops of an image", {"nargs": 2}),
-        "local-size": (0, "pera: side of a local crop, 0.05 to --crop-min of the image"),
-        "jitter": (0.0, "strength of brightness and contrast; on s1, pera only: of a dB offset"),
-        "grey": (0.0, "share of views whose bands become their mean; pera: of the student's"),
+        "labels": (None, "SSL4EO-S12-ML json (ssl4eo_multilabel.json in --data), or 'classes'"),
+        "holdout": ((0.4, 0.1, 0.4, 0.1), "share of scenes, by hash of the name, for probe.py"),
+        "img-size": ((32, 224, 32, 224), "side of a (global) crop in pixels"),
+        "crop-min": ((0.5, 0.2, 0.4, 0.4), "smallest share of the image in a (global) crop"),
+        "crops": (([2, 8], [2, 8], [2, 2], [2, 8]), "pera: global and local crops of an image"),
+        "local-size": ((0, 0, 16, 96), "pera: side of a local crop, 0.05 to --crop-min of it"),
+        "jitter": ((0.0, 0.4, 0.4, 0.4), "of brightness and contrast; s1, pera only: a dB offset"),
+        "grey": ((0.0, 0.2, 0.1, 0.1), "share of views turned grey; pera: of the student's"),
         "cache": (4.0, "decode once and keep in memory if it fits in this many GB per rank"),
-        "on-bad": ("stop", "when a file cannot be read: stop, or skip = say so, take another\n"
-                   "scene, stop when more than 1 %% are bad", {"choices": ["stop", "skip"]})},
+        "on-bad": ("stop", "unreadable file: skip = another scene, up to 1 %%", ["stop", "skip"])},
     "model": {
-        "method": ("softcon", "what to minimise", {"choices": ["softcon", "pera"]}),
-        "arch": (None, "backbone; pera takes a ViT", {"choices": [*models.RESNETS, *models.VITS]}),
-        "patch-size": (0, "of a ViT; with a ResNet, the cell of the mask"),
-        "hidden": (0, "width of the heads"),
-        "prototypes": (0, "pera: outputs of the CLS head"),
-        "drop-path": (0.0, "share of the student's samples that skip a ViT block"),
+        "method": ("softcon", "what to minimise", ["softcon", "pera"]),
+        "arch": (("resnet18", "vit_small", "vit_tiny", "vit_base"), "backbone; pera takes a ViT",
+                 models.RESNETS | models.VITS),
+        "patch-size": ((4, 14, 4, 16), "of a ViT; with a ResNet, the cell of the mask"),
+        "hidden": ((512, 4096, 512, 2048), "width of the heads"),
+        "prototypes": ((0, 0, 512, 131072), "pera: outputs of the CLS head"),
+        "drop-path": ((0.0, 0.0, 0.0, 0.3), "share of the student's samples that skip a block"),
         "init": (None, "start from this checkpoint, e.g. DINOv2 or DINO"),
-        "adapt": ("random", "input layer when channels differ: random = fresh, as in SoftCon;\n"
-                  "mean = average of the file's, rgb = copied into B4, B3, B2",
-                  {"choices": ["random", "mean", "rgb"]})},
+        "adapt": ("random", "input layer if channels differ: fresh, as in SoftCon; the file's mean;"
+                  "\nits rgb copied into B4, B3, B2", ["random", "mean", "rgb"])},
     "loss": {
-        "tau": (0.0, "temperature of InfoNCE; pera: of the student"),
-        "teacher-tau": ([0.03, 0.05], "pera: of the teacher, first and after 0.15 of the steps",
-                        {"nargs": 2}),
-        "soft-weight": (0.0, "of the soft label term; 0 is off; see soft_share in the log"),
-        "soft-form": ("bce", "its formula, losses.soft_contrastive",
-                      {"choices": [*losses.SOFT_TAU]}),
-        "soft-tau": (None, "its temperature, default losses.SOFT_TAU", {"type": float}),
+        "tau": ((0.2, 0.2, 0.1, 0.1), "temperature of InfoNCE; pera: of the student"),
+        "teacher-tau": ([0.03, 0.05], "pera: of the teacher, first and after 0.15 of the steps"),
+        "soft-weight": ((0.5, 0.1, 0.0, 0.0), "of the soft label term; see soft_share in the log"),
+        "soft-form": ("bce", "its formula, losses.soft_contrastive", losses.SOFT_TAU),
+        "soft-tau": (0.0, "its temperature; 0: losses.SOFT_TAU"),
         "mask-ratio": (0.3, "softcon: share of the student's patches that are masked"),
-        "ratios": ([0.2, 0.2, 0.6], "pera: patches for the student, to guess, for the teacher",
-                   {"nargs": 3})},
+        "ratios": ([0.2, 0.2, 0.6], "pera: patches for the student, to guess, for the teacher")},
     "optimisation": {
-        "epochs": (0, "passes over the scenes"),
+        "epochs": ((28, 100, 8, 200), "passes over the scenes"),
         "max-steps": (0, "stop early; the schedules still span --epochs"),
-        "batch-size": (0, "scenes per step, over all ranks"),
+        "batch-size": ((32, 256, 32, 192), "scenes per step, over all ranks"),
         "accum": (1, "micro-batches per step; keys are those of one micro-batch"),
-        "lr": (0.0, "AdamW's peak, as it is: not scaled by the batch"),
-        "weight-decay": ([0.0, 0.0], "first and last, on a cosine; not on norms and biases",
-                         {"nargs": 2}),
+        "lr": ((5e-4, 1.5e-4, 5e-4, 1e-3), "AdamW's peak, as it is: not scaled by the batch"),
+        "weight-decay": (([0.05] * 2, [0.05] * 2, [0.04, 0.2], [0.04, 0.2]),
+                         "first and last, on a cosine; not on norms and biases"),
         "warmup": (0.1, "share of the steps in which lr climbs from 0"),
-        "momentum": (0.0, "of the teacher; climbs to 1 on a cosine"),
-        "clip": (0.0, "gradient norm at most this; 0: any")},
+        "momentum": ((0.9, 0.99, 0.95, 0.992), "of the teacher; climbs to 1 on a cosine"),
+        "clip": ((0.0, 0.0, 3.0, 3.0), "gradient norm at most this; 0: any")},
     "run": {
         "out": (None, "folder (runs/METHOD_MODALITY)"),
         "resume": (False, "go on from OUT/last.pt, or from last_1.pt if that is damaged"),
-        "resume-with-changes": (None, "flags, e.g. tau epochs, whose values may differ from the\n"
-                                "run's; data, labels: what lies there may", {"nargs": "*"}),
+        "resume-with-changes": ([], "flags, e.g. tau data, whose value or content may differ"),
         "save-every": (500, "steps between checkpoints"),
         "log-every": (10, "steps between lines of log.jsonl"),
-        "workers": (2, "reading processes per rank"),
-        "seed": (0, "of everything"),
         "tensorboard": (False, "write the numbers of log.jsonl for TensorBoard, too, into OUT"),
         "dry-run": (False, "print one step, tensor by tensor, and its cost; write nothing"),
-        "device": ("auto", "auto: CUDA if there is one", {"choices": ["auto", "cpu", "cuda"]}),
-        "amp": ("auto", "bf16 autocast; auto: on CUDA", {"choices": ["auto", "bf16", "off"]}),
+        "workers": (2, "reading processes per rank"),
+        "seed": (0, "of everything"),
+        "device": ("auto", "auto: CUDA if there is one", ["auto", "cpu", "cuda"]),
+        "amp": ("auto", "bf16 autocast; auto: on CUDA", ["auto", "bf16", "off"]),
         "compile": (False, "torch.compile both networks: minutes first, then faster steps")}}
-FREE = {"data", "labels", "max_steps", "out", "resume", "resume_with_changes", "save_every",
-        "log_every", "workers", "cache", "on_bad", "device", "compile", "dry_run",
-        "tensorboard"}
+PRESETS = {name.replace("-", "_"): row[0] for flags in FLAGS.values()
+           for name, row in flags.items() if isinstance(row[0], tuple)}
+FREE = set("data labels max_steps out resume resume_with_changes save_every log_every tensorboard "
+           "dry_run workers cache on_bad device compile".split())       # another value is no change
 
 
 def parse(argv):
@@ -138,23 +119,29 @@ def parse(argv):
                                      formatter_class=argparse.RawTextHelpFormatter)
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
-        for name, (default, text, *more) in flags.items():
-            preset = PRESETS.get(name.replace("-", "_"))
-            like = default[0] if isinstance(default, list) else default
-            kind = {"action": "store_true"} if default is False else {
-                "type": str if default is None else type(like)} | dict(*more)
-            if preset or not (default is None or default is False):
-                text += f" ({str(preset or default).strip('()')})"
-            group.add_argument(f"--{name}", default=None if preset else default, help=text, **kind)
+        for name, (default, text, *choices) in flags.items():
+            if default is False:
+                group.add_argument(f"--{name}", action="store_true", help=text)
+                continue
+            like = default[0] if isinstance(default, tuple) else default
+            first, *_ = like if isinstance(like, list) and like else [like]
+            kind = {"type": type(first) if isinstance(first, (int, float)) else str}
+            kind |= {"nargs": len(like) or "*"} if isinstance(like, list) else {}
+            kind |= {"choices": [*choices[0]]} if choices else {}
+            text += "" if default in (None, []) else f" ({str(default).strip('()')})"
+            group.add_argument(f"--{name}", help=text, required=name == "modality",
+                               default=None if isinstance(default, tuple) else default, **kind)
     args = parser.parse_args(argv)
     for name, values in PRESETS.items():
         if getattr(args, name) is None:
             setattr(args, name, values[2 * (args.method == "pera") + bool(args.data)])
+    args.soft_tau = args.soft_tau or losses.SOFT_TAU[args.soft_form]
+    args.out = args.out or f"runs/{args.method}_{args.modality}"
     many, two = 2 ** 31, 2 * (args.method == "pera")
     for names, low, high in (
             ("img-size patch-size epochs batch-size accum hidden log-every save-every", 1, many),
             ("max-steps", 0, many), ("seed", 0, 2 ** 63), ("prototypes", two, many),
-            ("drop-path", 0, 0.99), ("crop-min", 0.01, 1), ("tau", 1e-4, 100),
+            ("drop-path", 0, 0.99), ("crop-min", 0.01, 1), ("tau soft-tau", 1e-4, 100),
             ("jitter grey warmup momentum mask-ratio", 0, 1),
             ("workers lr soft-weight clip", 0, many)):
         for name in names.split():
@@ -163,7 +150,6 @@ def parse(argv):
                 parser.error(f"--{name} {value}: must lie in {low} to {high}")
     if not args.data and args.modality not in ("s1", "s2c"):
         parser.error(f"--modality {args.modality}: the toy world has s1 and s2c; give --data")
-    args.out = args.out or f"runs/{args.method}_{args.modality}"
     return args
 
 
@@ -180,7 +166,7 @@ def schedule(step, total, start, end, warmup=0, first=0.0):
 
 
 def schedules(args, step, total):
-    """What changes from step to step, by the name it has in the log."""
+    """What changes from step to step, by its name in the log."""
     values = {"lr": schedule(step, total, args.lr, 1e-6, round(args.warmup * total)),
               "weight_decay": schedule(step, total, *args.weight_decay),
               "momentum": schedule(step, total, args.momentum, 1)}
@@ -197,10 +183,10 @@ def batches(scenes, args, world, rank, start, stop):
     """
     per_epoch, micro = len(scenes) // args.batch_size, args.batch_size // (world * args.accum)
     for step in range(start, stop):
-        epoch, at = divmod(step, per_epoch)
-        if at == 0 or step == start:
+        epoch, t = divmod(step, per_epoch)
+        if t == 0 or step == start:
             order = np.random.default_rng([args.seed, epoch]).permutation(scenes)
-        batch = order[at * args.batch_size:(at + 1) * args.batch_size]
+        batch = order[t * args.batch_size:(t + 1) * args.batch_size]
         for rows in batch.reshape(args.accum, world, micro)[:, rank]:
             yield [(int(i), (args.seed, epoch, int(i))) for i in rows]
 
@@ -245,13 +231,13 @@ def networks(args, device, load=False, quiet=True):
     teacher.load_state_dict(student.state_dict(), strict=False)          # but for what it lacks
     for branch in (student, teacher):
         branch.to(device, memory_format=torch.channels_last)             # convolutions like it
-        if args.compile:
+        if args.compile and not args.dry_run:
             branch.compile()
     return SimpleNamespace(student=student, ddp=student, teacher=teacher,
                            centre=losses.Centre(args.prototypes).to(device))
 
 
-def softcon_step(net, x, y, args, dice, now):
+def softcon_step(net, x, y, args, dice, values):
     """Both directions of SoftCon on one micro-batch.
 
     net: student (in ddp) and teacher; x uint8 (B,2,C,P,P) two seasons of each scene, y (B,2,K).
@@ -277,16 +263,16 @@ def softcon_step(net, x, y, args, dice, now):
     (q1, q2), (y1, y2) = q.chunk(2), y.unbind(1)                                 # (B,256), (B,K)
     (k1, k2), (Y1, Y2) = (v.unbind(1) for v in keys())                           # (M,256), (M,K)
     flags = args.tau, args.soft_weight, args.soft_form, args.soft_tau
-    a = losses.softcon_loss(q1, k2, y1, Y2, *flags, Y1)
-    b = losses.softcon_loss(q2, k1, y2, Y1, *flags, Y2)
-    loss, hard, soft = ((u + v) / 2 for u, v in zip(a, b))
+    one = losses.softcon_loss(q1, k2, y1, Y2, *flags, Y1)
+    other = losses.softcon_loss(q2, k1, y2, Y1, *flags, Y2)
+    loss, hard, soft = ((a + b) / 2 for a, b in zip(one, other))
     return loss, {"info_nce": hard, "soft": soft}, q, features
 
 
-def pera_step(net, x, y, args, dice, now):
+def pera_step(net, x, y, args, dice, values):
     """PerA on one micro-batch: the same crops for both sides, in other colours, other patches.
 
-    x uint8 (B,1,C,P,P), y (B,1,K); net.centre: losses.Centre; now: teacher_tau of this step.
+    x uint8 (B,1,C,P,P), y (B,1,K); net.centre: losses.Centre; values: teacher_tau of this step.
     Returns the loss, its parts, the student's CLS features (crops B, D), the teacher's (B,D).
     """
     x, y, g, (n_global, n_local) = x[:, 0], y[:, 0], dice.generator, args.crops
@@ -313,7 +299,7 @@ def pera_step(net, x, y, args, dice, now):
             keys = losses.gather_soon(k.transpose(0, 1), y)                      # on their way
         s, cls, guess = net.ddp(mine, keep, learn[0])                   # guess (n_global B, m, PPC)
         matrices = [b.cls_head.prototypes() for b in (net.student, net.teacher)]         # (K,384)
-        dino, spread = losses.pera_loss(s, t, matrices, net.centre.value, now["teacher_tau"],
+        dino, spread = losses.pera_loss(s, t, matrices, net.centre.value, values["teacher_tau"],
                                         n_global + n_local, n_global, args.tau)
     sigmas = 4 * losses.patchify(mine[0] - 0.5, args.patch_size)         # the sensor's z-scores
     pixel = losses.pixel_loss(guess, sigmas, learn[0])
@@ -321,7 +307,7 @@ def pera_step(net, x, y, args, dice, now):
     parts = {"dino": dino, "koleo": spread, "pixel": pixel}
     loss = dino + 0.1 * spread + 0.01 * pixel
     if args.soft_weight:
-        k, labels = keys()                                                       # of all ranks
+        k, labels = keys()                                               # of all ranks
         parts["soft"] = sum(
             losses.soft_over_ranks(q, k, y, labels, args.soft_form, args.soft_tau, labels)
             for q, k in zip(cls.chunk(n_global + n_local), k.unbind(1))) / n_global
@@ -333,9 +319,9 @@ def pera_step(net, x, y, args, dice, now):
 
 
 def annotated(work):
-    """-> (lines of text, what work() returns): every tensor that a line of these files makes, its
-    shape, the line.  A function is shown once for the same shapes of its arguments."""
-    ours, texts, seen, depth = (__file__, losses.__file__, models.__file__), [], set(), 0
+    """-> (lines of text, what work() returns): each line of these files that makes tensors, with
+    their names and shapes, as deep as the calls are nested; once for the same shapes."""
+    ours, texts, stack = (__file__, losses.__file__, models.__file__), [], []
 
     def shapes(named):
         for name, value in named:
@@ -344,35 +330,23 @@ def annotated(work):
             elif isinstance(value, (list, tuple)):
                 yield from shapes((f"{name}[{i}]", v) for i, v in enumerate(value))
 
-    def called(frame, event, arg):           # Python calls this at the beginning of a function, and
-        nonlocal depth                       # what it returns before each line and at its end
+    def trace(frame, event, arg):        # Python calls it as a function begins, then at every line
         code = frame.f_code
-        if code.co_filename not in ours or code.co_name[0] == "<":
+        if code.co_filename not in ours or code.co_name[0] == "<" or (
+                len({number for *_, number in code.co_lines()}) < 3):            # a one-liner
             return None
-        known = dict(frame.f_locals)
-        header = f"{code.co_qualname}: {', '.join(shapes(known.items()))}"
-        if header in seen:
-            return None
-        number, first = frame.f_lineno, len(texts)
-
-        def at_line(frame, event, arg):
-            nonlocal depth, number
-            made = {k: v for k, v in frame.f_locals.items() if known.get(k) is not v}
-            text = "  " * depth + ", ".join(shapes(made.items()))
-            source = linecache.getline(code.co_filename, number)
-            text = f"{text:<64} {' '.join(source.split())}" if text.strip() else ""
-            texts.extend([text] * (text not in ["", *texts[first:]]))
-            known.update(made)
-            number = frame.f_lineno
-            if event == "return":
-                depth -= 1
-                del texts[first:first + (len(texts) == first + 1)]           # nothing but a header
-            return at_line
-        seen.add(header)
-        texts.append("  " * depth + header)
-        depth += 1
-        return at_line
-    sys.settrace(called)
+        values = dict(frame.f_locals)
+        before, number = ({}, 0) if event == "call" else stack.pop()
+        made = ", ".join(shapes((k, v) for k, v in values.items() if before.get(k) is not v))
+        line = " ".join(linecache.getline(code.co_filename, number).split()) if number else (
+            f"in {code.co_qualname}:")
+        text = f"{'  ' * len(stack) + made:<64} {line}"
+        if made and text not in texts:
+            texts.append(text)
+        if event != "return":
+            stack.append((values, frame.f_lineno))
+        return trace
+    sys.settrace(trace)
     try:
         return texts, work()
     finally:
@@ -384,48 +358,44 @@ def dry_run(args, world):
 
     On the meta device, where tensors have a shape and no numbers: nothing is computed or written.
     """
-    pera, here = args.method == "pera", args.data or os.path.isdir("toy")
+    pera, here, kept = args.method == "pera", args.data or os.path.isdir("toy"), []
     scenes, train, _ = open_scenes(args) if here else (None, range(100 * args.batch_size), "")
     B, size = args.batch_size // world // args.accum, scenes.size if here else 36
     with torch.device("meta"):
         net = networks(args, "meta")
         x = torch.empty(B, 2 - pera, len(data.BANDS[args.modality]), size, size, dtype=torch.uint8)
         y = torch.empty(B, 2 - pera, scenes.labels[0].shape[1] if here else len(data.CLASSES))
-    kept, lengths, gb = {}, {"student": {}, "teacher": {}}, {}
-
-    def keep(tensor):                                              # what the backward pass needs
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
-    for side, seen in lengths.items():
-        for block in getattr(getattr(net, side).backbone, "blocks", ()):
-            block.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.setdefault(
+    sides = {"student": (net.student, {}), "teacher": (net.teacher, {})}
+    for side, lengths in sides.values():
+        for block in getattr(side.backbone, "blocks", ()):
+            block.register_forward_pre_hook(lambda _, inputs, lengths=lengths: lengths.setdefault(
                 " and ".join(str(n) for _, n in inputs[1])))
     with FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             texts, (loss, *_) = annotated(lambda: (pera_step if pera else softcon_step)(
                 net, x, y, args, Dice(args.seed, 0, 0, 0, 1), schedules(args, 0, 100)))
         loss.backward()
+    flops, weights, gb = counter.get_total_flops() / 1e12, set(), {}
     print(*texts, sep="\n")
-    for side, seen in lengths.items():
-        branch = getattr(net, side)
-        parts = {name: sum(p.numel() for p in module.parameters()) / 1e6
-                 for name, module in [("parameters in millions", branch), *branch.named_children()]}
-        print(f"{side}:", ", ".join(f"{name} {n:.2f}" for name, n in parts.items())
-              + "; tokens of a view, CLS included: " * bool(seen) + ", then ".join(seen))
-        gb[side] = 4e-3 * parts["parameters in millions"]
-        kept |= {p.untyped_storage()._cdata: 0 for p in branch.parameters()}
-    flops = counter.get_total_flops() / 1e12
+    for name, (side, lengths) in sides.items():
+        counts = {part: sum(p.numel() for p in module.parameters()) / 1e6
+                  for part, module in (("parameters in millions", side), *side.named_children())}
+        gb[name] = 4e-3 * counts["parameters in millions"]
+        weights |= {p.untyped_storage()._cdata for p in side.parameters()}
+        print(f"{name}:", ", ".join(f"{part} {n:.2f}" for part, n in counts.items())
+              + "; tokens of a view, CLS included: " * bool(lengths) + ", then ".join(lengths))
     print(f"operations: {flops:.4g} TFLOP a micro-batch of {B} scenes, "
           f"{flops * args.accum * world:.4g} TFLOP a step of {args.batch_size}")
+    kept = {s._cdata: s.nbytes() / 1e9 for s in (t.untyped_storage() for t in kept)}
     print(f"memory of a rank in GB: parameters {gb['student']:.2f}, gradients {gb['student']:.2f}, "
           f"AdamW {2 * gb['student']:.2f}, teacher {gb['teacher']:.2f}, activations "
-          f"{sum(kept.values()) / 1e9:.2f} (float32; with bf16 about half of it)")
+          f"{sum(n for s, n in kept.items() if s not in weights):.2f} (float32; about half in bf16)")
     per_epoch = len(train) // args.batch_size
     total = args.epochs * per_epoch
     print(f"steps: {total}, {per_epoch} an epoch" + " (a guess: no data are here yet)" * (not here))
     for step in (0, total // 2, total - 1):
         print(f"step {step}:", ", ".join(
-            f"{k} {v:.4g}" for k, v in schedules(args, step, total).items()))
+            f"{name} {value:.4g}" for name, value in schedules(args, step, total).items()))
 
 
 # --------------------------------------------------------------------------------------------- run
@@ -490,8 +460,8 @@ def largest(value, world):
 
 
 def ahead(loader, device):
-    """The loader's batches (x, y, ...), x and y on `device`.  A GPU gets each beside the step before
-    it; what the loader raises comes in its own step.  The CPU gets them as they are."""
+    """The loader's batches (x, y, ...), x and y on `device`: to a GPU each is copied beside the
+    step before; what the loader raises comes in its own step.  On the CPU they stay as they are."""
     if device.type != "cuda":
         yield from loader
         return
@@ -553,12 +523,9 @@ def open_scenes(args):
 
 def commit():
     """Short git hash of this code, with + when files differ from it."""
-    words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        run = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:                                                             # there is no git
-        return "unknown"
-    return run.stdout.strip() or "unknown"
+    folder = shlex.quote(str(Path(__file__).parent))
+    command = f"git -C {folder} describe --always --dirty=+ --exclude='*' 2> /dev/null"
+    return subprocess.getoutput(command) or "unknown"
 
 
 def main(argv=None, asked=()):
@@ -566,46 +533,44 @@ def main(argv=None, asked=()):
     args = parse(argv)
 
     # --------------------------------------------------------------------- processes and device
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    local, locals_ = (int(os.environ.get(k, d))
-                      for k, d in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    world, rank, local, locals_ = (int(os.environ.get(name, alone)) for name, alone in (
+        ("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    pera, micro_batch = args.method == "pera", args.batch_size // args.accum
     cuda = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
-    if cuda and local >= torch.cuda.device_count():
-        raise ValueError(f"--device cuda: no CUDA device for local rank {local}")
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
     args.amp = args.amp if args.amp != "auto" else "bf16" if cuda else "off"
-    if args.batch_size % (world * args.accum):
-        raise ValueError(f"--batch-size {args.batch_size} does not divide into {world} rank(s) x "
-                         f"--accum {args.accum}")
-    pera = args.method == "pera"
-    if args.batch_size // args.accum // (world if pera else 1) < 2:
-        raise ValueError(f"--batch-size {args.batch_size}: {args.method} needs at least 2 scenes "
-                         f"at a time" + " on each rank" * pera)
-    if pera and (args.arch not in models.VITS or args.crops[0] < 1 or args.crops[1] < 0):
-        raise ValueError(f"--method pera takes a ViT and at least one global crop, not --arch "
-                         f"{args.arch} --crops {args.crops[0]} {args.crops[1]}")
-    if pera and args.crops[1] and args.local_size > args.img_size:
-        raise ValueError(f"--local-size {args.local_size}: exceeds --img-size {args.img_size}")
+    ckpt, older = f"{args.out}/last.pt", f"{args.out}/last_1.pt"
+    there = os.path.exists(ckpt) or os.path.exists(older)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    args.resume |= there and attempt != "0"
+    for wrong, why in (
+            (cuda and local >= torch.cuda.device_count(),
+             f"--device cuda: no CUDA device for local rank {local}"),
+            (args.batch_size % (world * args.accum), f"--batch-size {args.batch_size} does not "
+             f"divide into {world} rank(s) x --accum {args.accum}"),
+            (micro_batch // (world if pera else 1) < 2, f"--batch-size {args.batch_size}: "
+             f"{args.method} needs at least 2 scenes at a time" + " on each rank" * pera),
+            (pera and (args.arch not in models.VITS or args.crops[0] < 1 or args.crops[1] < 0),
+             f"--method pera takes a ViT and at least one global crop, not --arch {args.arch} "
+             f"--crops {args.crops[0]} {args.crops[1]}"),
+            (pera and args.crops[1] and args.local_size > args.img_size,
+             f"--local-size {args.local_size}: exceeds --img-size {args.img_size}"),
+            (there and not args.resume and not args.dry_run, f"--out {args.out}: holds a run; "
+             f"--resume continues it, another --out keeps it"),
+            (args.resume and not there, f"--resume: no {ckpt}")):
+        if wrong:
+            raise ValueError(why)
     for size in [args.img_size, args.local_size][:1 + (pera and args.crops[1] > 0)]:
         h, w = models.check_grid(size, size, args.patch_size)     # and refuse ratios that cannot be
         losses.disjoint_masks(1, h * w, *args.ratios) if pera else losses.block_mask(
             1, (h, w), args.mask_ratio)
-    ckpt, older = f"{args.out}/last.pt", f"{args.out}/last_1.pt"
+    if args.dry_run:
+        return dry_run(args, world) if rank == 0 else None
     if args.tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError(f"--tensorboard: {error}; pip install tensorboard") from None
-    if args.dry_run:
-        return dry_run(args, world) if rank == 0 else None
-    there = os.path.exists(ckpt) or os.path.exists(older)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    args.resume |= there and attempt != "0"
-    if there and not args.resume:
-        raise ValueError(f"--out {args.out}: holds a run; --resume continues it, "
-                         f"another --out keeps it")
-    if args.resume and not there:
-        raise ValueError(f"--resume: no {ckpt}")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if world > 1:
         torch.cuda.set_device(device) if cuda else torch.set_num_threads(
             max(1, os.cpu_count() // locals_))
@@ -613,8 +578,10 @@ def main(argv=None, asked=()):
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=rank,
                                 world_size=world, store=dist.PrefixStore(attempt, store))
     say = tqdm.write if rank == 0 else lambda *_: None
-    say(f"{' '.join(sys.argv)}\n{json.dumps(vars(args))}\npython {platform.python_version()}, "
-        f"torch {torch.__version__}, commit {commit()}, {world} x {device.type}, amp {args.amp}")
+    facts = {"python": sys.version.split()[0], "torch": torch.__version__, "commit": commit(),
+             "world": world, "device": device.type}
+    say(f"{' '.join(sys.argv)}\n{json.dumps(vars(args))}\n"
+        + ", ".join(f"{name} {fact}" for name, fact in facts.items()))
 
     # ------------------------------------------------------------------------------------- data
     if not args.data and local == 0:
@@ -637,43 +604,41 @@ def main(argv=None, asked=()):
                 raise
             say("bad files: nothing is kept in memory, each scene is read when its turn comes")
 
-    # ------------------------------------------------------------------------------------ model
+    # ----------------------------------------------------------------- model, optimiser, schedules
     torch.manual_seed(args.seed)
     net = networks(args, device, args.init and not args.resume, rank > 0)
     student, teacher = net.student, net.teacher
     if world > 1:
         net.ddp = DistributedDataParallel(student, gradient_as_bucket_view=True)
-
-    # -------------------------------------------------------------------- optimiser, schedules
-    decay = [p for p in student.parameters() if p.requires_grad and p.dim() > 1]
-    plain = [p for p in student.parameters() if p.requires_grad and p.dim() < 2]
+    decayed, plain = ([p for p in student.parameters() if p.requires_grad and (p.dim() > 1) == yes]
+                      for yes in (True, False))
     more = {"betas": (0.9, 0.999), "eps": 2e-5} if pera else {"betas": (0.9, 0.95)}
-    optimiser = torch.optim.AdamW([{"params": decay}, {"params": plain, "weight_decay": 0}],
+    optimiser = torch.optim.AdamW([{"params": decayed}, {"params": plain, "weight_decay": 0}],
                                   fused=True, **more)
     per_epoch = len(train) // args.batch_size
     total = args.epochs * per_epoch
     stop = min(total, args.max_steps or total)
     millions = sum(p.numel() for p in student.parameters()) / 1e6
-    say(f"model: {args.arch}, student {millions:.1f} M parameters; {total} steps "
-        f"of {args.batch_size} scenes ({world} x {args.accum} x "
-        f"{args.batch_size // world // args.accum}), lr {args.lr:.2e}")
+    say(f"model: {args.arch}, student {millions:.1f} M parameters; {total} steps of "
+        f"{args.batch_size} scenes ({world} x {args.accum} x "
+        f"{args.batch_size // world // args.accum}), lr {args.lr:.2e}, amp {args.amp}")
 
     # ----------------------------------------------------------------------------------- resume
     start, log = 0, Path(args.out, "log.jsonl")
-    rows = {"data": [f"{scenes.ids[i]} ".encode() for i in train],
-            "labels": [scenes.labels[i].tobytes() for i in train]}
+    content = {"data": [f"{scenes.ids[i]} ".encode() for i in train],
+               "labels": [scenes.labels[i].tobytes() for i in train]}
     flags = {k: v for k, v in vars(args).items() if k not in FREE} | {
-        k: f"{len(v)} scenes, crc {zlib.crc32(b''.join(v)):08x}" for k, v in rows.items()}
+        k: f"{len(v)} scenes, crc {zlib.crc32(b''.join(v)):08x}" for k, v in content.items()}
     kept = {"student": student, "teacher": teacher, "centre": net.centre, "optimiser": optimiser}
     if args.resume:
         path, state, start, old = newest((ckpt, older), say)
         changed = {k.replace("_", "-"): k for k in flags if old.get(k) != flags[k]}
-        for name in {*(args.resume_with_changes or ())} - {k.replace("_", "-") for k in flags}:
+        for name in {*args.resume_with_changes} - {k.replace("_", "-") for k in flags}:
             raise ValueError(f"--resume-with-changes {name}: no flag that a run would compare")
-        for name, k in changed.items():
-            if name not in (args.resume_with_changes or ()):
-                raise ValueError(f"--{name} {flags[k]}: the run in {args.out} has {old.get(k)}; "
-                                 f"to change it: --resume-with-changes {' '.join(changed)}")
+        for name in [n for n in changed if n not in args.resume_with_changes]:
+            k = changed[name]
+            raise ValueError(f"--{name} {flags[k]}: the run in {args.out} has {old.get(k)}; to "
+                             f"change it: --resume-with-changes {' '.join(changed)}")
         try:
             for name, part in kept.items():
                 part.load_state_dict(state[name])
@@ -689,21 +654,12 @@ def main(argv=None, asked=()):
         os.makedirs(args.out, exist_ok=True)
         if args.resume and path == older and os.path.exists(ckpt):
             os.replace(ckpt, f"{ckpt}.damaged")               # it shall not become the older one
-        save(f"{args.out}/config.json", json.dumps({
-            "flags": vars(args), "python": platform.python_version(), "torch": torch.__version__,
-            "commit": commit(), "world": world}, indent=1))
+        save(f"{args.out}/config.json", json.dumps({"flags": vars(args), **facts}, indent=1))
         lines = log.read_text(errors="replace") if start and log.exists() else ""
         lines = re.finditer(r'^{"step": (\d+), .*}\n', lines, re.M)          # a cut-off one is none
-        save(log, "".join(x[0] for x in lines if int(x[1]) <= start))
-
+        save(log, "".join(line[0] for line in lines if int(line[1]) <= start))
         if args.tensorboard:
             board = SummaryWriter(args.out, purge_step=start + 1)
-
-    def checkpoint(step):
-        if rank == 0:
-            save(f"{args.out}/backbone.pt", models.export_backbone(teacher.backbone))
-            save(ckpt, {"step": step, "flags": flags, "world": world}
-                 | {name: part.state_dict() for name, part in kept.items()}, older)
 
     # ------------------------------------------------------------------------------------- loop
     loader = ahead(DataLoader(Spare(scenes, train) if args.on_bad == "skip" else scenes, None,
@@ -711,85 +667,88 @@ def main(argv=None, asked=()):
                               num_workers=args.workers, pin_memory=cuda, worker_init_fn=listen),
                    device)
     bar = tqdm(range(start, stop), args.method, stop, initial=start, disable=rank > 0)
-    clock, waited, since = time.perf_counter(), 0.0, start
-    step_function, low, skipped = pera_step if pera else softcon_step, 0, set()
+    clock, waited, since, low, skipped = time.perf_counter(), 0.0, start, 0, set()
     bad = torch.zeros(3, device=device)         # the first step that is not finite, from 1, and why
     for step in bar:
-        now = schedules(args, step, total)
-        for g in optimiser.param_groups:
-            g["lr"] = now["lr"]
-        optimiser.param_groups[0]["weight_decay"] = now["weight_decay"]
-        logging = (step + 1) % args.log_every == 0 or step + 1 == stop
-        saving = (step + 1) % args.save_every == 0 or step + 1 == stop
-        numbers = 0
+        values, means = schedules(args, step, total), 0
+        for group in optimiser.param_groups:
+            group["lr"] = values["lr"]
+        optimiser.param_groups[0]["weight_decay"] = values["weight_decay"]
+        logging, saving = ((step + 1) % often == 0 or step + 1 == stop
+                           for often in (args.log_every, args.save_every))
+
+        # -- a step: loss, gradients, weights, teacher
         for micro in range(args.accum):
-            t = time.perf_counter()
-            x, y, *reasons = next(loader)                        # (B,V,C,P,P) uint8, (B,V,K)
-            waited += time.perf_counter() - t
-            for reason in {*itertools.chain(*reasons)} - skipped:
-                tqdm.write(f"--on-bad skip: {reason}")
-                skipped.add(reason)
+            begin = time.perf_counter()
+            x, y, *complaints = next(loader)                     # (B,V,C,P,P) uint8, (B,V,K)
+            waited += time.perf_counter() - begin
+            for complaint in {*itertools.chain(*complaints)} - skipped:
+                tqdm.write(f"--on-bad skip: {complaint}")
+                skipped.add(complaint)
             if len(skipped) > 0.01 * len(train):
                 raise ValueError(f"--on-bad skip: {len(skipped)} bad files are more than 1 % of "
                                  f"{len(train)} scenes")
             dice = Dice(args.seed, step, micro, rank, world)
             net.ddp.require_backward_grad_sync = micro == args.accum - 1
-            loss, parts, q, features = step_function(net, x, y, args, dice, now)
+            loss, parts, q, features = (pera_step if pera else softcon_step)(
+                net, x, y, args, dice, values)
             if logging and micro == 0 and "soft" in parts:
                 soft = args.soft_weight * parts["soft"]
-                now["soft_share"] = losses.soft_share(q, loss - soft, soft)
+                values["soft_share"] = losses.soft_share(q, loss - soft, soft)
             (loss / args.accum).backward()
-            numbers += torch.stack([loss, *parts.values()]).detach() / args.accum
+            means += torch.stack([loss, *parts.values()]).detach() / args.accum
         if world > 1:
-            dist.all_reduce(numbers)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in decay + plain])
-        fresh = torch.stack([torch.full_like(norm, step + 1), numbers[0] / world, norm])
-        bad = torch.where((bad[0] > 0) | fresh.isfinite().all(), bad, fresh)
+            dist.all_reduce(means)
+            means /= world
+        norm = torch.nn.utils.get_total_norm([p.grad for p in decayed + plain])
+        this = torch.stack([torch.full_like(norm, step + 1), means[0], norm])
+        bad = torch.where((bad[0] > 0) | this.isfinite().all(), bad, this)
         optimiser.found_inf = (bad[0] > 0).float()   # on the device: from there on no weight moves
         stopping = largest(len(asked), world) and step + 1 < stop
-        saving = saving or stopping
-        if logging or saving:
-            if bad[0] > 0:
-                at, why = int(bad[0]) - 1, "loss {:g}, gradient norm {:g}".format(*bad[1:])
-                keys = itertools.chain(*batches(train, args, 1, 0, at, at + 1))
-                if rank == 0:
-                    save(f"{args.out}/bad_step.json", json.dumps({
-                        "step": at, "why": why, "scenes": [scenes.ids[i] for i, _ in keys]}))
-                raise ValueError(f"step {at}: {why}; stopped before the weights changed, the last "
-                                 f"checkpoint is from before; the scenes: {args.out}/bad_step.json")
-            numbers = dict(zip(("loss", *parts), (numbers / world).tolist()))
+        if (logging or saving or stopping) and bad[0] > 0:
+            spoilt, why = int(bad[0]) - 1, "loss {:g}, gradient norm {:g}".format(*bad[1:])
+            keys = itertools.chain(*batches(train, args, 1, 0, spoilt, spoilt + 1))
+            if rank == 0:
+                save(f"{args.out}/bad_step.json", json.dumps({
+                    "step": spoilt, "why": why, "scenes": [scenes.ids[i] for i, _ in keys]}))
+            raise ValueError(f"step {spoilt}: {why}; stopped before the weights changed, the last "
+                             f"checkpoint is from before; the scenes: {args.out}/bad_step.json")
         if args.clip:
-            torch.nn.utils.clip_grads_with_norm_(decay + plain, args.clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(decayed + plain, args.clip, norm)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        models.ema_update(teacher, student, now["momentum"])
+        models.ema_update(teacher, student, values["momentum"])
+
+        # -- what is said and kept of it
         if logging and rank == 0:
             std, eff = losses.collapse(features)
             seconds = time.perf_counter() - clock
-            rate = scenes.views * args.batch_size * (step + 1 - since) / seconds
             low = (low + 1) * (step > round(args.warmup * total) and (std < 0.05 or eff < 2))
             if low == 10:                                              # lines of the log in a row
                 say(f"step {step + 1}: the teacher's features collapse: std {std:.3f} of 1, "
                     f"effective rank {eff:.1f}; lower --lr or raise --teacher-tau, --batch-size")
             memory = (torch.cuda.max_memory_allocated() if cuda else
                       resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)     # KiB on Linux
-            now = {"step": step + 1, "epoch": (step + 1) / per_epoch, **numbers, **now,
+            row = {"step": step + 1, "epoch": (step + 1) / per_epoch,
+                   **dict(zip(("loss", *parts), means.tolist())), **values,
                    "gradient_norm": float(norm), "feature_std": std, "effective_rank": eff,
-                   "images_per_s": rate, "data_wait": waited / seconds,
-                   "peak_memory_gb": memory / 1e9}
+                   "images_per_s": scenes.views * args.batch_size * (step + 1 - since) / seconds,
+                   "data_wait": waited / seconds, "peak_memory_gb": memory / 1e9}
             try:
                 with log.open("a") as file:
-                    file.write(json.dumps({k: round(v, 6) for k, v in now.items()}) + "\n")
+                    file.write(json.dumps({k: round(v, 6) for k, v in row.items()}) + "\n")
             except OSError as error:
                 raise OSError(f"{log}: not written ({error})") from None
             if args.tensorboard:
-                for k, v in now.items():
-                    board.add_scalar(k, v, step + 1)
+                for name, value in row.items():
+                    board.add_scalar(name, value, step + 1)
                 board.flush()
-            bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {rate:.0f} images/s")
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['images_per_s']:.0f} images/s")
             clock, waited, since = time.perf_counter(), 0.0, step + 1
-        if saving:
-            checkpoint(step + 1)
+        if (saving or stopping) and rank == 0:
+            save(f"{args.out}/backbone.pt", models.export_backbone(teacher.backbone))
+            save(ckpt, {"step": step + 1, "flags": flags, "world": world}
+                 | {name: part.state_dict() for name, part in kept.items()}, older)
         if stopping:
             run = f"torchrun --nproc-per-node {locals_}" if world > 1 else "python"
             say(f"stopped at step {step + 1}, saved; to go on:\n{run} "
