@@ -15,9 +15,6 @@ In both the teacher is an average of past students and gets no gradient.  All ra
 function of (--seed, step): data order, seasons, crops, masks.  So a resumed run repeats the
 undisturbed one, and W ranks see, together, what one rank would see.
 
-SIGTERM or SIGINT: the step is finished, saved, and the command that goes on is printed; a second
-one, a second later, ends at once.
-
 Defaults in brackets; four of them: softcon on toy, softcon on --data, pera on toy, pera on --data.
 """
 import argparse
@@ -125,16 +122,15 @@ def parse(argv):
                 continue
             like = default[0] if isinstance(default, tuple) else default
             first, *_ = like if isinstance(like, list) and like else [like]
-            kind = {"type": type(first) if isinstance(first, (int, float)) else str}
-            kind |= {"nargs": len(like) or "*"} if isinstance(like, list) else {}
-            kind |= {"choices": [*choices[0]]} if choices else {}
             text += "" if default in (None, []) else f" ({str(default).strip('()')})"
-            group.add_argument(f"--{name}", help=text, required=name == "modality",
-                               default=None if isinstance(default, tuple) else default, **kind)
+            group.add_argument(
+                f"--{name}", default=None if isinstance(default, tuple) else default, help=text,
+                type=type(first) if isinstance(first, (int, float)) else str,
+                nargs=(len(like) or "*") if isinstance(like, list) else None,
+                choices=[*choices[0]] if choices else None, required=name == "modality")
     args = parser.parse_args(argv)
-    for name, values in PRESETS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[2 * (args.method == "pera") + bool(args.data)])
+    for name in [name for name in PRESETS if getattr(args, name) is None]:
+        setattr(args, name, PRESETS[name][2 * (args.method == "pera") + bool(args.data)])
     args.soft_tau = args.soft_tau or losses.SOFT_TAU[args.soft_form]
     args.out = args.out or f"runs/{args.method}_{args.modality}"
     many, two = 2 ** 31, 2 * (args.method == "pera")
@@ -346,11 +342,12 @@ def annotated(work):
         if event != "return":
             stack.append((values, frame.f_lineno))
         return trace
+    debugger = sys.gettrace()
     sys.settrace(trace)
     try:
         return texts, work()
     finally:
-        sys.settrace(None)
+        sys.settrace(debugger)
 
 
 def dry_run(args, world):
@@ -389,7 +386,7 @@ def dry_run(args, world):
     kept = {s._cdata: s.nbytes() / 1e9 for s in (t.untyped_storage() for t in kept)}
     print(f"memory of a rank in GB: parameters {gb['student']:.2f}, gradients {gb['student']:.2f}, "
           f"AdamW {2 * gb['student']:.2f}, teacher {gb['teacher']:.2f}, activations "
-          f"{sum(n for s, n in kept.items() if s not in weights):.2f} (float32; about half in bf16)")
+          f"{sum(n for s, n in kept.items() if s not in weights):.2f} (float32; bf16: about half)")
     per_epoch = len(train) // args.batch_size
     total = args.epochs * per_epoch
     print(f"steps: {total}, {per_epoch} an epoch" + " (a guess: no data are here yet)" * (not here))
@@ -592,9 +589,8 @@ def main(argv=None, asked=()):
     n_images = sum(len(scenes.files[i]) for i in train)
     labelled = sum(int(scenes.labels[i].any(1).sum()) for i in train)
     say(f"data: {root}: {len(train)} of {len(scenes)} scenes to train on ({n_images} images of "
-        f"{scenes.size} px, {labelled} labelled), the others held out")
-    if not labelled and args.soft_weight:
-        say("no labels: the soft term is 0, the rest alone is trained")
+        f"{scenes.size} px, {labelled} labelled), the others held out"
+        + "; no labels: the soft term is 0" * (not labelled and args.soft_weight > 0))
     if n_images * len(data.BANDS[args.modality]) * scenes.size ** 2 < args.cache * 1e9:
         try:
             scenes.preload(train, args.workers)
@@ -635,10 +631,10 @@ def main(argv=None, asked=()):
         changed = {k.replace("_", "-"): k for k in flags if old.get(k) != flags[k]}
         for name in {*args.resume_with_changes} - {k.replace("_", "-") for k in flags}:
             raise ValueError(f"--resume-with-changes {name}: no flag that a run would compare")
-        for name in [n for n in changed if n not in args.resume_with_changes]:
-            k = changed[name]
-            raise ValueError(f"--{name} {flags[k]}: the run in {args.out} has {old.get(k)}; to "
-                             f"change it: --resume-with-changes {' '.join(changed)}")
+        for name, k in changed.items():
+            if name not in args.resume_with_changes:
+                raise ValueError(f"--{name} {flags[k]}: the run in {args.out} has {old.get(k)}; "
+                                 f"to change it: --resume-with-changes {' '.join(changed)}")
         try:
             for name, part in kept.items():
                 part.load_state_dict(state[name])

@@ -48,7 +48,7 @@ def test_softcon_with_a_vit_shows_every_tensor_of_its_step(toy, capsys):
     assert shown(out, "info_nce")["logits"] == [(8, 8)]
     assert shown(out, "soft_contrastive")["s"] == [(8, 8)]
     assert "qkv (16,17,576)" in out and "qkv (16,12,576)" in out           # all tokens; those kept
-    assert "z (16,256)" in out and "# (2B,256)" in out                     # and the lines themselves
+    assert "z (16,256)" in out and "# (2B,256)" in out                    # and the lines themselves
     assert "student: parameters in millions" in out and ", predictor 0.0" in out
     assert re.search("student: .*; tokens of a view, CLS included: 12$", out, re.M)
     assert re.search("teacher: .*; tokens of a view, CLS included: 17$", out, re.M)
@@ -121,9 +121,9 @@ def test_attention_is_counted_among_the_operations(capsys):
     out = said(capsys, "--modality", "s1", "--arch", "vit_tiny", *SMALL, "--img-size", "96")
     flops = float(re.search(r"operations: (\S+) TFLOP", out)[1]) * 1e12
     n, kept, d, images = 257, 180, 192, 16
-    block = {t: 24 * t * d * d + 4 * t * t * d for t in (n, kept)}          # 12 D^2 weights; q k, a v
+    block = {t: 24 * t * d * d + 4 * t * t * d for t in (n, kept)}         # 12 D^2 weights, q k, a v
     want = images * 12 * (block[n] + 3 * block[kept])
-    assert 0.97 < flops / want < 1.06                                       # embedding, heads, losses
+    assert 0.97 < flops / want < 1.06                                      # embedding, heads, loss
 
 
 def test_activations_are_what_autograd_keeps(toy, capsys):

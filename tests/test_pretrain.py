@@ -206,7 +206,8 @@ def test_tensorboard_gets_the_numbers_of_every_line_of_the_log(toy, tmp_path, mo
     run(toy, tmp_path / "r", "--max-steps", 4, "--resume", "--tensorboard")
     log = [json.loads(x) for x in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
     assert [b.rows for b in boards] == [{row["step"]: row for row in log[2:]}] and len(log) == 4
-    assert (boards[0].folder, boards[0].purge_step) == (str(tmp_path / "r"), 3) and boards[0].flushed == 2
+    assert (boards[0].folder, boards[0].purge_step) == (str(tmp_path / "r"), 3)
+    assert boards[0].flushed == 2
 
 
 def test_a_missing_tensorboard_is_named_before_anything_is_written(tmp_path, monkeypatch):

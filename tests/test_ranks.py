@@ -39,7 +39,7 @@ def step(net, x, k, y):
 
 
 def known_keys(q, k, y):
-    """The step's way: all ranks' keys and labels asked for at once, before the student's forward."""
+    """The step's way: all ranks' keys and labels asked for at once, before the student's pass."""
     gathered = losses.gather_soon(k, *y)
     later = q + 0                                                      # work between start and wait
     keys, all_y1, all_y2 = gathered()
