@@ -362,25 +362,24 @@ def dry_run(args, world):
         net = networks(args, "meta")
         x = torch.empty(B, 2 - pera, len(data.BANDS[args.modality]), size, size, dtype=torch.uint8)
         y = torch.empty(B, 2 - pera, scenes.labels[0].shape[1] if here else len(data.CLASSES))
-    sides = {"student": (net.student, {}), "teacher": (net.teacher, {})}
-    for side, lengths in sides.values():
+    tokens, weights, gb = {}, set(), {}
+    for name, side in (("student", net.student), ("teacher", net.teacher)):
+        counts = {part: sum(p.numel() for p in module.parameters()) / 1e6
+                  for part, module in (("parameters in millions", side), *side.named_children())}
+        print(f"{name}:", ", ".join(f"{part} {n:.2f}" for part, n in counts.items()))
+        gb[name] = 4e-3 * counts["parameters in millions"]
+        weights |= {p.untyped_storage()._cdata for p in side.parameters()}
         for block in getattr(side.backbone, "blocks", ()):
-            block.register_forward_pre_hook(lambda _, inputs, lengths=lengths: lengths.setdefault(
-                " and ".join(str(n) for _, n in inputs[1])))
+            block.register_forward_pre_hook(lambda _, inputs, name=name: tokens.setdefault(
+                f"{name} {' and '.join(str(n) for _, n in inputs[1])}"))
     with FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             texts, (loss, *_) = annotated(lambda: (pera_step if pera else softcon_step)(
                 net, x, y, args, Dice(args.seed, 0, 0, 0, 1), schedules(args, 0, 100)))
         loss.backward()
-    flops, weights, gb = counter.get_total_flops() / 1e12, set(), {}
+    flops = counter.get_total_flops() / 1e12
     print(*texts, sep="\n")
-    for name, (side, lengths) in sides.items():
-        counts = {part: sum(p.numel() for p in module.parameters()) / 1e6
-                  for part, module in (("parameters in millions", side), *side.named_children())}
-        gb[name] = 4e-3 * counts["parameters in millions"]
-        weights |= {p.untyped_storage()._cdata for p in side.parameters()}
-        print(f"{name}:", ", ".join(f"{part} {n:.2f}" for part, n in counts.items())
-              + "; tokens of a view, CLS included: " * bool(lengths) + ", then ".join(lengths))
+    print("tokens of a view, CLS included:", ", ".join(tokens) or "none, a ResNet")
     print(f"operations: {flops:.4g} TFLOP a micro-batch of {B} scenes, "
           f"{flops * args.accum * world:.4g} TFLOP a step of {args.batch_size}")
     kept = {s._cdata: s.nbytes() / 1e9 for s in (t.untyped_storage() for t in kept)}
