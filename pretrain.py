@@ -227,8 +227,14 @@ def networks(args, device, load=False, quiet=True):
     teacher.load_state_dict(student.state_dict(), strict=False)          # but for what it lacks
     for branch in (student, teacher):
         branch.to(device, memory_format=torch.channels_last)             # convolutions like it
-        if args.compile and not args.dry_run:
-            branch.compile()
+    if args.compile and not args.dry_run:
+        try:
+            torch.compile(lambda x: 2 * x)(torch.ones(2, device=device))         # is it possible?
+            student.compile()
+            teacher.compile()
+        except Exception as error:                                     # no compiler, an old GPU
+            if not quiet:
+                print(f"--compile: not here ({type(error).__name__}), the networks run as they are")
     return SimpleNamespace(student=student, ddp=student, teacher=teacher,
                            centre=losses.Centre(args.prototypes).to(device))
 

@@ -1,6 +1,7 @@
 """Claims about pretrain.py: schedules, order of the data, files, exact resume, refusals."""
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -297,3 +298,14 @@ def test_scripts_end_bad_input_with_one_line_and_a_nonzero_exit(script, flags, t
                           capture_output=True, text=True)
     assert done.returncode != 0 and text in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_compile_without_a_compiler_says_so_and_trains_as_it_would_have(toy, tmp_path):
+    flags = ["--modality", "s1", "--data", toy, "--arch", "vit_tiny", *SMALL, "--max-steps", "1"]
+    said = subprocess.run(
+        [sys.executable, str(ROOT / "pretrain.py"), *flags, "--out", str(tmp_path / "a"),
+         "--compile"], env=os.environ | {"CXX": "/no/compiler"}, capture_output=True, text=True)
+    assert said.returncode == 0 and said.stdout.count("--compile: not here") == 1, said.stderr
+    pretrain.main([*flags, "--out", str(tmp_path / "b")])
+    a, b = (torch.load(tmp_path / n / "backbone.pt", weights_only=True) for n in "ab")
+    assert equal(a, b)
