@@ -11,6 +11,7 @@ other key should follow how much the two scenes' land-cover labels overlap (soft
 
 PerA [4] shows student and teacher different patches of one crop; the student must choose the
 teacher's prototypes [3] and guess the pixels of patches that neither it nor anybody showed it.
+Equations are numbered as in the README.
 
 Letters: N queries of this rank, M keys of all ranks, D width, C classes, K prototypes,
 P patch side, tau temperature.
@@ -81,7 +82,7 @@ def label_similarity(y1, y2):
     With one label per scene this is class equality.  A row without labels gives 0 everywhere, which
     is no statement about the scene: `has_labels` tells it apart.
     """
-    return cosine(y1.float(), y2.float())
+    return cosine(y1.float(), y2.float())                                               # eq. (1)
 
 
 def full(x):
@@ -103,7 +104,7 @@ def info_nce(q, k, tau, offset=0):
     if len(k) < 2:
         raise ValueError("contrastive learning needs a global batch of at least 2")
     logits = cosine(q, k) / tau                                                             # (N, M)
-    return F.cross_entropy(logits, torch.arange(len(q), device=q.device) + offset)
+    return F.cross_entropy(logits, torch.arange(len(q), device=q.device) + offset)      # eq. (2)
 
 
 SOFT_TAU = {"ce": 0.2, "bce": 0.2, "bce_mean": 1.0}       # nothing is public: ours
@@ -132,7 +133,7 @@ def soft_contrastive(q, k, yq, yk, form="bce", tau=None, rows=None):
         terms = terms * (valid_q[:, None] & valid_k)
         terms = terms / valid_k.sum().clamp_min(1) if form == "bce_mean" else terms
     rows = valid_q.sum() if rows is None else rows
-    return terms.sum() / (rows + (rows == 0))
+    return terms.sum() / (rows + (rows == 0))                                           # eq. (3)
 
 
 def softcon_loss(q, k, yq, yk, tau=0.2, weight=0.5, form="bce", soft_tau=None, all_yq=None):
@@ -147,7 +148,7 @@ def softcon_loss(q, k, yq, yk, tau=0.2, weight=0.5, form="bce", soft_tau=None, a
     rank = dist.get_rank() if dist.is_initialized() else 0
     hard = info_nce(q, k, tau, offset=rank * len(q))
     soft = soft_over_ranks(q, k, yq, yk, form, soft_tau, all_yq)
-    return hard + weight * soft, hard, soft
+    return hard + weight * soft, hard, soft                                             # eq. (4)
 
 
 def soft_over_ranks(q, k, yq, yk, form="bce", tau=None, all_yq=None):
@@ -182,8 +183,8 @@ class Centre(torch.nn.Module):
         if dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
-        self.value = self.value.lerp(mean, 1 - self.momentum)     # a new tensor: the backward pass
-                                                                  # still needs the one it replaces
+        # a new tensor: the backward pass still needs the one it replaces
+        self.value = self.value.lerp(mean, 1 - self.momentum)                           # eq. (11)
 
 
 def dino_loss(student, teacher, centre, tau_teacher, tau_student=0.1):
@@ -192,7 +193,7 @@ def dino_loss(student, teacher, centre, tau_teacher, tau_student=0.1):
     Prototype scores s and t (n,K) of the same crops, centre c (1,K).  t gets no gradient.
     """
     target = ((full(teacher.detach()) - centre) / tau_teacher).softmax(1)
-    return -(target * (full(student) / tau_student).log_softmax(1)).sum(1).mean()
+    return -(target * (full(student) / tau_student).log_softmax(1)).sum(1).mean()       # eq. (7)
 
 
 def koleo(x):
@@ -203,7 +204,7 @@ def koleo(x):
     x = F.normalize(full(x))
     with torch.no_grad():
         nearest = (x @ x.T).fill_diagonal_(-2).argmax(1)
-    return -(F.pairwise_distance(x, x[nearest], eps=1e-8) + 1e-8).log().mean()
+    return -(F.pairwise_distance(x, x[nearest], eps=1e-8) + 1e-8).log().mean()          # eq. (8)
 
 
 def patchify(x, P):
@@ -218,7 +219,7 @@ def pixel_loss(guess, pixels, learn):
     that learn (b,m) names.  With PerA's 16 x 16 x 3 values that is its sum over a patch; the mean
     keeps the weight of the term for other patches and bands."""
     target = pixels.gather(1, learn[..., None].expand(-1, -1, pixels.shape[-1]))
-    return 768 * F.mse_loss(full(guess), full(target))
+    return 768 * F.mse_loss(full(guess), full(target))                                  # eq. (9)
 
 
 def pera_loss(student, teacher, prototypes, centre, tau_teacher, crops, n_global, tau=0.1):
@@ -256,7 +257,7 @@ def disjoint_masks(batch, n_tokens, student=0.2, learn=0.2, teacher=0.6, generat
         raise ValueError(f"mask ratios {student} {learn} {teacher} of {n_tokens} patches: each "
                          f"part needs at least one, and their sum may not exceed 1")
     order = torch.rand(batch, n_tokens, generator=generator).argsort(1)
-    parts = order[:, :first], order[:, first:middle], order[:, last:]
+    parts = order[:, :first], order[:, first:middle], order[:, last:]                   # eq. (6)
     return tuple(part.sort(1).values.to(device) for part in parts)
 
 

@@ -393,7 +393,8 @@ def ema_update(teacher, student, momentum):
     """teacher <- momentum * teacher + (1 - momentum) * student, for each parameter of the teacher.
     Buffers stay: the teacher's batch norms count their own batches [3]."""
     own = dict(teacher.named_parameters())
-    torch._foreach_lerp_([*own.values()], [student.get_parameter(n) for n in own], 1 - momentum)
+    new = [student.get_parameter(name) for name in own]
+    torch._foreach_lerp_([*own.values()], new, 1 - momentum)                            # eq. (5)
 
 
 # ----------------------------------------------------------------------------- weights in and out

@@ -307,7 +307,7 @@ def pera_step(net, x, y, args, dice, values):
     pixel = losses.pixel_loss(guess, sigmas, learn[0])
     net.centre.update(t.float().mean(0, keepdim=True) @ matrices[1].T)   # scores are linear in t
     parts = {"dino": dino, "koleo": spread, "pixel": pixel}
-    loss = dino + 0.1 * spread + 0.01 * pixel
+    loss = dino + 0.1 * spread + 0.01 * pixel                                           # eq. (10)
     if args.soft_weight:
         k, labels = keys()                                               # of all ranks
         parts["soft"] = sum(
