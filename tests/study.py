@@ -116,13 +116,13 @@ RGB_SOURCE = ["--holdout", "0", "--arch", "resnet18", "--img-size", "32", "--pat
               "--soft-weight", "0", "--epochs", "2", "--batch-size", "32"]
 COSTS = {         # bench.py's flags; of --method pera the crops are 224 and 96 px, 4,096 prototypes
     "SoftCon, all tokens": ["--part", "step", "--mask-ratio", "0"],
-    "SoftCon, 30 % masked": ["--part", "step"],
+    "SoftCon, 30 % masked, the preset": ["--part", "step"],
     "SoftCon, 60 % masked": ["--part", "step", "--mask-ratio", "0.6"],
     "SoftCon, 30 % masked, no soft term": ["--part", "step", "--soft-weight", "0"],
     "SoftCon, 30 % masked, bf16": ["--part", "step", "--amp", "bf16"],
-    "PerA, every token in both networks": ["--part", "dense"],
+    "PerA, all tokens in both networks": ["--part", "dense"],
     "PerA": ["--part", "sparse"],
-    "PerA + soft": ["--part", "sparse", "--soft-weight", "0.5"],
+    "PerA, soft term": ["--part", "sparse", "--soft-weight", "0.5"],
     "PerA, no local crops": ["--part", "sparse", "--crops", "2", "0"],
     "PerA, bf16": ["--part", "sparse", "--amp", "bf16"]}
 
@@ -292,13 +292,13 @@ def cell(values, digits=3):
 
 
 def values(name, modality, metric, row="checkpoint", probe=0):
-    """`metric` of each seed of the run "study/name", for a row of the probe: "checkpoint", "random"
-    weights, or "stats", which on the toy world knows no seed."""
+    """`metric` of each seed of the run "study/name", for a row of the probe: "checkpoint", or
+    "random" weights and "stats", which runs share: each value once."""
     study, name = name.split("/")
     lines = sorted((r for r in rows(study) if r["key"].split("/")[1:3] == [name, modality]),
                    key=lambda r: r["key"])
-    found = [v for r in lines for v in r["probes"][probe]["all"][row][metric]]
-    return sorted(set(found)) if row == "stats" and metric != "accuracy" else found
+    found = [r["probes"][probe]["all"][row][metric] for r in lines]
+    return [v[0] for v in found] if row == "checkpoint" else list(dict.fromkeys(sum(found, [])))
 
 
 def both_sensors(name, row="checkpoint"):
@@ -325,15 +325,21 @@ def toy_table():
     marks = [[marks[m][k]] if m in marks else [] for m in ("s1", "s2c")
              for k in ("micro_map", "macro_map")]
     yield f"| ResNet-18, supervised | {' | '.join(map(cell, marks))} |"
-    for title, a, b in (("gain of soft", "softcon/+ soft", "softcon/InfoNCE"),
+
+
+def gains():
+    parts = []
+    for title, a, b in (("soft over InfoNCE", "softcon/+ soft", "softcon/InfoNCE"),
                         ("the same, 28 epochs", "long/+ soft", "long/InfoNCE"),
-                        ("gain of mask", "softcon/+ mask", "softcon/InfoNCE"),
-                        ("gain of mask beside soft", "softcon/both", "softcon/+ soft")):
-        pairs = zip(both_sensors(a), both_sensors(b))
-        gains = [np.subtract(x, y) if len(x) == len(y) > 1 else [] for x, y in pairs]
-        parts = [f"{np.mean(d):+.3f} ({np.std(d, ddof=1) / len(d) ** 0.5:.3f})" if len(d) else
-                 "not run" for d in gains]
-        yield f"| {title} (standard error) | {' | '.join(parts)} |"
+                        ("mask over InfoNCE", "softcon/+ mask", "softcon/InfoNCE"),
+                        ("mask beside soft", "softcon/both", "softcon/+ soft")):
+        for modality in ("s1", "s2c"):
+            x, y = (values(name, modality, "micro_map") for name in (a, b))
+            if len(x) == len(y) > 1:
+                d = np.subtract(x, y)
+                parts.append(f"{title}, {modality}, {d.mean():+.3f} "
+                             f"({d.std(ddof=1) / len(d) ** 0.5:.3f})")
+    yield f"Gains in micro, mean (standard error of paired seeds): {'; '.join(parts)}."
 
 
 SWITCHES = {       # switch: {value: run}; "softcon/both" is the default
@@ -388,16 +394,20 @@ def chip_table():
 
 
 def cost_table():
-    yield "| a step | images/s | memory above rest, GB |"
-    yield "|---|---|---|"
-    for row in rows("costs"):
-        said = next(v for v in row.values() if isinstance(v, dict))
-        yield f"| {row['key'].split('/')[1]} | {said['images_per_s']:.1f} | {said['step_gb']:.2f} |"
+    said = {r["key"].split("/")[1]: next(v for v in r.values() if isinstance(v, dict))
+            for r in rows("costs")}
+    yield "| SoftCon, ViT-S/14 | images/s | GB | PerA, ViT-S/16 | images/s | GB |"
+    yield "|---|---|---|---|---|---|"
+    for names in zip(*(iter([n for n in COSTS if n.startswith(m)]) for m in ("SoftCon", "PerA"))):
+        cells = [(n.partition(", ")[2] or "as released", f"{said[n]['images_per_s']:.1f}",
+                  f"{said[n]['step_gb']:.2f}") if n in said else (n, "not run", "not run")
+                 for n in names]
+        yield f"| {' | '.join(itertools.chain(*cells))} |"
 
 
 def tables():
     """Every line that the README takes from tests/results/."""
-    for table in (toy_table, switch_table, start_table, chip_table, cost_table):
+    for table in (toy_table, gains, switch_table, start_table, chip_table, cost_table):
         yield from table()
 
 
