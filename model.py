@@ -326,8 +326,9 @@ class Branch(nn.Module):
         self.predictor = head([out, hidden, out]) if predict else nn.Identity()
 
     def forward(self, x, keep=None):
-        features = self.backbone(x) if keep is None else self.backbone(x, keep)
-        return self.predictor(self.projector(features)), features         # (B, out), (B, D)
+        features = self.backbone(x) if keep is None else self.backbone(x, keep)       # (B, D)
+        z = self.projector(features)                                                  # (B, out)
+        return self.predictor(z), features
 
 
 class PrototypeHead(nn.Module):
