@@ -166,8 +166,8 @@ def listing():
     every_chip = "runs/study/chips/s2c_70_0/all"
     add("eurosat", "PerA, all chips", "s2c", 0,
         ["--data", every_chip, *TINY, *SENSOR["s2c"], *CHIPS["PerA"]],
-        probes=[["--task", "eurosat", "--data", every_chip, "--seeds", "5", *feature, "--head", head]
-                for feature in every for head in ("ridge", "logistic")])
+        probes=[["--task", "eurosat", "--data", every_chip, "--seeds", "5", *f, "--head", head]
+                for f in every for head in ("ridge", "logistic")])
     for name in CHIPS:
         chips("eurosat", name, "rgb", 0, 70, *TINY, *SENSOR["rgb"], *CHIPS[name])
     for seed, weight in itertools.product(range(2), (0, 0.5)):
