@@ -104,8 +104,9 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_ends_in_the_same_bits(world, tm
 def test_killed_at_any_moment_and_resumed_a_run_ends_in_the_same_bits():
     done = subprocess.run([sys.executable, str(ROOT / "tests" / "kill.py"), "--kills", "6"],
                           capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout
     result = json.loads(done.stdout.splitlines()[-1])
-    assert done.returncode == 0 and result["kills"] == 6
+    assert result["kills"] == 6
     assert result["unreadable"] == 0 and result["identical"] and result["resumed_from"] > 1
 
 
