@@ -298,13 +298,14 @@ def cell(values, digits=3):
 
 
 def values(name, modality, metric, row="checkpoint", probe=0):
-    """`metric` of each seed of the run "study/name", for a row of the probe: "checkpoint", or
-    "random" weights and "stats", which runs share: each value once."""
+    """`metric` of the seeds of the run "study/name", for a row of the probe: "checkpoint", or
+    "random" weights and "stats", which runs share; a value that comes again counts once."""
     study, name = name.split("/")
     lines = sorted((r for r in rows(study) if r["key"].split("/")[1:3] == [name, modality]),
                    key=lambda r: r["key"])
-    found = [r["probes"][probe]["all"][row][metric] for r in lines]
-    return [v[0] for v in found] if row == "checkpoint" else list(dict.fromkeys(sum(found, [])))
+    found = [dict.fromkeys(r["probes"][probe]["all"][row][metric]) for r in lines]
+    return [v for x in found for v in x] if row == "checkpoint" else [*dict(
+        itertools.chain(*(x.items() for x in found)))]
 
 
 def both_sensors(name, row="checkpoint"):
@@ -390,7 +391,9 @@ def chip_table():
     yield f"| accuracy on held-out chips | {' | '.join(columns)} |"
     yield "|---|---|---|---|---|---|"
     lines = [*((n, n, "checkpoint") for n in CHIPS), ("random weights", "PerA", "random"),
-             ("mean and std", "PerA", "stats")]
+             ("mean and std", "PerA", "stats"), ("PerA, all chips", "PerA, all chips", "checkpoint"),
+             ("random weights, same splits", "PerA, all chips", "random"),
+             ("mean and std, same splits", "PerA, all chips", "stats")]
     for title, name, row in lines:
         cells = [cell(values(f"eurosat/{name}", modality, "accuracy", row, p))
                  for modality, p in columns.values()]
