@@ -748,7 +748,8 @@ def make_toy(root, scenes=2000, size=36, seed=0, workers=os.cpu_count()):
     what = json.dumps({"scenes": scenes, "size": size, "seed": seed, "version": 1})
     if os.path.exists(f"{root}/toy.json") and read_text(f"{root}/toy.json") == what:
         return root
-    require(not os.path.exists(root), f"{root}: exists and is not the toy world {what}")
+    require(not os.path.exists(root), f"{root}: exists and is not the toy world {what}; "
+            f"delete it, or name it with --data")
     require(size % 6 == 0 and size >= 12 and scenes > 0,
             f"toy world of {scenes} scenes of {size} pixels: size is a multiple of 6, >= 12")
     part = f"{root}.part{os.getpid()}"

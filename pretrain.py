@@ -1,4 +1,4 @@
-"""Pretraining, one process or many, CPU or CUDA, the same file.  [reading time: 18 minutes]
+"""Pretraining, one process or many, CPU or CUDA, the same file.  [reading time: 20 minutes]
 
     torchrun pretrain.py --modality s1                        toy world, small net, CPU: 4 minutes
     torchrun pretrain.py --modality s2c --data DIR --init dinov2_vits14_pretrain.pth     one GPU
@@ -50,15 +50,16 @@ import model as models
 FLAGS = {   # default, or (softcon on toy, on --data, pera on toy, on --data); help; choices
     "data": {
         "modality": (None, "s1 radar, s2c optical, s2a the same, air corrected, rgb", data.BANDS),
-        "data": (None, "folder: SSL4EO-S12 tree or class folders; none: a toy world in ./toy"),
+        "data": (None, "SSL4EO-S12 tree or class folders, with the full-size preset;\n"
+                 "none: a toy world in ./toy, with a small one"),
         "labels": (None, "SSL4EO-S12-ML json (ssl4eo_multilabel.json in --data), or 'classes'"),
         "holdout": ((0.4, 0.1, 0.4, 0.1), "share of scenes, by hash of the name, for probe.py"),
         "img-size": ((32, 224, 32, 224), "side of a (global) crop in pixels"),
         "crop-min": ((0.5, 0.2, 0.4, 0.4), "smallest share of the image in a (global) crop"),
         "crops": (([2, 8], [2, 8], [2, 2], [2, 8]), "pera: global and local crops of an image"),
         "local-size": ((0, 0, 16, 96), "pera: side of a local crop, 0.05 to --crop-min of it"),
-        "jitter": ((0.0, 0.4, 0.4, 0.4), "of brightness and contrast; s1, pera only: a dB offset"),
-        "grey": ((0.0, 0.2, 0.1, 0.1), "share of views turned grey; pera: of the student's"),
+        "jitter": ((0.0, 0.4, 0.4, 0.4), "of brightness and contrast; s1: pera's dB offset"),
+        "grey": ((0.0, 0.2, 0.1, 0.1), "share of views turned grey; pera: 0.8 of it, student"),
         "cache": (4.0, "decode once and keep in memory if it fits in this many GB per rank"),
         "on-bad": ("stop", "unreadable file: skip = another scene, up to 1 %%", ["stop", "skip"])},
     "model": {
@@ -77,7 +78,7 @@ FLAGS = {   # default, or (softcon on toy, on --data, pera on toy, on --data); h
         "teacher-tau": ([0.03, 0.05], "pera: of the teacher, first and after 0.15 of the steps"),
         "soft-weight": ((0.5, 0.1, 0.0, 0.0), "of the soft label term; see soft_share in the log"),
         "soft-form": ("bce", "its formula, losses.soft_contrastive", losses.SOFT_TAU),
-        "soft-tau": (0.0, "its temperature; 0: losses.SOFT_TAU"),
+        "soft-tau": (0.0, "its temperature; 0: 0.2, with bce_mean 1"),
         "mask-ratio": (0.3, "softcon: share of the student's patches that are masked"),
         "ratios": ([0.2, 0.2, 0.6], "pera: patches for the student, to guess, for the teacher")},
     "optimisation": {
@@ -312,7 +313,7 @@ def pera_step(net, x, y, args, dice, values):
         k, labels = keys()                                               # of all ranks
         parts["soft"] = sum(
             losses.soft_over_ranks(q, k, y, labels, args.soft_form, args.soft_tau, labels)
-            for q, k in zip(cls.chunk(n_global + n_local), k.unbind(1))) / n_global
+            for q, k in zip(cls[:n_global * len(x)].chunk(n_global), k.unbind(1))) / n_global
         loss = loss + args.soft_weight * parts["soft"]
     return loss, parts, cls, features[:len(x)]
 
