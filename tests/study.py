@@ -273,7 +273,7 @@ def run(names, workers, shared):
         if not at.exists():
             make_chips(Path(shared, "eurosat_rgb" if at.name.startswith("rgb") else "eurosat_ms"),
                        at)
-    busy, environment = {}, os.environ | {"OMP_NUM_THREADS": "1"}
+    busy, environment = {}, {"OMP_NUM_THREADS": "1"} | os.environ
     while todo or busy:
         while todo and len(busy) < workers:
             key = todo.pop(0)
@@ -449,7 +449,7 @@ def main(argv=None):
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", choices=["run", "one", "tables", "curve"])
     parser.add_argument("names", nargs="*", help="studies, keys; curve: run, file")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time; OMP_NUM_THREADS each, or 1 thread")
     parser.add_argument("--shared", default=".", help="folder of eurosat_ms and eurosat_rgb")
     args = parser.parse_args(argv)
     if args.what == "run":
