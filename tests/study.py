@@ -1,6 +1,7 @@
 """The runs behind the README's results: trains, probes, keeps a line a run in tests/results/.
 
-    python tests/study.py run softcon pera --workers 2      what is missing of these, two at a time
+    python tests/study.py run softcon pera --workers 2      what is missing of these, two at a time,
+                                                            one thread each, or OMP_NUM_THREADS
     python tests/study.py run eurosat 'pera/*/s1/0' --shared DIR    DIR: eurosat_ms and eurosat_rgb
     python tests/study.py tables                            the README's tables, from tests/results/
     python tests/study.py curve runs/softcon_s1 x.svg       a run's log as a figure
@@ -248,12 +249,7 @@ def one(key):
     flags = [*flags, "--amp", "bf16", "--workers", "0", "--save-every", "1000000"]
     pretrain.main([*flags, "--out", out])
     log = json.loads(Path(out, "log.jsonl").read_text().splitlines()[-1])
-    weights = Path(out, "backbone.pt")
-    if key.startswith("classes"):      # probe.py refuses a run that saw the classes it tests: here
-        weights = Path(out, "alone", "backbone.pt")        # they are those of other chips
-        weights.parent.mkdir(exist_ok=True)
-        weights.write_bytes(Path(out, "backbone.pt").read_bytes())
-    said = [probe.main(["--ckpt", str(weights), "--bootstrap", "0", "--cache",
+    said = [probe.main(["--ckpt", f"{out}/backbone.pt", "--bootstrap", "0", "--cache",
                         "runs/study/cache", "--workers", "0", *more]) for more in probes]
     known = ("n_train", "n_test", "all", "interval", "difference")
     keep(key, flags, switch=switch and switch.__name__, minutes=(time.time() - start) / 60, log=log,
@@ -449,7 +445,7 @@ def main(argv=None):
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", choices=["run", "one", "tables", "curve"])
     parser.add_argument("names", nargs="*", help="studies, keys; curve: run, file")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time; OMP_NUM_THREADS each, or 1 thread")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--shared", default=".", help="folder of eurosat_ms and eurosat_rgb")
     args = parser.parse_args(argv)
     if args.what == "run":
