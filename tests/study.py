@@ -223,9 +223,16 @@ def rows(study):
     return [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
 
 
+def commit():
+    """Short git hash of the code, with + when any file but the results differs from it."""
+    words = ["git", "diff", "--quiet", "HEAD", "--", ".", ":!tests/results"]
+    changed = subprocess.run(words, cwd=RESULTS.parent.parent).returncode
+    return pretrain.commit().rstrip("+") + "+" * (changed != 0)
+
+
 def keep(key, flags, **more):
     """One line to the study's file."""
-    row = {"key": key, "flags": " ".join(flags), "commit": pretrain.commit(), "device": "cpu",
+    row = {"key": key, "flags": " ".join(flags), "commit": commit(), "device": "cpu",
            "threads": torch.get_num_threads(), "torch": torch.__version__,
            "python": platform.python_version()} | more
     RESULTS.mkdir(exist_ok=True)
