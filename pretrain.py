@@ -333,7 +333,8 @@ def annotated(work):
             elif isinstance(value, (list, tuple)):
                 yield from shapes((f"{name}[{i}]", v) for i, v in enumerate(value))
 
-    def trace(frame, event, arg):        # Python calls it as a function begins, then at every line
+    def trace(frame, event, arg):
+        """What Python calls as a function begins, then at every line of it and at its end."""
         code = frame.f_code
         if code.co_filename not in ours or code.co_name[0] == "<" or (
                 len({number for *_, number in code.co_lines()}) < 3):            # a one-liner
