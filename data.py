@@ -42,22 +42,28 @@ from tqdm import tqdm
 
 CLASSES = ("water", "trees", "grass", "flooded vegetation", "crops", "shrub & scrub", "built",
            "bare", "snow & ice")                            # Dynamic World's indices 0..8
-S2 = "B1 B2 B3 B4 B5 B6 B7 B8 B8A B9 B10 B11 B12".split()
-BANDS = {"s1": ["VV", "VH"], "s2c": S2, "s2a": [b for b in S2 if b != "B10"], "rgb": [*"RGB"]}
-COLOURS = {"s1": [0, 1, 0], "s2c": [3, 2, 1], "s2a": [3, 2, 1], "rgb": [0, 1, 2]}    # for the eye
-SHRINK = {"B1": 6, "B9": 6, "B10": 6, **dict.fromkeys("B5 B6 B7 B8A B11 B12".split(), 2)}
-# units and types on disk: S1 backscatter in dB, float32; S2 reflectance x 10000, uint16
-DTYPE = {"s1": np.float32, "s2c": np.uint16, "s2a": np.uint16}
-# mean and std of the full SSL4EO-S12 set [SSL4EO-S12 convert_rgb.py; torchgeo resnet.py];
-# ben: of BigEarthNet's own S2 L2A pixels [SSL4EO-S12 bigearthnet_dataset_seco.py]
-STATS = {name: [[float(x) for x in row.split()] for row in rows] for name, rows in {
-    "s1": ("-12.59 -20.26", "5.26 5.91"),
-    "s2c": ("1612.9 1397.6 1322.3 1373.1 1561 2108.4 2390.7 2318.7 2581 837.7 22 2195.2 1537.4",
+# a modality a row: its bands; side of their pixels, the finest 1; type on disk (S1 backscatter in dB,
+# S2 reflectance x 10000); the bands that look red, green, blue; mean and std of the full SSL4EO-S12
+# [SSL4EO-S12 convert_rgb.py; torchgeo resnet.py]
+SENSORS = {
+    "s1": ("VV VH", "1 1", np.float32, [0, 1, 0], "-12.59 -20.26", "5.26 5.91"),
+    "s2c": ("B1 B2 B3 B4 B5 B6 B7 B8 B8A B9 B10 B11 B12", "6 1 1 1 2 2 2 1 2 6 6 2 2",
+            np.uint16, [3, 2, 1],
+            "1612.9 1397.6 1322.3 1373.1 1561 2108.4 2390.7 2318.7 2581 837.7 22 2195.2 1537.4",
             "791 854.3 878.7 1144.9 1127.5 1164.2 1276 1249.5 1345.9 577.5 47.5 1340 1142.9"),
-    "s2a": ("756.4 889.6 1151.7 1307.6 1637.6 2212.6 2442 2538.9 2602.9 2666.8 2388.8 1821.5",
+    "s2a": ("B1 B2 B3 B4 B5 B6 B7 B8 B8A B9 B11 B12", "6 1 1 1 2 2 2 1 2 6 2 2",
+            np.uint16, [3, 2, 1],
+            "756.4 889.6 1151.7 1307.6 1637.6 2212.6 2442 2538.9 2602.9 2666.8 2388.8 1821.5",
             "1111.4 1159.1 1188.1 1375.2 1376.6 1358.6 1418.4 1476.4 1439.9 1582.1 1460.7 1352.2"),
-    "ben": ("341 430 614 590 951 1792 2075 2219 2266 2246 1594 1009",
-            "555 572 583 676 730 1096 1273 1365 1356 1302 1079 819")}.items()}
+    "rgb": ("R G B", "1 1 1", np.uint8, [0, 1, 2], "", "")}
+BANDS = {m: row[0].split() for m, row in SENSORS.items()}
+SHRINK = {m: dict(zip(BANDS[m], map(int, row[1].split()))) for m, row in SENSORS.items()}
+PRODUCTS = [m for m in BANDS if m != "rgb"]                             # a folder of bands each
+DTYPE, COLOURS = ({m: row[k] for m, row in SENSORS.items()} for k in (2, 3))
+STATS = {m: [[float(v) for v in text.split()] for text in row[4:]] for m, row in SENSORS.items()}
+# of BigEarthNet's own S2 L2A pixels [SSL4EO-S12 bigearthnet_dataset_seco.py]
+STATS["ben"] = [[341, 430, 614, 590, 951, 1792, 2075, 2219, 2266, 2246, 1594, 1009],
+                [555, 572, 583, 676, 730, 1096, 1273, 1365, 1356, 1302, 1079, 819]]
 
 # ---------------------------------------------------------------------------------------- reading
 
@@ -167,7 +173,7 @@ def read_product(folder, modality, size, prefix="", stats=None, scale=to_uint8):
     for name in BANDS[modality]:
         on_disk = prefix + re.sub(r"^B(\d)$", r"B0\1", name) if prefix else name
         try:
-            x = read_band(f"{folder}/{on_disk}.tif", modality, size // SHRINK.get(name, 1))
+            x = read_band(f"{folder}/{on_disk}.tif", modality, size // SHRINK[modality][name])
             bands.append(resize(x, size).reshape(size, size))
         except ValueError as error:
             bad.append(str(error))
@@ -276,7 +282,7 @@ def SSL4EO(root, modality, labels=None, seasons=2):
     """
     ids, files, rows = subfolders(f"{root}/{modality}"), [], []
     require(ids, f"{root}/{modality}: no scenes")
-    trees = {m: f"{root}/{m}" for m in BANDS if os.path.isdir(f"{root}/{m}")}
+    trees = {m: f"{root}/{m}" for m in PRODUCTS if os.path.isdir(f"{root}/{m}")}
     for tree in trees.values():
         for i in sorted({*subfolders(tree)} - {*ids}):
             raise ValueError(f"{root}/{modality}/{i}: missing, while {tree}/{i} is there")
@@ -285,7 +291,7 @@ def SSL4EO(root, modality, labels=None, seasons=2):
         mine, products = table.get(i, {}), sorted(subfolders(f"{root}/{modality}/{i}"), key=date)
         require(products, f"{root}/{modality}/{i}: scene without a {modality} product")
         names = products                                             # of the S2 images
-        if modality == "s1":
+        if modality[:2] != "s2":
             names = sorted(subfolders(f"{s2}/{i}") if s2 else mine, key=date)
         for name in mine.keys() - {*names}:
             raise ValueError(f"{labels}: scene {i} has no product {name}")
@@ -314,7 +320,7 @@ def read_labels(path):
 def read_image(path, modality, size=None, order=None, scale=to_uint8):
     """One TIFF, PNG or JPEG -> uint8 (C,P,P); order: where the file keeps each band of `modality`.
     A PNG's or JPEG's grey is repeated, a PNG's alpha left out; other bands or types are refused."""
-    bands, dtype = len(BANDS[modality]), np.dtype(DTYPE.get(modality, np.uint8))
+    bands, dtype = len(BANDS[modality]), np.dtype(DTYPE[modality])
     if path.lower().endswith((".tif", ".tiff")):
         x = read_tiff(path)
     else:
@@ -422,19 +428,22 @@ def listed(path, have, skip=False, names=()):
 
 
 def open_data(root, modality, labels=None, views=2):
-    """The reader that fits what lies in `root`; labels: a json, or "classes" for class folders."""
-    folders = {*subfolders(root)}
+    """The reader that fits what lies in `root`.  labels: a json (an SSL4EO-S12 tree's own is found)
+    or "classes", those of class folders; else the images have none.  Packed ones bring theirs."""
+    folders, own = {*subfolders(root)}, f"{root}/ssl4eo_multilabel.json"
     if os.path.exists(f"{root}/images.uint8"):
         return Packed(root, modality, views, labels)
-    products = bool(folders & {*DTYPE})
+    products = bool(folders & {*PRODUCTS})
     require(modality in folders or not products, f"{root}: has no modality {modality}")
     require(not labels or products != (labels == "classes"),
             f"--labels {labels}: {root} holds {'products' if products else 'classes'}")
     if products:
-        return SSL4EO(root, modality, labels, views)
-    if folders & set().union(*BEN_TOP.values()):
-        return BigEarthNet(root, None, modality, views)
-    return (EuroSAT if folders & EUROSAT_CLASSES else Folder)(root, modality, views)
+        return SSL4EO(root, modality, labels or (own if os.path.exists(own) else None), views)
+    ben = folders & set().union(*BEN_TOP.values())
+    reader = BigEarthNet if ben else EuroSAT if folders & EUROSAT_CLASSES else Folder
+    scenes = reader(root, modality=modality, views=views)
+    scenes.labels = [y * (labels == "classes") for y in scenes.labels]
+    return scenes
 
 
 # -------------------------------------------------------------------------- packing and checking
@@ -724,11 +733,10 @@ def write_toy_scene(i, root, size, seed):
         name = f"{day}T054639_{day}T054831_T43RCP"
         radar = f"S1A_IW_GRDH_1SDV_{day}T010203_{day}T010228_032911_03CFF0_9BAF"
         entry[name] = labels
-        for folder, bands in ((f"{root}/s2c/{i:07d}/{name}", zip(S2, s2)),
-                              (f"{root}/s1/{i:07d}/{radar}", zip(BANDS["s1"], s1))):
+        for m, product, bands in (("s2c", name, s2), ("s1", radar, s1)):
+            folder = f"{root}/{m}/{i:07d}/{product}"
             os.makedirs(folder)
-            for band, x in bands:
-                k = SHRINK.get(band, 1)
+            for x, (band, k) in zip(bands, SHRINK[m].items()):
                 x = x.reshape(size // k, k, size // k, k).mean((1, 3)).astype(x.dtype)
                 tags = [(33550, "d", 3, (10 * k / 111320,) * 2 + (0,), True),   # GeoTIFF: EPSG:4326
                         (33922, "d", 6, (0, 0, 0, 0.1 * (i % 1000), 45, 0), True),
@@ -795,11 +803,7 @@ def main(argv=None):
     if args.command == "toy":
         make_toy(args.root, args.scenes, args.size, args.seed)
         return False
-    default = f"{args.root}/ssl4eo_multilabel.json"
-    labels = args.labels or (default if os.path.exists(default) else None)
-    scenes = open_data(args.root, args.modality, labels)
-    if not labels and scenes.memory is None:                               # as in pretrain.py
-        scenes.labels = [np.zeros_like(y) for y in scenes.labels]
+    scenes = open_data(args.root, args.modality, args.labels)
     files, bad = [f for row in scenes.files for f in row], []
     what = f"{len(files)} images of {len(scenes)} scenes"
     if args.command == "pack":

@@ -480,11 +480,11 @@ def build_from(path, in_chans=0, quiet=True):
     return model
 
 
-def adapt_input(weight, fresh, adapt):
+def adapt_input(weight, fresh, adapt, rgb=(3, 2, 1)):
     """First-layer weight (D, C_file, k, k) for fresh.shape[1] channels; ValueError if it cannot be.
 
     random: the fresh one, as SoftCon.  mean: the file's average in every band, times C_file / C, so
-    that the output keeps its size.  rgb: copied to red, green, blue (B4, B3, B2), fresh elsewhere.
+    that the output keeps its size.  rgb: copied to these channels (B4, B3, B2), fresh elsewhere.
     12 and 13 bands, whatever `adapt`, share all but B10: the output is the file's at B10 = 0."""
     weight, C_file, C = weight.to(fresh), weight.shape[1], fresh.shape[1]
     if {C_file, C} == {12, 13}:                                              # B10 has index 10
@@ -493,19 +493,19 @@ def adapt_input(weight, fresh, adapt):
         return fresh
     if adapt == "mean":
         return weight.mean(1, keepdim=True).expand_as(fresh) * (C_file / C)
-    if adapt != "rgb" or C_file != 3 or C not in (12, 13):
+    if adapt != "rgb" or C_file != 3 or len({*rgb}) < 3 or C <= max(rgb):
         raise ValueError(f"adapt={adapt} does not lead from {C_file} to {C} channels")
-    return fresh.index_copy(1, torch.tensor([3, 2, 1], device=fresh.device), weight)
+    return fresh.index_copy(1, torch.tensor(rgb, device=fresh.device), weight)
 
 
 @torch.no_grad()
-def load_pretrained(model, path, adapt="random", quiet=False, weights=None):
+def load_pretrained(model, path, adapt="random", quiet=False, weights=None, rgb=(3, 2, 1)):
     """Fill `model` from a checkpoint file; returns and prints what happened to every tensor.
 
     {"loaded", "resampled" (position table), "adapted" (input layer), "fresh" (kept its start),
     "ignored" (only in the file)} -> names.  ValueError that names it: a tensor that the file lacks
     (but for mask token, LayerScale, then 1, batch counters) or has in another shape, a block only
-    in the file.  weights: read_weights(path), if called before."""
+    in the file.  weights: read_weights(path), if called before; adapt, rgb: as adapt_input."""
     state, rest = weights or read_weights(path, in_chans=model.in_chans)
     own, keys = model.state_dict(), " ".join([*state, *rest])
     extra = [k for k in state if k not in own]
@@ -517,7 +517,7 @@ def load_pretrained(model, path, adapt="random", quiet=False, weights=None):
         new, verdict = state.get(name, old), "loaded"
         if new.shape != old.shape:
             if name in FIRST and new.shape[:1] + new.shape[2:] == old.shape[:1] + old.shape[2:]:
-                new, verdict = adapt_input(new, old, adapt), "adapted"
+                new, verdict = adapt_input(new, old, adapt, rgb), "adapted"
             elif name == "pos_embed" and new.shape[::2] == old.shape[::2] and (
                     new.shape[1] > 1 and (new.shape[1] - 1) ** 0.5 % 1 == 0):
                 new, verdict = model.positions(*model.grid, new), "resampled"

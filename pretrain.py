@@ -224,7 +224,8 @@ def networks(args, device, load=False, quiet=True):
             models.Branch(backbone, args.hidden, predict)
     student, teacher = side(args.drop_path, True), side(0.0, False).requires_grad_(False)
     if load:
-        models.load_pretrained(student.backbone, args.init, args.adapt, quiet, weights)
+        models.load_pretrained(student.backbone, args.init, args.adapt, quiet, weights,
+                               data.COLOURS[args.modality])
     teacher.load_state_dict(student.state_dict(), strict=False)          # but for what it lacks
     for branch in (student, teacher):
         branch.to(device, memory_format=torch.channels_last)             # convolutions like it
@@ -240,6 +241,17 @@ def networks(args, device, load=False, quiet=True):
                            centre=losses.Centre(args.prototypes).to(device))
 
 
+def two_views(x, args, dice):
+    """Two seasons of each scene, uint8 (B,2,C,H,W) -> a view of each, season by season, (2B,C,h,w)
+    in [0,1]; draws from dice."""
+    total, g = 2 * len(x) * dice.world, dice.generator
+    p = dice.ours(data.draw_crops(total, g, args.crop_min)
+                  | data.draw_colours(total, args.modality, g, 0.8 * (args.modality != "s1"),
+                                      args.jitter, args.grey), 2)
+    views = data.colour(data.crop(x.transpose(0, 1).flatten(0, 1), p, args.img_size), p)
+    return views.contiguous(memory_format=torch.channels_last)
+
+
 def softcon_step(net, x, y, args, dice, values):
     """Both directions of SoftCon on one micro-batch.
 
@@ -247,15 +259,9 @@ def softcon_step(net, x, y, args, dice, values):
     Returns the loss, its parts for the log, the student's embeddings (2B,256), on which the soft
     term acts, and the teacher's features (2B,D).
     """
-    g, total = dice.generator, 2 * len(x) * dice.world
-    grid = (args.img_size // args.patch_size,) * 2
-    p = dice.ours(data.draw_crops(total, g, args.crop_min)
-                  | data.draw_colours(total, args.modality, g, 0.8 * (args.modality != "s1"),
-                                      args.jitter, args.grey)
-                  | {"keep": losses.block_mask(total, grid, args.mask_ratio, g)}, 2)
-    keep = p.pop("keep").to(x.device)                                            # (2B,n)
-    views = data.colour(data.crop(x.transpose(0, 1).flatten(0, 1), p, args.img_size), p)
-    views = views.contiguous(memory_format=torch.channels_last)                  # (2B,C,H,W), [0,1]
+    views, grid = two_views(x, args, dice), (args.img_size // args.patch_size,) * 2    # (2B,C,h,w)
+    mask = losses.block_mask(len(views) * dice.world, grid, args.mask_ratio, dice.generator)
+    keep = dice.ours({"keep": mask}, 2)["keep"].to(x.device)                     # (2B,n)
     vit = hasattr(net.teacher.backbone, "patch_size")
     with torch.autocast("cuda" if x.is_cuda else "cpu", torch.bfloat16, enabled=args.amp == "bf16"):
         with torch.no_grad():
@@ -317,6 +323,8 @@ def pera_step(net, x, y, args, dice, values):
         loss = loss + args.soft_weight * parts["soft"]
     return loss, parts, cls, features[:len(x)]
 
+
+STEPS = {"softcon": softcon_step, "pera": pera_step}
 
 # ----------------------------------------------------------------------------------------- dry run
 
@@ -382,7 +390,7 @@ def dry_run(args, world):
                 f"{name} {' and '.join(str(n) for _, n in inputs[1])}"))
     with FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            texts, (loss, *_) = annotated(lambda: (pera_step if pera else softcon_step)(
+            texts, (loss, *_) = annotated(lambda: STEPS[args.method](
                 net, x, y, args, Dice(args.seed, 0, 0, 0, 1), schedules(args, 0, 100)))
         loss.backward()
     flops = counter.get_total_flops() / 1e12
@@ -407,19 +415,20 @@ def dry_run(args, world):
 
 def save(path, content, older=None):
     """Write text or a state beside `path`, flush to disk, rename: `path` is always whole; the one
-    it replaces becomes `older`.  If that fails both stay, and OSError names `path`."""
-    part = f"{path}.part"
+    it replaces becomes `older`.  If that fails both stay, and ValueError names `path`."""
+    part = Path(f"{path}.part")
     try:
-        with open(part, "wb") as file:
-            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if older and os.path.exists(path):
-            os.replace(path, older)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:      # the second is what torch makes of a full disk
-        Path(part).unlink(missing_ok=True)
-        raise OSError(f"{path}: not written ({error}); what was there before still is") from None
+        with data.named(path, "not written; what was there still is", "its folder is gone"):
+            with part.open("wb") as file:
+                file.write(content.encode()) if isinstance(content, str) else torch.save(
+                    content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if older and os.path.exists(path):
+                os.replace(path, older)
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def newest(paths, say):
@@ -465,24 +474,19 @@ def largest(value, world):
 
 def ahead(loader, device):
     """The loader's batches (x, y, ...), x and y on `device`: to a GPU each is copied beside the
-    step before; what the loader raises comes in its own step.  On the CPU they stay as they are."""
+    step before.  On the CPU they stay as they are."""
     if device.type != "cuda":
         yield from loader
         return
     side = torch.cuda.Stream(device)
 
     def copies():
-        try:
-            for x, y, *rest in loader:
-                with torch.cuda.stream(side):
-                    moved = [v.to(device, non_blocking=True) for v in (x, y)]
-                yield moved, rest, side.record_event()
-        except Exception as error:
-            yield error
-    for this, _ in itertools.pairwise(itertools.chain(copies(), [None])):        # _: on its way
-        if isinstance(this, Exception):
-            raise this
-        moved, rest, copied = this
+        for x, y, *rest in loader:
+            with torch.cuda.stream(side):
+                moved = [v.to(device, non_blocking=True) for v in (x, y)]
+            yield moved, rest, side.record_event()
+    # the second of a pair is on its way while the first is used
+    for (moved, rest, copied), _ in itertools.pairwise(itertools.chain(copies(), [None])):
         here = torch.cuda.current_stream(device)
         here.wait_event(copied)
         for v in moved:
@@ -513,12 +517,8 @@ class Spare:
 
 def open_scenes(args):
     """The scenes of --data or of the toy world, the numbers of those to train on, their folder."""
-    root = args.data or "toy"
-    default = f"{root}/ssl4eo_multilabel.json"
-    labels = args.labels or (default if os.path.exists(default) else None)
-    scenes = data.open_data(root, args.modality, labels, views=1 if args.method == "pera" else 2)
-    if not labels and scenes.memory is None:                  # a packed folder brings its own
-        scenes.labels = [np.zeros_like(y) for y in scenes.labels]
+    root, views = args.data or "toy", 1 if args.method == "pera" else 2
+    scenes = data.open_data(root, args.modality, args.labels, views)
     train = np.flatnonzero(~data.held_out(scenes.ids, args.holdout))
     if len(train) < args.batch_size:
         raise ValueError(f"--batch-size {args.batch_size} exceeds the {len(train)} training scenes")
@@ -693,8 +693,7 @@ def main(argv=None, asked=()):
                                  f"{len(train)} scenes")
             dice = Dice(args.seed, step, micro, rank, world)
             net.ddp.require_backward_grad_sync = micro == args.accum - 1
-            loss, parts, q, features = (pera_step if pera else softcon_step)(
-                net, x, y, args, dice, values)
+            loss, parts, q, features = STEPS[args.method](net, x, y, args, dice, values)
             if logging and micro == 0 and "soft" in parts:
                 soft = args.soft_weight * parts["soft"]
                 values["soft_share"] = losses.soft_share(q, loss - soft, soft)
@@ -737,11 +736,8 @@ def main(argv=None, asked=()):
                    "gradient_norm": float(norm), "feature_std": std, "effective_rank": eff,
                    "images_per_s": scenes.views * args.batch_size * (step + 1 - since) / seconds,
                    "data_wait": waited / seconds, "peak_memory_gb": memory / 1e9}
-            try:
-                with log.open("a") as file:
-                    file.write(json.dumps({k: round(v, 6) for k, v in row.items()}) + "\n")
-            except OSError as error:
-                raise OSError(f"{log}: not written ({error})") from None
+            with data.named(log, "not written", "its folder is gone"), log.open("a") as file:
+                file.write(json.dumps({k: round(v, 6) for k, v in row.items()}) + "\n")
             if args.tensorboard:
                 for name, value in row.items():
                     board.add_scalar(name, value, step + 1)

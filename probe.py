@@ -308,9 +308,9 @@ ONE = {"accuracy": lambda s, t: np.mean(s.argmax(1) == t.argmax(1))}
 BIASED = {"mean_of_256s": lambda s, t: np.mean([                                # as published [3]
     average_precision(s[i:i + 256], t[i:i + 256]) for i in range(0, len(s), 256)])}
 TASKS = {                # reader, modalities, metrics of scores and labels (n,K): the first chooses
-    "ssl4eo": (data.SSL4EO, "s1 s2c s2a", MANY),
-    "bigearthnet": (data.BigEarthNet, "s1 s2a s2c", MANY | BIASED),
-    "eurosat": (data.EuroSAT, "s1 s2c rgb", ONE), "folder": (data.Folder, "s1 s2c s2a rgb", ONE)}
+    "ssl4eo": (data.SSL4EO, data.PRODUCTS, MANY), "folder": (data.Folder, [*data.BANDS], ONE),
+    "bigearthnet": (data.BigEarthNet, ["s1", "s2a", "s2c"], MANY | BIASED),
+    "eurosat": (data.EuroSAT, ["s1", "s2c", "rgb"], ONE)}
 SWITCH = {"action": "store_true"}
 DEVICES = ["cpu", "cuda"][:1 + torch.cuda.is_available()]
 FLAGS = {                # name: default, help, (lowest, highest) or what argparse needs
@@ -370,9 +370,9 @@ def main(argv=None):
     holdout = min(r.get("holdout", 0.1) for r in runs) if args.holdout is None else args.holdout
     for path, net, run in zip(args.ckpt, nets, runs):
         bands = len(data.BANDS.get(modality, ()))
-        if net.in_chans != bands or modality not in modalities.split():
+        if net.in_chans != bands or modality not in modalities:
             raise ValueError(f"{path}: {net.in_chans} channels, modality {modality} has {bands}, "
-                             f"{args.task} takes {modalities}")
+                             f"{args.task} takes {' '.join(modalities)}")
         if holdout > run.get("holdout", 1):
             raise ValueError(f"--holdout {holdout}: {path} held out {run['holdout']}, saw the rest")
         folders = {os.path.realpath(folder or "") for folder in (run.get("data"), args.data)}

@@ -159,7 +159,7 @@ def stepper(args, all_tokens=False):
 def plain_reader(folder):
     """(13,264,264) uint8 as one would first write it."""
     bands = []
-    for name in data.S2:
+    for name in data.BANDS["s2c"]:
         x = torch.from_numpy(tifffile.imread(f"{folder}/{name}.tif").astype(np.float32))
         bands.append(F.interpolate(x[None, None], (264, 264), mode="bilinear")[0, 0])
     mean, std = torch.tensor(data.STATS["s2c"])[:, :, None, None]

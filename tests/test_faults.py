@@ -258,7 +258,7 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_the_old_checkpoints(
     run(world, out, "--max-steps", 2, "--save-every", 1)
     before = {n: (out / n).read_bytes() for n in ("last.pt", "last_1.pt", "backbone.pt")}
     (out / f"{name}.part").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=f"r/{name}: not written .*; what was there") as error:
+    with pytest.raises(ValueError, match=f"r/{name}: not written; what was there") as error:
         run(world, out, "--max-steps", 4, "--save-every", 1, "--resume")
     assert "\n" not in str(error.value) and not list(out.glob("*.part"))
     assert all((out / n).read_bytes() == b for n, b in before.items() if name != "last.pt"
@@ -277,7 +277,7 @@ def test_a_line_of_the_log_that_cannot_be_written_names_the_log(world, tmp_path,
             path.unlink()
             path.symlink_to("/dev/full")
     monkeypatch.setattr(os, "replace", and_fill)
-    with pytest.raises(OSError, match="log.jsonl: not written .*No space left"):
+    with pytest.raises(ValueError, match="log.jsonl: not written .*No space left"):
         run(world, tmp_path / "r", "--max-steps", 2)
 
 
@@ -294,7 +294,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_checkpoints(
         file.write(open(path, "rb").read()[:after])
         raise OSError(errno.EIO, "Input/output error")
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="backbone.pt: not written .*Input/output error"):
+    with pytest.raises(ValueError, match="backbone.pt: not written .*Input/output error"):
         run(world, out, "--max-steps", 4, "--resume")
     assert before == {p.name: p.read_bytes() for p in out.glob("last*.pt")}
     assert not list(out.glob("*.part"))
@@ -311,7 +311,7 @@ def test_a_folder_that_cannot_be_written_is_named(world, tmp_path, monkeypatch):
             raise OSError(errno.EROFS, "Read-only file system", str(path))
         return real(path, mode, *rest, **more)
     monkeypatch.setattr(builtins, "open", read_only)
-    with pytest.raises(OSError, match="r/config.json: not written .*Read-only file system"):
+    with pytest.raises(ValueError, match="r/config.json: not written .*Read-only file system"):
         run(world, tmp_path / "r", "--max-steps", 1)
 
 

@@ -47,7 +47,7 @@ def packed(toy, tmp_path_factory):
 def plain_product(folder):
     """The reader as it stands in a textbook: open with tifffile, resample, stack, scale, clip."""
     bands = np.empty((13, 24, 24), np.float32)
-    for i, band in enumerate(data.S2):
+    for i, band in enumerate(data.BANDS["s2c"]):
         bands[i] = data.resize(tifffile.imread(f"{folder}/{band}.tif"), 24)
     mean, std = (np.float32(v)[:, None, None] for v in data.STATS["s2c"])
     return np.clip((bands - (mean - 2 * std)) * (255 / (4 * std)) + 0.5, 0, 255).astype(np.uint8)
@@ -61,7 +61,7 @@ def test_packed_images_ids_and_labels_equal_those_of_the_tree_bit_for_bit(toy, l
                                                                           modality):
     source = tree(tmp_path, modality, toy)
     out = pack(source, tmp_path / "out", modality, *["--labels", "classes"] * (modality == "rgb"))
-    a = data.open_data(source, modality, None if modality == "rgb" else labels)
+    a = data.open_data(source, modality, "classes" if modality == "rgb" else labels)
     b = data.open_data(str(out), modality)
     assert b.ids == a.ids and list(b.classes) == list(a.classes) and b.size == a.size
     assert [len(f) for f in b.files] == [len(f) for f in a.files]
@@ -138,7 +138,7 @@ def test_images_that_are_packed_already_are_not_read_again(toy, packed, tmp_path
 
 def test_other_data_never_continues_an_unfinished_pack(toy, labels, tmp_path, monkeypatch):
     monkeypatch.setattr(data.os, "rename", lambda *_: None)
-    for source in (data.open_data(toy, "s1"), data.open_data(toy, "s1", labels)):
+    for source in (data.SSL4EO(toy, "s1"), data.open_data(toy, "s1", labels)):
         data.pack(source, str(tmp_path / "out"))
     assert len(list(tmp_path.glob("out.part*"))) == 2
 

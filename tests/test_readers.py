@@ -35,14 +35,14 @@ def ben(tmp_path):
 
 
 def test_bigearthnet_v1_has_12_bands_in_order_on_one_grid_and_19_classes(ben):
-    scenes = data.open_data(ben, "s2a")
+    scenes = data.BigEarthNet(ben, None, "s2a")
     assert scenes.ids == [PATCH, PATCH + "0"] and len(scenes.classes) == 19
     assert [scenes.classes[k] for k in np.flatnonzero(scenes.labels[0])] == [
         "Arable land", "Permanent crops"]
     assert not scenes.labels[1].any()                     # CORINE's burnt areas have no class
     want = data.to_uint8(100 * np.arange(1, 13, dtype=np.float32)[:, None, None], "ben")
     assert np.array_equal(scenes.image(0, 0), np.broadcast_to(want, (12, 120, 120)))
-    radar = data.open_data(ben, "s1")
+    radar = data.BigEarthNet(ben, None, "s1")
     want = data.to_uint8(np.float32([-10, -11])[:, None, None], "s1")
     assert np.array_equal(radar.image(0, 0)[:, :1, :1], want)
     assert radar.classes[int(radar.labels[0].argmax())] == "Marine waters"
@@ -50,7 +50,7 @@ def test_bigearthnet_v1_has_12_bands_in_order_on_one_grid_and_19_classes(ben):
 
 def test_a_13_band_network_sees_bigearthnet_with_zeros_for_b10(ben):
     a, c = (data.BigEarthNet(ben, None, m).image(0, 0) for m in ("s2a", "s2c"))
-    assert c.shape == (13, 120, 120) and not c[data.S2.index("B10")].any()
+    assert c.shape == (13, 120, 120) and not c[data.BANDS["s2c"].index("B10")].any()
     assert np.array_equal(np.delete(c, 10, 0), a)
 
 
@@ -123,7 +123,7 @@ def test_a_folder_holds_classes_or_flat_images_of_any_kind(tmp_path):
     png(tmp_path / "b" / "Y.JPG", np.full((8, 8, 3), 90, np.uint8))
     tifffile.imwrite(tmp_path / "b" / "z.tiff", x, photometric="rgb")
     (tmp_path / "empty").mkdir()
-    scenes = data.open_data(str(tmp_path), "rgb")
+    scenes = data.open_data(str(tmp_path), "rgb", "classes")
     assert scenes.classes == ("a", "b") and scenes.ids == ["x", "Y", "z"] and scenes.size == 8
     assert [int(y[0].argmax()) for y in scenes.labels] == [0, 1, 1]
     assert np.array_equal(scenes.image(0, 0), x.transpose(2, 0, 1))
