@@ -42,8 +42,8 @@ from tqdm import tqdm
 
 CLASSES = ("water", "trees", "grass", "flooded vegetation", "crops", "shrub & scrub", "built",
            "bare", "snow & ice")                            # Dynamic World's indices 0..8
-# a modality a row: its bands; side of their pixels, the finest 1; type on disk (S1 backscatter in dB,
-# S2 reflectance x 10000); the bands that look red, green, blue; mean and std of the full SSL4EO-S12
+# a modality a row: its bands; sides of their pixels, the finest 1; type on disk (S1 backscatter in
+# dB, S2 reflectance x 10000); the bands that look red, green, blue; mean and std of the full SSL4EO-S12
 # [SSL4EO-S12 convert_rgb.py; torchgeo resnet.py]
 SENSORS = {
     "s1": ("VV VH", "1 1", np.float32, [0, 1, 0], "-12.59 -20.26", "5.26 5.91"),
@@ -261,7 +261,7 @@ def subfolders(folder):
 
 
 def date(product):
-    """Sensing time of an S1 or S2 product, the first time stamp in its name."""
+    """Sensing time of a product, the first time stamp in its name."""
     found = re.search(r"\d{8}T\d{6}", product)
     require(found, f"product name {product!r} has no date such as 20200604T054639")
     return found[0]
@@ -298,7 +298,8 @@ def SSL4EO(root, modality, labels=None, seasons=2):
         names = names if len(names) == len(products) else [None] * len(products)
         rows.append(multi_hot([mine.get(name, ()) for name in names], len(CLASSES)))
         files.append([f"{root}/{modality}/{i}/{p}" for p in products])
-    size = max(read_tiff(f"{files[0][0]}/{BANDS[modality][1]}.tif").shape)
+    finest = min(SHRINK[modality], key=SHRINK[modality].get)
+    size = max(read_tiff(f"{files[0][0]}/{finest}.tif").shape)
     decode = partial(read_product, modality=modality, size=size)
     return Scenes(ids, files, rows, CLASSES, modality, size, decode, seasons)
 
