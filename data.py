@@ -42,8 +42,8 @@ from tqdm import tqdm
 
 CLASSES = ("water", "trees", "grass", "flooded vegetation", "crops", "shrub & scrub", "built",
            "bare", "snow & ice")                            # Dynamic World's indices 0..8
-# a modality a row: its bands; sides of their pixels, the finest 1; type on disk (S1 backscatter in
-# dB, S2 reflectance x 10000); the bands that look red, green, blue; mean and std of the full SSL4EO-S12
+# a modality a row: its bands; sides of their pixels, the finest 1; type on disk (s1 is backscatter in
+# dB, s2 reflectance x 10000); bands that look red, green, blue; mean and std of the full SSL4EO-S12
 # [SSL4EO-S12 convert_rgb.py; torchgeo resnet.py]
 SENSORS = {
     "s1": ("VV VH", "1 1", np.float32, [0, 1, 0], "-12.59 -20.26", "5.26 5.91"),
