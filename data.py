@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 CLASSES = ("water", "trees", "grass", "flooded vegetation", "crops", "shrub & scrub", "built",
            "bare", "snow & ice")                            # Dynamic World's indices 0..8
-# a modality a row: its bands; sides of their pixels, the finest 1; type on disk (s1 is backscatter in
+# a modality a row: its bands; sides of their pixels, the finest 1; type on disk (s1 backscatter in
 # dB, s2 reflectance x 10000); bands that look red, green, blue; mean and std of the full SSL4EO-S12
 # [SSL4EO-S12 convert_rgb.py; torchgeo resnet.py]
 SENSORS = {
