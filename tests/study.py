@@ -11,7 +11,7 @@ device, the last line of its log and what probe.py said; a run that has a line i
 that a killed study goes on.  Checkpoints lie in runs/study/.
 
 softcon  InfoNCE, its two additions and both, on the toy world, 14 epochs
-factors  one factor of SoftCon at a time, on its radar images
+factors  one factor of SoftCon, or of PerA, at a time, on radar images
 long     SoftCon as the preset has it, 28 epochs, and without the mask or the soft term
 pera     PerA with and without labels on the toy world
 supervised   the same ResNet-18 trained on the labels themselves, tests/supervised.py
@@ -89,6 +89,49 @@ def scattered():
     losses.block_mask = mask
 
 
+def no_vertical_flip():
+    whole = data.draw_crops
+    data.draw_crops = lambda n, *more: whole(n, *more) | {"flip_y": torch.ones(n)}
+
+
+def betas():
+    """AdamW's usual (0.9, 0.999)."""
+    whole = torch.optim.AdamW
+    torch.optim.AdamW = lambda groups, **more: whole(groups, **more | {"betas": (0.9, 0.999)})
+
+
+def decay_everything():
+    """Weight decay on norms and biases, too."""
+    whole = torch.optim.AdamW
+    torch.optim.AdamW = lambda groups, **more: whole(
+        [{"params": [p for group in groups for p in group["params"]]}], **more)
+
+
+def small_layerscale():
+    """LayerScale from 1e-5, as DINOv2 is trained."""
+    class Small(models.LayerScale):
+        def __init__(self, dim):
+            super().__init__(dim)
+            torch.nn.init.constant_(self.gamma, 1e-5)
+    models.LayerScale = Small
+
+
+def one_offset():
+    """VV and VH offset by the same decibels."""
+    whole = data.draw_colours
+
+    def drawn(*args):
+        p = whole(*args)
+        return p | {"offset": p["offset"][:, :1].expand(-1, 2)}
+    data.draw_colours = drawn
+
+
+def as_optical():
+    """Radar images in other brightness and contrast."""
+    whole = data.draw_colours
+    data.draw_colours = lambda n, modality, *more: whole(n, "s2c", *more)
+
+
 # ------------------------------------------------------------------------------------------- runs
 
 SOFTCON = ["--epochs", "14"]
@@ -103,8 +146,15 @@ FACTORS = {                                       # name: flags, switch; the def
     "mask-ratio 0.5": (["--mask-ratio", "0.5"], None),
     "mask cells of 8 px": (["--patch-size", "8"], None), "mask scattered": ([], scattered),
     "labelled images only": ([], labelled_only), "one direction": ([], one_direction),
-    "no predictor": ([], no_predictor)}
+    "no predictor": ([], no_predictor), "no vertical flip": ([], no_vertical_flip),
+    "crops from 0.2, grey 0.2": (["--crop-min", "0.2", "--grey", "0.2"], None),
+    "lr 1.5e-4": (["--lr", "1.5e-4"], None), "lr 1.5e-3": (["--lr", "1.5e-3"], None),
+    "betas .9 .999": ([], betas), "momentum 0.99": (["--momentum", "0.99"], None),
+    "ViT, LayerScale 1": (["--arch", "vit_tiny", "--patch-size", "8"], None),
+    "ViT, LayerScale 1e-5": (["--arch", "vit_tiny", "--patch-size", "8"], small_layerscale)}
 PERA = ["--method", "pera", "--jitter", "1"]
+PERA_FACTORS = {"PerA, one offset": one_offset, "PerA, brightness and contrast": as_optical,
+                "PerA, decay everything": decay_everything}
 TINY = ["--holdout", "0", "--arch", "vit_tiny", "--img-size", "64", "--patch-size", "8",
         "--hidden", "512", "--lr", "5e-4", "--momentum", "0.95"]
 CHIPS = {
@@ -155,6 +205,8 @@ def listing():
         add("factors", name, "s2c", seed, SOFTCON + FACTORS[name][0])
     for seed, name in itertools.product(seeds, [*FACTORS][4:]):
         add("factors", name, "s1", seed, SOFTCON + FACTORS[name][0], FACTORS[name][1])
+    for seed, name in itertools.product(seeds, PERA_FACTORS):
+        add("factors", name, "s1", seed, PERA, PERA_FACTORS[name])
     for seed, modality, name in itertools.product(seeds, ("s2c", "s1"), [*FACTORS][:3]):
         add("long", name, modality, seed, FACTORS[name][0],
             probes=[["--seeds", "3"] if (seed, name) == (0, "both") else []])
@@ -353,7 +405,7 @@ def gains():
     yield f"Gains in micro, mean (standard error of paired seeds): {'; '.join(parts)}."
 
 
-SWITCHES = {       # switch: {value: run}; "softcon/both" is the default
+SWITCHES = {       # switch: {value: run}; "softcon/both" and "pera/PerA" are the defaults
     "form of the soft term, weight": {
         "`bce` .5": "softcon/both", "`bce_mean` .5": "factors/form bce_mean",
         "`ce` 1": "factors/form ce, weight 1", "none": "softcon/+ mask"},
@@ -366,16 +418,29 @@ SWITCHES = {       # switch: {value: run}; "softcon/both" is the default
              "4 px cells, each alone": "factors/mask scattered"},
     "unlabelled images": {"in InfoNCE": "softcon/both", "out": "factors/labelled images only"},
     "directions": {"both": "softcon/both", "q1 with k2 alone": "factors/one direction"},
-    "predictor": {"yes": "softcon/both", "no": "factors/no predictor"}}
+    "predictor": {"yes": "softcon/both", "no": "factors/no predictor"},
+    "augmentation": {"flips both ways": "softcon/both", "no vertical": "factors/no vertical flip",
+                     "crops from .2, grey .2": "factors/crops from 0.2, grey 0.2"},
+    "optimiser": {"lr 5e-4, betas .9 .95, momentum .9": "softcon/both",
+                  "lr 1.5e-4": "factors/lr 1.5e-4", "lr 1.5e-3": "factors/lr 1.5e-3",
+                  "betas .9 .999": "factors/betas .9 .999",
+                  "momentum .99": "factors/momentum 0.99"},
+    "LayerScale of a ViT-tiny/8": {"from 1": "factors/ViT, LayerScale 1",
+                                   "from 1e-5": "factors/ViT, LayerScale 1e-5"},
+    "PerA": {"VV, VH offset apart": "pera/PerA", "together": "factors/PerA, one offset",
+             "brightness, contrast": "factors/PerA, brightness and contrast",
+             "weight decay on everything": "factors/PerA, decay everything"}}
 
 
 def switch_table():
     yield "| switch | micro average precision on s1, unless it says s2c; the default is bold |"
     yield "|---|---|"
     for switch, options in SWITCHES.items():
-        parts = [("**{}: {}**" if name == "softcon/both" else "{}: {}").format(
-            value, cell(values(name, "s1", "micro_map"))) for value, name in options.items()]
-        yield f"| {switch} | {'; '.join(parts)} |"
+        found = {value: (values(name, "s1", "micro_map"), name in ("softcon/both", "pera/PerA"))
+                 for value, name in options.items()}
+        parts = ["**{}: {}**".format(value, cell(x)) if default else f"{value}: {cell(x)}"
+                 for value, (x, default) in found.items() if x]
+        yield f"| {switch} | {'; '.join(parts) if len(parts) > 1 else 'not run'} |"
     names = {"`bce` .5": "softcon/both", "`bce` 2": "factors/soft-weight 2",
              "`ce` 1": "factors/form ce, weight 1"}
     parts = [f"{k}: {cell(values(name, 's2c', 'micro_map'))}" for k, name in names.items()]
