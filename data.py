@@ -1,7 +1,7 @@
 """Reading, scaling, labels, augmentation, and a world to practise on.  [reading time: 20 minutes]
 
 Every reader lists a tree of files and gives one and the same thing, `Scenes`: scene i has one or
-more images (seasons), each a uint8 array (C,P,P) on one pixel grid with a multi-hot label row.
+more images (seasons), each a uint8 array (C,H,W) on one pixel grid with a multi-hot label row.
 
     SSL4EO(root, "s2c")   root/{s1,s2c,s2a}/{0000000}/{product}/{band}.tif, Sentinel-1/2 v1.0 [1]
     EuroSAT(root, "s2c")  root/{class}/{class}_{n}.tif (13 bands; SAR: 2) or .jpg (RGB) [2]
@@ -185,11 +185,11 @@ class Scenes(Dataset):
     """Scenes of one or more images.  scenes[i, seed] -> (x, y), a list of such keys -> the same for
     a batch, with one more axis in front:
 
-        x  uint8 (V, C, P, P)   `views` different images of scene i, drawn with `seed`; a scene
-        y  uint8 (V, K)         with fewer repeats them; y: multi-hot labels, all 0 = unlabelled
+        x  uint8 (V, C, H, W)   `views` different images of scene i, drawn with `seed`; a scene
+        y  uint8 (V, L)         with fewer repeats them; y: multi-hot labels, all 0 = unlabelled
 
-    ids[i] is the scene's name, files[i] its images, labels[i] (S,K), decode(file) -> (C,P,P).
-    memory: None, or all images (n,C,P,P); files[i] are then their places in it.
+    ids[i] is the scene's name, files[i] its images, labels[i] (S,L), decode(file) -> (C,H,W).
+    memory: None, or all images (n,C,H,W); files[i] are then their places in it.
     """
 
     def __init__(self, ids, files, labels, classes, modality, size, decode, views=2, memory=None):
@@ -201,7 +201,7 @@ class Scenes(Dataset):
         return len(self.ids)
 
     def image(self, i, s):
-        """Image s of scene i: uint8 (C,P,P)."""
+        """Image s of scene i: uint8 (C,H,W)."""
         return self.decode(self.files[i][s])
 
     def __getitem__(self, keys):
@@ -267,9 +267,9 @@ def date(product):
     return found[0]
 
 
-def multi_hot(rows, K):
-    """[{class index, ...}, ...], a set an image -> (S,K) uint8."""
-    return np.uint8([[k in row for k in range(K)] for row in rows])
+def multi_hot(rows, L):
+    """[{class index, ...}, ...], a set an image -> (S,L) uint8."""
+    return np.uint8([[k in row for k in range(L)] for row in rows])
 
 
 def SSL4EO(root, modality, labels=None, seasons=2):
@@ -319,7 +319,7 @@ def read_labels(path):
 
 
 def read_image(path, modality, size=None, order=None, scale=to_uint8):
-    """One TIFF, PNG or JPEG -> uint8 (C,P,P); order: where the file keeps each band of `modality`.
+    """One TIFF, PNG or JPEG -> uint8 (C,H,W); order: where the file keeps each band of `modality`.
     A PNG's or JPEG's grey is repeated, a PNG's alpha left out; other bands or types are refused."""
     bands, dtype = len(BANDS[modality]), np.dtype(DTYPE[modality])
     if path.lower().endswith((".tif", ".tiff")):
@@ -333,8 +333,9 @@ def read_image(path, modality, size=None, order=None, scale=to_uint8):
     x = x.transpose(1, 2, 0) if x.ndim == 3 and len(x) == bands else x         # band after band
     require(x.shape[2:] == (bands,) and x.dtype == dtype and np.isfinite(x).all(),
             f"{path}: {x.dtype} {x.shape}, expected {bands} finite bands of {dtype}")
-    P = size or len(x)
-    require(x.shape[:2] == (P, P), f"{path}: {x.shape[:2]} pixels, the others have {P} x {P}")
+    side = size or len(x)
+    require(x.shape[:2] == (side, side),
+            f"{path}: {x.shape[:2]} pixels, the others have {side} x {side}")
     x = x.transpose(2, 0, 1)
     return x if modality == "rgb" else scale(x if order is None else x[order], modality)
 
@@ -451,7 +452,7 @@ def open_data(root, modality, labels=None, views=2):
 
 
 def pack(scenes, out, workers=0):
-    """All images of `scenes`, as read, in one file: out/images.uint8 (n,C,P,P), scene by scene.
+    """All images of `scenes`, as read, in one file: out/images.uint8 (n,C,H,W), scene by scene.
 
     out/index.jsonl: the CRC-32 of its second line; all else that Packed gives back.  `out` appears
     when it is whole.  Until then the file grows, image by image, in out.part{...}, named by what
@@ -617,9 +618,9 @@ def show(scenes, out, losses, seed=0, n=4, grid=8):
     for row, i in zip(seasons, rows):
         x = np.stack([scenes.image(*pair)[eye] for pair in scenes.pairs([i])])
         row[:len(x)] = tiles(torch.from_numpy(x)) / 255
-    x, y = map(torch.from_numpy, scenes[[(i, (seed, i)) for i in rows]])   # (n,2,C,P,P), (n,2,K)
+    x, y = map(torch.from_numpy, scenes[[(i, (seed, i)) for i in rows]])   # (n,2,C,H,W), (n,2,L)
     p = draw_crops(2 * n, g) | draw_colours(2 * n, m, g, 0.8 * (m != "s1"))
-    views = colour(crop(x.flatten(0, 1), p, scenes.size), p)[:, eye]       # (2n,3,P,P)
+    views = colour(crop(x.flatten(0, 1), p, scenes.size), p)[:, eye]       # (2n,3,H,W)
     views = tiles(views).view(n, 2, 3, T, T)
 
     def painted(parts, tints):
@@ -688,14 +689,14 @@ def textures(rng, size):
 
 
 def toy_scene(seed, i, size):
-    """Toy scene i, season by season: s2 (13,P,P) uint16, s1 (2,P,P) float32, labels."""
+    """Toy scene i, season by season: s2 (13,H,W) uint16, s1 (2,H,W) float32, labels."""
     rng = np.random.default_rng([seed, i])
     cold, wet, town = rng.uniform(0, 1, 3)
     likely = np.array([wet, 1, 1, 0.8 * wet, 1, 1 - wet / 2, town, 1 - wet, cold - 0.15]) + 0.15
     present = rng.choice(9, rng.integers(3, 6), replace=False, p=likely / likely.sum())
     score = np.stack([smooth(rng, size, size / 10) for _ in present])
     score += rng.normal(0, 0.6, (len(present), 1, 1))
-    summer = present[score.argmax(0)]                                # (P,P) class of each pixel
+    summer = present[score.argmax(0)]                                # (H,W) class of each pixel
     relief, t = smooth(rng, size, size / 8), textures(rng, size)
     level = np.exp(rng.normal(0, 0.1, (9, 1)) + rng.normal(0, 0.05, (9, 13)))
     level_db = rng.normal(0, 1.5, (9, 2))

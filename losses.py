@@ -13,7 +13,7 @@ PerA [4] shows student and teacher different patches of one crop; the student mu
 teacher's prototypes [3] and guess the pixels of patches that neither it nor anybody showed it.
 Equations are numbered as in the README.
 
-Letters: N queries of this rank, M keys of all ranks, D width, C classes, K prototypes,
+Letters: N queries of this rank, M keys of all ranks, D width, L label classes, K prototypes,
 P patch side, tau temperature.
 """
 import math
@@ -72,12 +72,12 @@ def gather(x):
 
 
 def has_labels(y):
-    """(N,C) multi-hot -> (N,) bool: does the scene carry any label?"""
+    """(N,L) multi-hot -> (N,) bool: does the scene carry any label?"""
     return (y > 0).any(1)
 
 
 def label_similarity(y1, y2):
-    """Cosine of multi-hot label vectors, |A and B| / sqrt(|A| |B|): (N,C), (M,C) -> (N,M) in [0,1].
+    """Cosine of multi-hot label vectors, |A and B| / sqrt(|A| |B|): (N,L), (M,L) -> (N,M) in [0,1].
 
     With one label per scene this is class equality.  A row without labels gives 0 everywhere, which
     is no statement about the scene: `has_labels` tells it apart.
@@ -112,7 +112,7 @@ SOFT_TAU = {"ce": 0.2, "bce": 0.2, "bce_mean": 1.0}       # nothing is public: o
 
 def soft_contrastive(q, k, yq, yk, form="bce", tau=None, rows=None):
     """Soft contrast: similarity c_ij = q_i.k_j follows label similarity s_ij.  q (N,D), k (M,D),
-    normalised here, yq (N,C), yk (M,C) multi-hot.  Three readings, as the formula is not public:
+    normalised here, yq (N,L), yk (M,L) multi-hot.  Three readings, as the formula is not public:
 
         ce        mean_i  sum_j  -s_ij / (sum_l s_il)  log softmax_j(c_ij / tau)
         bce       mean_i  sum_j  BCE(sigmoid(c_ij / tau), s_ij)
@@ -137,11 +137,11 @@ def soft_contrastive(q, k, yq, yk, form="bce", tau=None, rows=None):
 
 
 def softcon_loss(q, k, yq, yk, tau=0.2, weight=0.5, form="bce", soft_tau=None, all_yq=None):
-    """L = InfoNCE + weight * soft, for this rank's queries against the keys of all ranks.
+    """InfoNCE + weight * soft, for this rank's queries against the keys of all ranks.
 
-    q (N,D) student, k (N,D) teacher, yq and yk (N,C) the labels of the two views: two seasons of
+    q (N,D) student, k (N,D) teacher, yq and yk (N,L) the labels of the two views: two seasons of
     one scene, so s_ii is what their labels say and not always 1.  Gathers them; who gives all_yq
-    has: it is yq (M,C) of all ranks, as are k (M,D) and yk (M,C).  Returns (L, InfoNCE, soft).
+    has: it is yq (M,L) of all ranks, as are k (M,D) and yk (M,L).  Returns (loss, InfoNCE, soft).
     """
     if all_yq is None:
         k, all_yq, yk = gather(k), gather(yq), gather(yk)
@@ -246,7 +246,7 @@ def disjoint_masks(batch, n_tokens, student=0.2, learn=0.2, teacher=0.6, generat
     """PerA's three sets of patches that share none: the student's, those it must guess, the
     teacher's; each (batch, n) sorted, drawn uniformly [4, pera.py].
 
-    With L tokens the student sees round(student L), the teacher L - round((1 - teacher) L), and
+    With N tokens the student sees round(student N), the teacher N - round((1 - teacher) N), and
     what lies between is guessed; ratios that sum to less than 1 leave patches to nobody.
     ValueError: a sum above 1, or a part without a token.
     """

@@ -255,7 +255,7 @@ def two_views(x, args, dice):
 def softcon_step(net, x, y, args, dice, values):
     """Both directions of SoftCon on one micro-batch.
 
-    net: student (in ddp) and teacher; x uint8 (B,2,C,P,P) two seasons of each scene, y (B,2,K).
+    net: student (in ddp) and teacher; x uint8 (B,2,C,H,W) two seasons of each scene, y (B,2,L).
     Returns the loss, its parts for the log, the student's embeddings (2B,256), on which the soft
     term acts, and the teacher's features (2B,D).
     """
@@ -269,8 +269,8 @@ def softcon_step(net, x, y, args, dice, values):
         keys = losses.gather_soon(k.unflatten(0, (2, -1)).transpose(0, 1), y)    # on their way
         masked = views if vit else losses.blank_patches(views, keep, args.patch_size)
         q, _ = net.ddp(masked, keep if vit else None)                            # (2B,256)
-    (q1, q2), (y1, y2) = q.chunk(2), y.unbind(1)                                 # (B,256), (B,K)
-    (k1, k2), (Y1, Y2) = (v.unbind(1) for v in keys())                           # (M,256), (M,K)
+    (q1, q2), (y1, y2) = q.chunk(2), y.unbind(1)                                 # (B,256), (B,L)
+    (k1, k2), (Y1, Y2) = (v.unbind(1) for v in keys())                           # (M,256), (M,L)
     flags = args.tau, args.soft_weight, args.soft_form, args.soft_tau
     one = losses.softcon_loss(q1, k2, y1, Y2, *flags, Y1)
     other = losses.softcon_loss(q2, k1, y2, Y1, *flags, Y2)
@@ -281,7 +281,7 @@ def softcon_step(net, x, y, args, dice, values):
 def pera_step(net, x, y, args, dice, values):
     """PerA on one micro-batch: the same crops for both sides, in other colours, other patches.
 
-    x uint8 (B,1,C,P,P), y (B,1,K); net.centre: losses.Centre; values: teacher_tau of this step.
+    x uint8 (B,1,C,H,W), y (B,1,L); net.centre: losses.Centre; values: teacher_tau of this step.
     Returns the loss, its parts, the student's CLS features (crops B, D), the teacher's (B,D).
     """
     x, y, g, (n_global, n_local) = x[:, 0], y[:, 0], dice.generator, args.crops
@@ -394,7 +394,8 @@ def dry_run(args, world):
                 net, x, y, args, Dice(args.seed, 0, 0, 0, 1), schedules(args, 0, 100)))
         loss.backward()
     flops = counter.get_total_flops() / 1e12
-    print(*texts, sep="\n")
+    print("what each line makes; lines that come with the same shapes again are left out:", *texts,
+          sep="\n")
     print("tokens of a view, CLS included:", ", ".join(tokens) or "none, a ResNet")
     print(f"operations: {flops:.4g} TFLOP a micro-batch of {B} scenes, "
           f"{flops * args.accum * world:.4g} TFLOP a step of {args.batch_size}")
@@ -419,7 +420,7 @@ def save(path, content, older=None):
     part = Path(f"{path}.part")
     try:
         with data.named(path, "not written; what was there still is", "its folder is gone"):
-            with part.open("wb") as file:
+            with open(part, "wb") as file:
                 file.write(content.encode()) if isinstance(content, str) else torch.save(
                     content, file)
                 file.flush()
@@ -683,7 +684,7 @@ def main(argv=None, asked=()):
         # -- a step: loss, gradients, weights, teacher
         for micro in range(args.accum):
             begin = time.perf_counter()
-            x, y, *complaints = next(loader)                     # (B,V,C,P,P) uint8, (B,V,K)
+            x, y, *complaints = next(loader)                     # (B,V,C,H,W) uint8, (B,V,L)
             waited += time.perf_counter() - begin
             for complaint in {*itertools.chain(*complaints)} - skipped:
                 tqdm.write(f"--on-bad skip: {complaint}")

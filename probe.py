@@ -57,7 +57,7 @@ class Floor(torch.nn.Module):
 
 
 def look(x, size=None, centre=1.0):
-    """uint8 (B,C,P,P) -> float (B,C,size,size) in [0,1]: the central share `centre` of each side,
+    """uint8 (B,C,H,W) -> float (B,C,size,size) in [0,1]: the central share `centre` of each side,
     resized unless size is None."""
     rim = round(x.shape[-1] * (1 - centre) / 2)
     x = x[..., rim:x.shape[-2] - rim, rim:x.shape[-1] - rim].float() / 255
@@ -96,7 +96,7 @@ def extract(nets, images, device="cpu", workers=0, cache=None, centre=1.0, draw=
     g = torch.Generator().manual_seed(draw)
     loader = DataLoader(images, 64, num_workers=workers) if todo else ()
     for x, _, _ in tqdm(loader, f"features, draw {draw}", leave=False):
-        x = x.to(device)                                                       # (B,C,P,P)
+        x = x.to(device)                                                       # (B,C,H,W)
         crops = data.draw_crops(len(x), g, area) | {"flip_y": torch.ones(len(x))}      # [3]
         for net, rows in todo.items():
             z = data.crop(x, crops, net.size or x.shape[-1]) if draw else look(x, net.size, centre)
@@ -119,12 +119,12 @@ def show(folder, net, images):
     """A PNG of each image: its colours beside the last patch tokens of a ViT, whose three principal
     components over all these images are red, green and blue."""
     import imagecodecs
-    x, _, _ = next(iter(DataLoader(images, len(images))))                      # (n,C,P,P)
+    x, _, _ = next(iter(DataLoader(images, len(images))))                      # (n,C,H,W)
     tokens = net.eval().cpu().last_blocks(look(x, net.size), 1)[0][1].flatten(0, 1)     # (nN,D)
     pca = tokens @ torch.linalg.eigh(tokens.T.cov())[1][:, [-1, -2, -3]]       # (nN,3)
     low, high = torch.quantile(pca, torch.tensor([0.02, 0.98]), dim=0)
     pca = ((pca - low) / (high - low)).clamp(0, 1).view(len(x), net.size // net.patch_size, -1, 3)
-    pca = F.interpolate(255 * pca.permute(0, 3, 1, 2), x.shape[-2:]).byte()    # (n,3,P,P)
+    pca = F.interpolate(255 * pca.permute(0, 3, 1, 2), x.shape[-2:]).byte()    # (n,3,H,W)
     both = torch.cat([x[:, data.COLOURS[images.scenes.modality]], pca], 3).permute(0, 2, 3, 1)
     os.makedirs(folder, exist_ok=True)
     for (i, s), picture in zip(images.pairs, both.contiguous().numpy()):
@@ -137,9 +137,9 @@ PENALTIES = np.logspace(-6, 2, 17)                            # on the mean loss
 
 
 def validated(fit, x, y, x_test, scene):
-    """Scores (m,K) of `fit` with the penalty of least squared error in 5-fold cross-validation, in
+    """Scores (m,L) of `fit` with the penalty of least squared error in 5-fold cross-validation, in
     which the rows of a scene (n,), 0, 1, ..., stay together: its seasons or draws.
-    fit(x (n,D), y (n,K) multi-hot, x_test (m,D)) -> (penalties,m,K)."""
+    fit(x (n,D), y (n,L) multi-hot, x_test (m,D)) -> (penalties,m,L)."""
     fold, errors = scene % 5, 0
     for f in range(fold.max() + 1):
         out = fold == f
@@ -154,7 +154,7 @@ def ridge(x, y, x_test):
     wide = x.shape[1] > len(x)                         # then the smaller x x^T has all there is
     values, vectors = np.linalg.eigh(x @ x.T if wide else x.T @ x)             # (D,), (D,D)
     vectors = x.T @ vectors / np.sqrt(values.clip(1e-9 * values[-1])) if wide else vectors
-    left, right = x_test @ vectors, vectors.T @ (x.T @ (y - offset))           # (m,D), (D,K)
+    left, right = x_test @ vectors, vectors.T @ (x.T @ (y - offset))           # (m,D), (D,L)
     return np.stack([left / (values + p * len(x)) @ right + offset for p in PENALTIES])
 
 
@@ -169,7 +169,7 @@ def logistic(x, y, x_test, multi):
                                       tolerance_change=1e-6, line_search_fn="strong_wolfe")
 
         def closure():
-            z = x @ W + b                                                      # (n,K)
+            z = x @ W + b                                                      # (n,L)
             loss = F.binary_cross_entropy_with_logits(z, y) * y.shape[1] if multi else (
                 F.cross_entropy(z, y))
             loss = loss + penalty / 2 * W.square().sum()
@@ -189,7 +189,7 @@ def standardise(x, *others):
 
 
 def knn(x, y, x_test, k=20, tau=0.07):
-    """The k training rows most alike vote, each with exp(cosine / tau) [2] -> scores (m,K)."""
+    """The k training rows most alike vote, each with exp(cosine / tau) [2] -> scores (m,L)."""
     x, x_test, y = (torch.from_numpy(v).float() for v in (x, x_test, y))
     near = [(rows @ F.normalize(x).T).topk(min(k, len(x)))                     # 2 x (m,k)
             for rows in F.normalize(x_test).split(1024)]
@@ -198,18 +198,18 @@ def knn(x, y, x_test, k=20, tau=0.07):
 
 
 def sgd(x, y, use, rates, multi, steps, seed=0, batch=128):
-    """H linear heads at once: x (n,D), y (n,K), use (H,D) 0 or 1, rates (H,) -> weights (D,H,K).
+    """H linear heads at once: x (n,D), y (n,L), use (H,D) 0 or 1, rates (H,) -> weights (D,H,L).
 
     Head h sees features use[h], at rate rates[h] * batch / 256, momentum 0.9, cosine to 0, by the
-    loss of [1] or (multi) [3].  One product (B,D) x (D,HK) serves all; no gradient mixes heads.
+    loss of [1] or (multi) [3].  One product (B,D) x (D,HL) serves all; no gradient mixes heads.
     """
-    g, (n, K), use = torch.Generator().manual_seed(seed), y.shape, use.T[..., None]   # (D,H,1)
-    W, momentum = 0.01 * torch.randn(x.shape[1], 1, K, generator=g) * use, 0
+    g, (n, L), use = torch.Generator().manual_seed(seed), y.shape, use.T[..., None]   # (D,H,1)
+    W, momentum = 0.01 * torch.randn(x.shape[1], 1, L, generator=g) * use, 0
     order = [torch.randperm(n, generator=g) for _ in range(steps * batch // n + 1)]
     for step, rows in enumerate(torch.cat(order).split(batch)[:steps]):
-        z = (x[rows] @ W.flatten(1)).unflatten(1, W.shape[1:])                 # (B,H,K)
+        z = (x[rows] @ W.flatten(1)).unflatten(1, W.shape[1:])                 # (B,H,L)
         z = (z.sigmoid() if multi else z.softmax(2)) - y[rows, None]
-        z /= len(rows) * (K if multi else 1)                                   # d loss / d z
+        z /= len(rows) * (L if multi else 1)                                   # d loss / d z
         momentum = 0.9 * momentum + use * (x[rows].T @ z.flatten(1)).unflatten(1, z.shape[1:])
         W = W - momentum * rates[:, None] * (batch / 512 * (1 + np.cos(np.pi * step / steps)))
     return W
@@ -220,7 +220,7 @@ GRID = [(feature, rate) for feature in [*FEATURES][:4] for rate in (            
 
 
 def linear(x, y, x_test, scene, multi, metric, heads, net, steps, seed):
-    """Of heads [(feature, rate), ...] on net's standardised features the best: scores (m,K),
+    """Of heads [(feature, rate), ...] on net's standardised features the best: scores (m,L),
     [feature, rate, value].  Several train on 4 folds; the fifth, never the test set, chooses."""
     use, rates = torch.zeros(len(heads), x.shape[1]), torch.tensor([rate for _, rate in heads])
     for row, (feature, _) in zip(use, heads):
@@ -228,7 +228,7 @@ def linear(x, y, x_test, scene, multi, metric, heads, net, steps, seed):
     x, x_test, y = (torch.from_numpy(v).float() for v in (*standardise(x, x_test), y))
     x, x_test, use = (F.pad(v, (0, 1), value=1) for v in (x, x_test, use))     # the bias
     out = torch.from_numpy((scene % 5 == 0) & (len(heads) > 1))
-    W = sgd(x[~out], y[~out], use, rates, multi, steps, seed)                  # (D+1,H,K)
+    W = sgd(x[~out], y[~out], use, rates, multi, steps, seed)                  # (D+1,H,L)
     values = [float(metric((x[out] @ w).numpy(), y[out].numpy())) for w in W.unbind(1) if out.any()]
     best = int(np.argmax(values)) if values else 0
     return (x_test @ W[:, best]).numpy(), [*heads[best], *values[best:best + 1]]
@@ -239,7 +239,7 @@ def linear(x, y, x_test, scene, multi, metric, heads, net, steps, seed):
 
 def average_precision(scores, targets, average="micro"):
     """sum_n (R_n - R_(n-1)) P_n over distinct thresholds, as scikit-learn defines it, of scores and
-    targets (N,C).  micro pools all entries; macro is the mean over classes with a positive (one
+    targets (N,L).  micro pools all entries; macro is the mean over classes with a positive (one
     without has no recall; scikit-learn counts it as 0)."""
     scores, targets = np.asarray(scores), np.asarray(targets).astype(bool)
     values, shape = [], (-1, 1 if average == "micro" else scores.shape[1])
@@ -254,7 +254,7 @@ def average_precision(scores, targets, average="micro"):
 
 def bootstrap(metric, rows, y, draws):
     """95 % intervals [low, high] of each row's metric and of its gain over the first row's, over
-    `draws` resamplings of the test images, the same for all; rows: scores (n,K)."""
+    `draws` resamplings of the test images, the same for all; rows: scores (n,L)."""
     picks = np.random.default_rng(0).integers(0, len(y), (draws, len(y)))
     v = np.array([[metric(s[p], y[p]) for p in picks] for s in rows])
     return [np.quantile(x, (0.025, 0.975), 1).T.round(5).tolist() for x in (v, v - v[0])]
@@ -307,7 +307,7 @@ MANY = {"micro_map": average_precision, "macro_map": partial(average_precision, 
 ONE = {"accuracy": lambda s, t: np.mean(s.argmax(1) == t.argmax(1))}
 BIASED = {"mean_of_256s": lambda s, t: np.mean([                                # as published [3]
     average_precision(s[i:i + 256], t[i:i + 256]) for i in range(0, len(s), 256)])}
-TASKS = {                # reader, modalities, metrics of scores and labels (n,K): the first chooses
+TASKS = {                # reader, modalities, metrics of scores and labels (n,L): the first chooses
     "ssl4eo": (data.SSL4EO, data.PRODUCTS, MANY), "folder": (data.Folder, [*data.BANDS], ONE),
     "bigearthnet": (data.BigEarthNet, ["s1", "s2a", "s2c"], MANY | BIASED),
     "eurosat": (data.EuroSAT, ["s1", "s2c", "rgb"], ONE)}
@@ -416,7 +416,8 @@ def main(argv=None):
     done = [extract(nets, data.Images(scenes, drawn if draw else whole), args.device, args.workers,
                     args.cache, args.centre, draw, args.area) for draw in range(args.draws + 1)]
     features = {net: np.concatenate([views[net] for views in done]) for net in nets}   # (n,F) each
-    print(f"features: {len(whole)} images, {args.draws} draws of {len(drawn)} of them")
+    print(f"features: {len(whole)} images"
+          + f", {args.draws} draws of the {len(drawn)} to train on" * (args.draws > 0))
     if args.show:
         last = {i: (i, s) for i, s in splits[0][1]}              # an image of each test scene
         show(args.show, nets[0], data.Images(scenes, [*last.values()][:8]))
@@ -446,22 +447,24 @@ def main(argv=None):
                 table[name][m].append(round(float(function(scores[name], y[test])), 5))
     empty, width = int((~y[test].any(0)).sum()), max(12, *map(len, names))
     print(f"{len(images[0])} training, {len(test)} test images ({empty} classes have none: not in "
-          f"macro), mean ± deviation over {args.seeds} seed(s)\n{'':{width}}",
+          f"macro), {args.seeds} seed(s): mean ± deviation\n{'':{width}}",
           *(f"{m:>17}" for m in metrics))
+    spread = partial(np.std, ddof=len(seeds) > 1)
     for name, row in table.items():
-        print(f"{name:{width}}", *(f"{np.mean(v):9.4f} ± {np.std(v):.4f}" for v in row.values()),
-              *chosen[name])                       # --head grid: feature, rate, validation value
+        cells = (f"{np.mean(v):.4f}" + f" ± {spread(v):.4f}" * (len(v) > 1) for v in row.values())
+        print(f"{name:{width}}", *(f"{c:>17}" for c in cells), *chosen[name])     # see `linear`
 
     # ------------------------------------------- intervals and classes of the last seed, and JSON
     value, *_, random, stats = (round(float(np.mean(row[key])), 5) for row in table.values())
     out = {"task": args.task, "metric": key, "n_train": len(images[0]), "n_test": len(test),
            "value": value, "random": random, "stats": stats, "seeds": args.seeds, "head": args.head,
-           "std": round(float(np.std(table[names[0]][key])), 5), "chosen": chosen, "all": table,
+           "std": round(float(spread(table[names[0]][key])), 5), "chosen": chosen, "all": table,
            "empty_classes": empty, "ckpt": args.ckpt[0] if n == 1 else args.ckpt}
     if args.bootstrap:
         own, gain = bootstrap(metric, scores.values(), y[test], args.bootstrap)
         for name, a, b in zip(names, own, gain):
-            print(f"{name:{width}} {key}, 95 % of bootstraps: {a}, minus {names[0]}: {b}")
+            gained = f", minus {names[0]}: {b}" * (name != names[0])
+            print(f"{name:{width}} {key}, 95 % of bootstraps: {a}{gained}")
         out |= {"interval": dict(zip(names, own)), "difference": dict(zip(names, gain))}
     for k, name in enumerate(scenes.classes if args.classes else ()):             # of the first row
         mine, s = y[test][:, k] > 0, scores[names[0]]

@@ -294,7 +294,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_checkpoints(
         file.write(open(path, "rb").read()[:after])
         raise OSError(errno.EIO, "Input/output error")
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(ValueError, match="backbone.pt: not written .*Input/output error"):
+    with pytest.raises(ValueError, match="backbone.pt: not written.*Input/output error"):
         run(world, out, "--max-steps", 4, "--resume")
     assert before == {p.name: p.read_bytes() for p in out.glob("last*.pt")}
     assert not list(out.glob("*.part"))
@@ -311,7 +311,7 @@ def test_a_folder_that_cannot_be_written_is_named(world, tmp_path, monkeypatch):
             raise OSError(errno.EROFS, "Read-only file system", str(path))
         return real(path, mode, *rest, **more)
     monkeypatch.setattr(builtins, "open", read_only)
-    with pytest.raises(ValueError, match="r/config.json: not written .*Read-only file system"):
+    with pytest.raises(ValueError, match="r/config.json: not written.*Read-only file system"):
         run(world, tmp_path / "r", "--max-steps", 1)
 
 
