@@ -10,7 +10,7 @@ A run is named study/name/modality/seed.  A line of tests/results/STUDY.jsonl ha
 device, the last line of its log and what probe.py said; a run that has a line is not repeated, so
 that a killed study goes on.  Checkpoints lie in runs/study/.
 
-softcon  InfoNCE, its two additions and both, on the toy world, 14 epochs
+softcon  InfoNCE, its two additions and both, on the toy world, 14 epochs; 5 seeds on s1, 3 on s2c
 factors  one factor of SoftCon, or of PerA, at a time, on radar images
 long     SoftCon as the preset has it, 28 epochs, and without the mask or the soft term
 pera     PerA with and without labels on the toy world
@@ -199,12 +199,15 @@ def listing():
                    "--seed", str(seed), "--img-size", "64"] for more in every for head in heads]
         add(study, name, modality, seed, ["--data", f"{at}/train", *flags], None,
             probes if study != "init" else [])
-    for seed, modality, name in itertools.product(seeds, ("s1", "s2c"), [*FACTORS][:4]):
-        add("softcon", name, modality, seed, SOFTCON + FACTORS[name][0])
-    for seed, name in itertools.product(seeds, ("soft-weight 2", "form ce, weight 1")):
-        add("factors", name, "s2c", seed, SOFTCON + FACTORS[name][0])
-    for seed, name in itertools.product(seeds, [*FACTORS][4:]):
-        add("factors", name, "s1", seed, SOFTCON + FACTORS[name][0], FACTORS[name][1])
+    for seed, modality, name in itertools.product(range(5), ("s1", "s2c"), [*FACTORS][:4]):
+        if seed in seeds or modality == "s1":
+            add("softcon", name, modality, seed, SOFTCON + FACTORS[name][0])
+    for seed, name in itertools.product(seeds, ("soft-weight 2", "form ce, weight 1",
+                                                "no predictor")):
+        add("factors", name, "s2c", seed, SOFTCON + FACTORS[name][0], FACTORS[name][1])
+    for seed, name in itertools.product(range(5), [*FACTORS][4:]):
+        if seed in seeds or name == "no predictor":
+            add("factors", name, "s1", seed, SOFTCON + FACTORS[name][0], FACTORS[name][1])
     for seed, name in itertools.product(seeds, PERA_FACTORS):
         add("factors", name, "s1", seed, PERA, PERA_FACTORS[name])
     for seed, modality, name in itertools.product(seeds, ("s2c", "s1"), [*FACTORS][:3]):
@@ -442,8 +445,9 @@ def switch_table():
                  for value, (x, default) in found.items() if x]
         yield f"| {switch} | {'; '.join(parts) if len(parts) > 1 else 'not run'} |"
     names = {"`bce` .5": "softcon/both", "`bce` 2": "factors/soft-weight 2",
-             "`ce` 1": "factors/form ce, weight 1"}
-    parts = [f"{k}: {cell(values(name, 's2c', 'micro_map'))}" for k, name in names.items()]
+             "`ce` 1": "factors/form ce, weight 1", "no predictor": "factors/no predictor"}
+    parts = [f"{k}: {cell(x)}" for k, name in names.items()
+             if (x := values(name, "s2c", "micro_map"))]
     yield f"| the same on s2c | {'; '.join(parts)} |"
     starts = {"from scratch": "none", "input layer fresh": "random", "its mean": "mean",
               "its rgb": "rgb"}
