@@ -82,10 +82,13 @@ def main(argv=None):
         process.join()
         per_step = (time.monotonic() - clock) / steps
         out, kills, done, saving = Path(folder, "killed"), [], 0, 0
+
+        def resume():
+            """Between two renames of a save there is only the older one."""
+            return ["--resume"] * ((out / "last.pt").exists() or (out / "last_1.pt").exists())
         while done < args.kills:
-            there = (out / "last.pt").exists() or (out / "last_1.pt").exists()
             part = stamp(out / "last.pt.part")
-            process = start(folder, "killed", *flags, *["--resume"] * there)
+            process = start(folder, "killed", *flags, *resume())
             watched = out / ("log.jsonl", "last.pt.part", "")[done % 3]
             for _ in range(rng.randint(1, 3) if done % 3 < 2 else 0):        # 1 to 3 steps or saves
                 before = stamp(watched)
@@ -104,7 +107,7 @@ def main(argv=None):
                     kills += [state["step"]] if state and name == "last.pt" else []
                 except Exception as error:
                     unreadable.append(f"{name}: {error}")
-        process = start(folder, "killed", *flags, *["--resume"] * (out / "last.pt").exists())
+        process = start(folder, "killed", *flags, *resume())
         process.join()
         same = all(equal(read(Path(folder, "whole", name)), read(out / name))
                    for name in ("last.pt", "backbone.pt"))
