@@ -59,6 +59,7 @@ SENSORS = {
 BANDS = {m: row[0].split() for m, row in SENSORS.items()}
 SHRINK = {m: dict(zip(BANDS[m], map(int, row[1].split()))) for m, row in SENSORS.items()}
 PRODUCTS = [m for m in BANDS if m != "rgb"]                             # a folder of bands each
+RADAR = [m for m in BANDS if SENSORS[m][2] is np.float32]                # decibels, no brightness
 DTYPE, COLOURS = ({m: row[k] for m, row in SENSORS.items()} for k in (2, 3))
 STATS = {m: [[float(v) for v in text.split()] for text in row[4:]] for m, row in SENSORS.items()}
 # of BigEarthNet's own S2 L2A pixels [SSL4EO-S12 bigearthnet_dataset_seco.py]
@@ -544,15 +545,16 @@ def draw_colours(n, modality, generator, p=0.8, jitter=0.4, grey=0.2, blur=0.5):
 
         optical  brightness and contrast U(1 - jitter, 1 + jitter)
         rgb      also saturation U(1 -+ jitter/2) and hue, a turn of up to jitter/4
-        s1       decibels are no brightness: VV and VH offset by up to 5 jitter dB, each its own
+        radar    decibels are no brightness: VV and VH offset by up to 5 jitter dB, each its own
 
     grey: probability that all bands become their mean; blur: of std U(.1, 2) pixels at 224.
     [SSL4EO-S12 pretrain_moco_v2_s2c.py; DeCUR for SAR; PerA augmentation.py; dB offset: ours]
     """
-    u, radar, rgb = torch.rand(9, n, generator=generator), modality == "s1", modality == "rgb"
+    u, radar, rgb = torch.rand(9, n, generator=generator), modality in RADAR, modality == "rgb"
     swing = jitter * (2 * u[[1, 2, 3, 4, 8]] - 1) * (u[0] < p)                        # (5,n)
     return {"brightness": 1 + swing[0] * (not radar), "contrast": 1 + swing[1] * (not radar),
-            "offset": 5 * radar * swing[[0, 4]].T,
+            "offset": 5 * swing[[0, 4]].T * (0.25 / torch.tensor(STATS[modality][1])) if radar
+            else torch.zeros(n, 1),                                  # the range [0,1] is 4 std wide
             "saturation": torch.where(u[5] < grey, 0, 1 + rgb * swing[2] / 2),
             "hue": rgb * swing[3] / 4, "blur": torch.where(u[6] < blur, 0.1 + 1.9 * u[7], 0)}
 
@@ -574,10 +576,8 @@ def colour(x, p):
     blurred, tinted = p["blur"].nonzero()[:, 0], (p["saturation"] != 1).any()  # known on the CPU
     reach = int(np.ceil(3 * float(p["blur"].max()) * x.shape[-1] / 224))
     p = {k: v.to(x.device, non_blocking=True).view(len(x), -1, 1, 1) for k, v in p.items()}
-    decibel = 1 / (4 * torch.tensor(STATS["s1"][1], device=x.device).view(-1, 1, 1))
-    offset = p["offset"] * decibel if x.shape[1] == 2 else 0
-    mean = x.mean((2, 3), keepdim=True) * p["brightness"] + offset   # then contrast, as one product
-    x = torch.addcmul(mean + (offset - mean) * p["contrast"], x,
+    mean = x.mean((2, 3), keepdim=True) * p["brightness"] + p["offset"]        # then contrast, as
+    x = torch.addcmul(mean + (p["offset"] - mean) * p["contrast"], x,          # one product
                       p["brightness"] * p["contrast"]).clamp_(0, 1)
     mean = x.mean(1, keepdim=True)
     x = torch.lerp(mean, x, p["saturation"]) if tinted else x
@@ -602,9 +602,10 @@ def colour(x, p):
 def show(scenes, out, losses, seed=0, n=4, grid=8):
     """Write to `out` (PNG) what the model sees of n scenes, a row each, drawn with `seed`.
 
-    Left to right: all seasons | SoftCon's two views | view 1 as SoftCon masks it (dark: dropped)
-    and as PerA does (blue: the student's patches, yellow: to guess, red: the teacher's) | labels of
-    both views, a line a class | label similarity of view 1 to each row's view 2, black 0, white 1.
+    Left to right: all seasons | SoftCon's two views (full-size augmentation) | view 1 as SoftCon
+    masks it (dark: dropped) and as PerA does (blue: the student's patches, yellow: to guess, red:
+    the teacher's) | labels of both views, a line a class | label similarity of view 1 to each
+    row's view 2, black 0, white 1.
     losses: that module, an argument because this one imports nothing of ours.
     """
     import imagecodecs
@@ -619,7 +620,7 @@ def show(scenes, out, losses, seed=0, n=4, grid=8):
         x = np.stack([scenes.image(*pair)[eye] for pair in scenes.pairs([i])])
         row[:len(x)] = tiles(torch.from_numpy(x)) / 255
     x, y = map(torch.from_numpy, scenes[[(i, (seed, i)) for i in rows]])   # (n,2,C,H,W), (n,2,L)
-    p = draw_crops(2 * n, g) | draw_colours(2 * n, m, g, 0.8 * (m != "s1"))
+    p = draw_crops(2 * n, g) | draw_colours(2 * n, m, g, 0.8 * (m not in RADAR))
     views = colour(crop(x.flatten(0, 1), p, scenes.size), p)[:, eye]       # (2n,3,H,W)
     views = tiles(views).view(n, 2, 3, T, T)
 

@@ -10,7 +10,7 @@ other key should follow how much the two scenes' land-cover labels overlap (soft
 [4] Shen et al. 2026, PerA, and its repository SathShen/PerA
 
 PerA [4] shows student and teacher different patches of one crop; the student must choose the
-teacher's prototypes [3] and guess the pixels of patches that neither it nor anybody showed it.
+teacher's prototypes [3] and guess the pixels of patches that neither network sees.
 Equations are numbered as in the README.
 
 Letters: N queries of this rank, M keys of all ranks, D width, L label classes, K prototypes,
@@ -107,21 +107,22 @@ def info_nce(q, k, tau, offset=0):
     return F.cross_entropy(logits, torch.arange(len(q), device=q.device) + offset)      # eq. (2)
 
 
-SOFT_TAU = {"ce": 0.2, "bce": 0.2, "bce_mean": 1.0}       # nothing is public: ours
+SOFT_TAU = {"ce": 0.2, "bce": 0.2, "bce_mean": 1.0}       # not in the release: ours
 
 
-def soft_contrastive(q, k, yq, yk, form="bce", tau=None, rows=None):
+def soft_contrastive(q, k, yq, yk, form="bce", tau=None, all_yq=None):
     """Soft contrast: similarity c_ij = q_i.k_j follows label similarity s_ij.  q (N,D), k (M,D),
-    normalised here, yq (N,L), yk (M,L) multi-hot.  Three readings, as the formula is not public:
+    normalised here, yq (N,L), yk (M,L) multi-hot.  Three readings, as the release has no formula:
 
         ce        mean_i  sum_j  -s_ij / (sum_l s_il)  log softmax_j(c_ij / tau)
         bce       mean_i  sum_j  BCE(sigmoid(c_ij / tau), s_ij)
         bce_mean  mean_i  mean_j BCE(sigmoid(c_ij / tau), s_ij)
 
     bce sums over the keys, so its share of the gradient grows with the batch; the other two keep
-    it.  Rows and columns without labels leave the term.  mean_i is over the labelled rows, `rows`
-    of them (default: those given); with none the term is 0.  A labelled row that shares no class
-    with any key adds 0 to ce.  tau=None takes SOFT_TAU[form].
+    it.  Rows and columns without labels leave the term.  mean_i is over the labelled rows; with
+    none the term is 0.  A labelled row that shares no class with any key adds 0 to ce.  tau=None
+    takes SOFT_TAU[form].  all_yq (M,L): yq of all ranks, if k and yk are theirs; DDP averages the
+    ranks' losses, so that a division by its labelled rows / ranks gives the mean over all.
     """
     valid_q, valid_k, s = has_labels(yq), has_labels(yk), label_similarity(yq, yk)
     logits = cosine(q, k) / (SOFT_TAU[form] if tau is None else tau)                        # (N, M)
@@ -132,7 +133,7 @@ def soft_contrastive(q, k, yq, yk, form="bce", tau=None, rows=None):
         terms = F.binary_cross_entropy_with_logits(logits, s.to(logits), reduction="none")
         terms = terms * (valid_q[:, None] & valid_k)
         terms = terms / valid_k.sum().clamp_min(1) if form == "bce_mean" else terms
-    rows = valid_q.sum() if rows is None else rows
+    rows = valid_q.sum() if all_yq is None else has_labels(all_yq).sum() * len(q) / len(k)
     return terms.sum() / (rows + (rows == 0))                                           # eq. (3)
 
 
@@ -147,18 +148,8 @@ def softcon_loss(q, k, yq, yk, tau=0.2, weight=0.5, form="bce", soft_tau=None, a
         k, all_yq, yk = gather(k), gather(yq), gather(yk)
     rank = dist.get_rank() if dist.is_initialized() else 0
     hard = info_nce(q, k, tau, offset=rank * len(q))
-    soft = soft_over_ranks(q, k, yq, yk, form, soft_tau, all_yq)
+    soft = soft_contrastive(q, k, yq, yk, form, soft_tau, all_yq)
     return hard + weight * soft, hard, soft                                             # eq. (4)
-
-
-def soft_over_ranks(q, k, yq, yk, form="bce", tau=None, all_yq=None):
-    """soft_contrastive of this rank's queries (N,D) against the keys (M,D) and labels of all ranks.
-
-    DDP averages the ranks' losses: dividing by (labelled rows of all_yq) / ranks instead of those
-    of yq turns that average into the mean over all labelled rows.
-    """
-    all_yq = gather(yq) if all_yq is None else all_yq
-    return soft_contrastive(q, k, yq, yk, form, tau, has_labels(all_yq).sum() * len(q) / len(k))
 
 
 # ------------------------------------------------------------------------------------------- PerA
@@ -230,11 +221,11 @@ def pera_loss(student, teacher, prototypes, centre, tau_teacher, crops, n_global
     the global crops, on their scores, as released.  One crop's scores (B,K) are alive at a time:
     the backward pass computes them again.
     """
-    def one(s, t, spread):
-        s, t = F.linear(s, prototypes[0]), F.linear(t, prototypes[1])            # (B,K)
+    def one(z, z_t, spread):
+        s, t = F.linear(z, prototypes[0]), F.linear(z_t, prototypes[1])          # (B,K)
         return dino_loss(s, t, centre, tau_teacher, tau), koleo(s) if spread else s.new_zeros(())
-    terms = [checkpoint(one, s, t, i < n_global, use_reentrant=False, preserve_rng_state=False)
-             for i, (s, t) in enumerate(zip(student.chunk(crops), teacher.chunk(crops)))]
+    terms = [checkpoint(one, z, z_t, i < n_global, use_reentrant=False, preserve_rng_state=False)
+             for i, (z, z_t) in enumerate(zip(student.chunk(crops), teacher.chunk(crops)))]
     return sum(dino for dino, _ in terms) / crops, sum(spread for _, spread in terms)
 
 

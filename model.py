@@ -317,7 +317,7 @@ def head(widths):
 
 class Branch(nn.Module):
     """One side of SoftCon: backbone -> projector (D, hidden, hidden, out) [-> predictor (out,
-    hidden, out), student only].  Gives z (B, out) and the features under it (B, D), to be kept."""
+    hidden, out), student only].  Gives z (B, out) and the features (B, D): only these are kept."""
 
     def __init__(self, backbone, hidden=4096, predict=False, out=256):
         super().__init__()
@@ -372,7 +372,7 @@ class SparseBranch(nn.Module):
     def forward(self, crops, keep, learn=None):
         """crops [(b,C,H,W), ...], patches to see [(b,n), ...], and to guess in crops[0]: (b,m).
 
-        Returns embeddings (sum of b, 384), CLS features (sum of b, D), guesses (b,m,PPC), None."""
+        Returns embeddings (sum of b, 384), CLS (sum of b, D), guesses (b,m,PPC) or None."""
         net = self.backbone
         x, groups = pack([net.embed(x, k) for x, k in zip(crops, keep)])              # (T, D)
         for i, block in enumerate(net.blocks):
@@ -517,7 +517,10 @@ def load_pretrained(model, path, adapt="random", quiet=False, weights=None, rgb=
         new, verdict = state.get(name, old), "loaded"
         if new.shape != old.shape:
             if name in FIRST and new.shape[:1] + new.shape[2:] == old.shape[:1] + old.shape[2:]:
-                new, verdict = adapt_input(new, old, adapt, rgb), "adapted"
+                try:
+                    new, verdict = adapt_input(new, old, adapt, rgb), "adapted"
+                except ValueError as error:
+                    wrong.append(str(error))
             elif name == "pos_embed" and new.shape[::2] == old.shape[::2] and (
                     new.shape[1] > 1 and (new.shape[1] - 1) ** 0.5 % 1 == 0):
                 new, verdict = model.positions(*model.grid, new), "resampled"

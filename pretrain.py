@@ -53,12 +53,12 @@ FLAGS = {   # default, or (softcon on toy, on --data, pera on toy, on --data); h
         "data": (None, "SSL4EO-S12 tree or class folders, with the full-size preset;\n"
                  "none: a toy world in ./toy, with a small one"),
         "labels": (None, "SSL4EO-S12-ML json (ssl4eo_multilabel.json in --data), or 'classes'"),
-        "holdout": ((0.4, 0.1, 0.4, 0.1), "share of scenes, by hash of the name, for probe.py"),
+        "holdout": ((0.4, 0.1, 0.4, 0.1), "share of scenes kept for probe.py, by hash of the name"),
         "img-size": ((32, 224, 32, 224), "side of a (global) crop in pixels"),
         "crop-min": ((0.5, 0.2, 0.4, 0.4), "smallest share of the image in a (global) crop"),
         "crops": (([2, 8], [2, 8], [2, 2], [2, 8]), "pera: global and local crops of an image"),
-        "local-size": ((0, 0, 16, 96), "pera: side of a local crop, 0.05 to --crop-min of it"),
-        "jitter": ((0.0, 0.4, 0.4, 0.4), "of brightness and contrast; s1: pera's dB offset"),
+        "local-size": ((0, 0, 16, 96), "pera: side of a local crop; its area: 0.05 to --crop-min"),
+        "jitter": ((0.0, 0.4, 0.4, 0.4), "of brightness, contrast; on s1 pera's alone, x 5 dB"),
         "grey": ((0.0, 0.2, 0.1, 0.1), "share of views turned grey; pera: 0.8 of it, student"),
         "cache": (4.0, "decode once and keep in memory if it fits in this many GB per rank"),
         "on-bad": ("stop", "unreadable file: skip = another scene, up to 1 %%", ["stop", "skip"])},
@@ -83,7 +83,7 @@ FLAGS = {   # default, or (softcon on toy, on --data, pera on toy, on --data); h
         "ratios": ([0.2, 0.2, 0.6], "pera: patches for the student, to guess, for the teacher")},
     "optimisation": {
         "epochs": ((28, 100, 8, 200), "passes over the scenes"),
-        "max-steps": (0, "stop early; the schedules still span --epochs"),
+        "max-steps": (0, "stop early, 0: never; the schedules still span --epochs"),
         "batch-size": ((32, 256, 32, 192), "scenes per step, over all ranks"),
         "accum": (1, "micro-batches per step; keys are those of one micro-batch"),
         "lr": ((5e-4, 1.5e-4, 5e-4, 1e-3), "AdamW's peak, as it is: not scaled by the batch"),
@@ -129,6 +129,7 @@ def parse(argv):
                 type=type(first) if isinstance(first, (int, float)) else str,
                 nargs=(len(like) or "*") if isinstance(like, list) else None,
                 choices=[*choices[0]] if choices else None, required=name == "modality")
+    given = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
     args = parser.parse_args(argv)
     for name in [name for name in PRESETS if getattr(args, name) is None]:
         setattr(args, name, PRESETS[name][2 * (args.method == "pera") + bool(args.data)])
@@ -138,13 +139,16 @@ def parse(argv):
     for names, low, high in (
             ("img-size patch-size epochs batch-size accum hidden log-every save-every", 1, many),
             ("max-steps", 0, many), ("seed", 0, 2 ** 63), ("prototypes", two, many),
-            ("drop-path", 0, 0.99), ("crop-min", 0.01, 1), ("tau soft-tau", 1e-4, 100),
-            ("jitter grey warmup momentum mask-ratio", 0, 1),
-            ("workers lr soft-weight clip", 0, many)):
+            ("drop-path holdout", 0, 0.99), ("crop-min", 0.01, 1),
+            ("tau soft-tau teacher-tau", 1e-4, 100), ("jitter grey warmup momentum", 0, 1),
+            ("workers lr soft-weight clip cache weight-decay", 0, many)):
         for name in names.split():
             value = getattr(args, name.replace("-", "_"))
-            if not low <= value <= high:
+            if not all(low <= v <= high for v in (value if isinstance(value, list) else [value])):
                 parser.error(f"--{name} {value}: must lie in {low} to {high}")
+    for name, (_, text, *_) in itertools.chain(*(flags.items() for flags in FLAGS.values())):
+        if f"--{name}" in given and text.startswith("softcon: pera:".split()[two == 0]):
+            parser.error(f"--{name}: has no effect on --method {args.method}")
     if not args.data and args.modality not in ("s1", "s2c"):
         parser.error(f"--modality {args.modality}: the toy world has s1 and s2c; give --data")
     return args
@@ -245,9 +249,8 @@ def two_views(x, args, dice):
     """Two seasons of each scene, uint8 (B,2,C,H,W) -> a view of each, season by season, (2B,C,h,w)
     in [0,1]; draws from dice."""
     total, g = 2 * len(x) * dice.world, dice.generator
-    p = dice.ours(data.draw_crops(total, g, args.crop_min)
-                  | data.draw_colours(total, args.modality, g, 0.8 * (args.modality != "s1"),
-                                      args.jitter, args.grey), 2)
+    light = total, args.modality, g, 0.8 * (args.modality not in data.RADAR), args.jitter, args.grey
+    p = dice.ours(data.draw_crops(total, g, args.crop_min) | data.draw_colours(*light), 2)
     views = data.colour(data.crop(x.transpose(0, 1).flatten(0, 1), p, args.img_size), p)
     return views.contiguous(memory_format=torch.channels_last)
 
@@ -302,23 +305,23 @@ def pera_step(net, x, y, args, dice, values):
     mine, theirs, keep, learn, others = zip(*views)
     with torch.autocast("cuda" if x.is_cuda else "cpu", torch.bfloat16, enabled=args.amp == "bf16"):
         with torch.no_grad():
-            t, features, _ = net.teacher(theirs, others)                # (crops B,384), (crops B,D)
+            z_t, features, _ = net.teacher(theirs, others)              # (crops B,384), (crops B,D)
         if args.soft_weight:
             k = features[:n_global * len(x)].unflatten(0, (n_global, -1))        # (n_global,B,D)
             keys = losses.gather_soon(k.transpose(0, 1), y)                      # on their way
-        s, cls, guess = net.ddp(mine, keep, learn[0])                   # guess (n_global B, m, PPC)
+        z, cls, guess = net.ddp(mine, keep, learn[0])                   # guess (n_global B, m, PPC)
         matrices = [b.cls_head.prototypes() for b in (net.student, net.teacher)]         # (K,384)
-        dino, spread = losses.pera_loss(s, t, matrices, net.centre.value, values["teacher_tau"],
+        dino, spread = losses.pera_loss(z, z_t, matrices, net.centre.value, values["teacher_tau"],
                                         n_global + n_local, n_global, args.tau)
     sigmas = 4 * losses.patchify(mine[0] - 0.5, args.patch_size)         # the sensor's z-scores
     pixel = losses.pixel_loss(guess, sigmas, learn[0])
-    net.centre.update(t.float().mean(0, keepdim=True) @ matrices[1].T)   # scores are linear in t
+    net.centre.update(z_t.float().mean(0, keepdim=True) @ matrices[1].T)  # scores are linear in z_t
     parts = {"dino": dino, "koleo": spread, "pixel": pixel}
     loss = dino + 0.1 * spread + 0.01 * pixel                                           # eq. (10)
     if args.soft_weight:
         k, labels = keys()                                               # of all ranks
         parts["soft"] = sum(
-            losses.soft_over_ranks(q, k, y, labels, args.soft_form, args.soft_tau, labels)
+            losses.soft_contrastive(q, k, y, labels, args.soft_form, args.soft_tau, labels)
             for q, k in zip(cls[:n_global * len(x)].chunk(n_global), k.unbind(1))) / n_global
         loss = loss + args.soft_weight * parts["soft"]
     return loss, parts, cls, features[:len(x)]
@@ -353,7 +356,7 @@ def annotated(work):
         line = " ".join(linecache.getline(code.co_filename, number).split()) if number else (
             f"in {code.co_qualname}:")
         text = f"{'  ' * len(stack) + made:<64} {line}"
-        if made and text not in texts:
+        if (made or not number) and text not in texts:
             texts.append(text)
         if event != "return":
             stack.append((values, frame.f_lineno))
@@ -390,8 +393,8 @@ def dry_run(args, world):
                 f"{name} {' and '.join(str(n) for _, n in inputs[1])}"))
     with FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            texts, (loss, *_) = annotated(lambda: STEPS[args.method](
-                net, x, y, args, Dice(args.seed, 0, 0, 0, 1), schedules(args, 0, 100)))
+            inputs = net, x, y, args, Dice(args.seed, 0, 0, 0, 1), schedules(args, 0, 100)
+            texts, (loss, *_) = annotated(lambda: STEPS[args.method](*inputs))
         loss.backward()
     flops = counter.get_total_flops() / 1e12
     print("what each line makes; lines that come with the same shapes again are left out:", *texts,

@@ -293,7 +293,7 @@ def split(scenes, task, seed, share, holdout, lists=None, replace=False):
 def run_flags(ckpt):
     """What is asked of the run that left `ckpt`, where its config.json is and says so."""
     path = Path(ckpt).parent / "config.json"
-    kinds = {"img_size": int, "holdout": float, "labels": str, "data": str}
+    kinds = {"img_size": int, "holdout": float, "labels": str, "data": str, "modality": str}
     try:
         flags = json.loads(data.read_text(path)).get("flags", {}) if path.exists() else {}
         return {name: kind(flags[name]) for name, kind in kinds.items() if name in flags}
@@ -318,7 +318,7 @@ FLAGS = {                # name: default, help, (lowest, highest) or what argpar
     "task": ("ssl4eo", "what the labels are", {"choices": [*TASKS]}),
     "data": (None, "folder; none: the toy world", {}),
     "labels": (None, "SSL4EO-S12-ML json; none: ssl4eo_multilabel.json in --data", {}),
-    "modality": (None, "none: by the checkpoint's channels", {"choices": [*data.BANDS]}),
+    "modality": (None, "none: the run's, or by the channels", {"choices": [*data.BANDS]}),
     "img-size": (None, "none: the run's config.json, the position table, or 224", (1, 4096)),
     "lists": (None, "files of names to train on, to test on", {"nargs": 2}),
     "exclude": ([], "lists to leave out of --lists: snow, cloud", {"nargs": "*"}),
@@ -366,7 +366,8 @@ def main(argv=None):
     # ------------------------------------------------ networks: the checkpoints, random ones, floor
     nets = [models.build_from(path, len(data.BANDS.get(args.modality, ()))) for path in args.ckpt]
     runs = [run_flags(path) for path in args.ckpt]
-    modality = args.modality or {len(b): m for m, b in data.BANDS.items()}.get(nets[0].in_chans)
+    modality = args.modality or runs[0].get("modality") or {
+        len(b): m for m, b in data.BANDS.items()}.get(nets[0].in_chans)
     holdout = min(r.get("holdout", 0.1) for r in runs) if args.holdout is None else args.holdout
     for path, net, run in zip(args.ckpt, nets, runs):
         bands = len(data.BANDS.get(modality, ()))

@@ -315,15 +315,13 @@ def main(argv=None):
     parser.add_argument("--json", action="store_true", help="nothing but one JSON object")
     parser.add_argument("--here", action="store_true", help="one part, in this process")
     own, rest = parser.parse_known_args(argv)
-    size = ["--img-size", "112", "--local-size", "48", "--batch-size", "4"] if own.quick else [
-        "--batch-size", "8"]
-    flags = ["--modality", "s2c", "--arch", "vit_small", *size, *rest]
-    args = pretrain.parse(["--data", "none", *flags])
-    args.amp = args.amp if args.amp != "auto" else "bf16" if DEVICE == "cuda" else "off"
-    args.steps, args.quick = own.steps, own.quick
     if own.here:
-        part = own.part[0]
-        args.dense = part == "dense"
+        size = ["--img-size", "112", "--batch-size", "4"] if own.quick else ["--batch-size", "8"]
+        size += ["--local-size", "48"] * (own.quick and "pera" in rest)
+        flags, part = ["--modality", "s2c", "--arch", "vit_small", *size, *rest], own.part[0]
+        args = pretrain.parse(["--data", "none", *flags])
+        args.amp = args.amp if args.amp != "auto" else "bf16" if DEVICE == "cuda" else "off"
+        args.steps, args.quick, args.dense = own.steps, own.quick, part == "dense"
         print(json.dumps(PARTS[part](args, *[flags] * (part == "loop"))))
         return
     rows = {"machine": {"device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",

@@ -120,9 +120,11 @@ def one_offset():
     """VV and VH offset by the same decibels."""
     whole = data.draw_colours
 
+    std = torch.tensor(data.STATS["s1"][1])
+
     def drawn(*args):
         p = whole(*args)
-        return p | {"offset": p["offset"][:, :1].expand(-1, 2)}
+        return p | {"offset": p["offset"][:, :1] * (std[0] / std)}
     data.draw_colours = drawn
 
 

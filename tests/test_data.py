@@ -298,9 +298,9 @@ def test_radar_shifts_by_decibels_and_saturates():
     """-12.59 dB, VV's mean, sits at 0.5; 2 std up or down is the end of the range."""
     x = torch.tensor([127, 127], dtype=torch.uint8).view(1, 2, 1, 1).expand(1, 2, 12, 12)
     for offset in (1.5, -30.0):
-        got = view(x, identity(1) | {"offset": torch.tensor([offset])}, 12)
-        decibel = 127 / 255 * 4 * torch.tensor([5.26, 5.91]) + offset
-        want = (decibel / (4 * torch.tensor([5.26, 5.91]))).clamp(0, 1)
+        width = 4 * torch.tensor([5.26, 5.91])                                  # of the range, in dB
+        got = view(x, identity(1) | {"offset": (offset / width)[None]}, 12)
+        want = ((127 / 255 * width + offset) / width).clamp(0, 1)
         assert torch.allclose(got, want.view(1, 2, 1, 1).expand_as(got), atol=1e-6)
 
 
@@ -346,7 +346,8 @@ def test_drawn_parameters_replay_and_lie_in_their_ranges():
     assert 0.17 < (a["saturation"] == 0).float().mean() < 0.23
     assert 0.46 < (a["blur"] > 0).float().mean() < 0.54 and (a["offset"] == 0).all()
     assert (radar["brightness"] == 1).all() and (radar["contrast"] == 1).all()
-    assert 1.9 < radar["offset"].max() <= 2 and -2 <= radar["offset"].min() < -1.9
+    decibel = radar["offset"] * 4 * torch.tensor([5.26, 5.91])
+    assert 1.9 < decibel.max() <= 2 + 1e-6 and -2 - 1e-6 <= decibel.min() < -1.9
     vv, vh = radar["offset"].T                                  # jittered together, not alike
     assert torch.equal(vv == 0, vh == 0) and abs(torch.corrcoef(radar["offset"].T)[0, 1]) < 0.1
     assert 0.09 < rgb["hue"].max() <= 0.1 and 1.19 < rgb["saturation"].max() <= 1.2

@@ -68,9 +68,10 @@ def test_pera_shows_crops_three_sets_of_patches_and_tokens_before_and_after_the_
     assert (masks["masks[0]"][-1], masks["masks[1]"][-1], masks["masks[2]"][-1]) == (
         (16, 3), (16, 3), (16, 10))                                           # 2 global crops of 8
     step = shown(out, "pera_step")
-    assert step["s"] == step["t"] == [(40, 384)] and step["cls"] == [(40, 192)]
+    assert step["z"] == step["z_t"] == [(40, 384)] and step["cls"] == [(40, 192)]
     assert step["guess"] == [(16, 3, 72)] and step["matrices[0]"] == [(64, 384)]
-    assert shown(out, "one")["s"] == [(8, 384), (8, 64)]                        # scores of a crop
+    one = shown(out, "one")                                              # a crop and its scores
+    assert one["z"] == [(8, 384)] and one["s"] == [(8, 64)]
     assert "asked (16,3,192)" in out and "soft_contrastive" in out
     assert re.search("^student: .*, cls_head .*, pred_head ", out, re.M)
     assert "included: teacher 11 and 3, student 4 and 2, student 7 and 2\n" in out

@@ -103,7 +103,7 @@ def order_of_a_step(rank, method, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     pera, events = method == "pera", []
     args = pretrain.parse(["--modality", "s1", "--method", method, *SMALL, "--arch", "vit_tiny",
-                           "--local-size", "12", "--soft-weight", "0.3"])
+                           *["--local-size", "12"] * (method == "pera"), "--soft-weight", "0.3"])
     args.amp, net = "off", pretrain.networks(args, "cpu")
     real_gather, student, teacher = dist.all_gather, net.student, net.teacher
 
