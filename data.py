@@ -29,7 +29,7 @@ import shutil
 import struct
 import sys
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -82,8 +82,9 @@ def named(path, problem, gone="no such file"):
         yield
     except FileNotFoundError:
         raise ValueError(f"{path}: {gone}") from None
-    except Exception as error:                                       # codecs raise a dozen kinds
-        raise ValueError(f"{path}: {problem} ({type(error).__name__}: {error})") from None
+    except Exception as error:             # codecs raise a dozen kinds, some of a dozen lines
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: {problem} ({type(error).__name__}: {why})") from None
 
 
 def plainly(error):
@@ -289,7 +290,9 @@ def SSL4EO(root, modality, labels=None, seasons=2):
             raise ValueError(f"{root}/{modality}/{i}: missing, while {tree}/{i} is there")
     table, s2 = read_labels(labels) if labels else {}, trees.get("s2c", trees.get("s2a"))
     for i in ids:
-        mine, products = table.get(i, {}), sorted(subfolders(f"{root}/{modality}/{i}"), key=date)
+        mine = table.get(i, {})
+        with named(f"{root}/{modality}/{i}", "not a scene"):
+            products = sorted(subfolders(f"{root}/{modality}/{i}"), key=date)
         require(products, f"{root}/{modality}/{i}: scene without a {modality} product")
         names = products                                             # of the S2 images
         if modality[:2] != "s2":
@@ -299,8 +302,11 @@ def SSL4EO(root, modality, labels=None, seasons=2):
         names = names if len(names) == len(products) else [None] * len(products)
         rows.append(multi_hot([mine.get(name, ()) for name in names], len(CLASSES)))
         files.append([f"{root}/{modality}/{i}/{p}" for p in products])
-    finest = min(SHRINK[modality], key=SHRINK[modality].get)
-    size = max(read_tiff(f"{files[0][0]}/{finest}.tif").shape)
+    finest, sizes = min(SHRINK[modality], key=SHRINK[modality].get), []
+    for row in files[:99]:                                           # no bad one sets the measure
+        with suppress(ValueError):
+            sizes.append(max(read_tiff(f"{row[0]}/{finest}.tif").shape))
+    size = max(sizes, key=sizes.count, default=264)
     decode = partial(read_product, modality=modality, size=size)
     return Scenes(ids, files, rows, CLASSES, modality, size, decode, seasons)
 
@@ -328,7 +334,9 @@ def read_image(path, modality, size=None, order=None, scale=to_uint8):
     else:
         with named(path, "unreadable image"):
             import imagecodecs                 # only here: TIFFs without compression do without it
-            x = np.atleast_3d(imagecodecs.imread(path))
+            raw = Path(path).read_bytes()
+            require(path.lower().endswith(".png") or b"\xff\xd9" in raw[-32:], "JPEG is cut off")
+            x = np.atleast_3d(imagecodecs.imread(raw))
         x = x[..., :3 if path.lower().endswith(".png") else None]
         x = x[..., [0] * 3] if x.shape[2] < 3 else x
     x = x.transpose(1, 2, 0) if x.ndim == 3 and len(x) == bands else x         # band after band
@@ -437,13 +445,12 @@ def open_data(root, modality, labels=None, views=2):
     if os.path.exists(f"{root}/images.uint8"):
         return Packed(root, modality, views, labels)
     products = bool(folders & {*PRODUCTS})
-    require(modality in folders or not products, f"{root}: has no modality {modality}")
     require(not labels or products != (labels == "classes"),
             f"--labels {labels}: {root} holds {'products' if products else 'classes'}")
     if products:
         return SSL4EO(root, modality, labels or (own if os.path.exists(own) else None), views)
     ben = folders & set().union(*BEN_TOP.values())
-    reader = BigEarthNet if ben else EuroSAT if folders & EUROSAT_CLASSES else Folder
+    reader = BigEarthNet if ben else EuroSAT if folders <= EUROSAT_CLASSES else Folder
     scenes = reader(root, modality=modality, views=views)
     scenes.labels = [y * (labels == "classes") for y in scenes.labels]
     return scenes
@@ -640,7 +647,8 @@ def show(scenes, out, losses, seed=0, n=4, grid=8):
               .flatten(0, 1) for v in (seasons, views, masks, sets, alike)]              # (H,W,3)
     x = torch.cat([F.pad(v, (0, 0, 4, 4), value=torch.nan) for v in groups], 1)
     x = torch.where(x.isnan(), torch.tensor([0.7, 0.85, 1]), x)            # the paper: light blue
-    Path(out).write_bytes(imagecodecs.png_encode((255 * x).round().byte().numpy(), level=9))
+    with named(out, "not written", "its folder is gone"):
+        Path(out).write_bytes(imagecodecs.png_encode((255 * x).round().byte().numpy(), level=9))
 
 
 # ------------------------------------------------------------------------------------- toy world
@@ -744,7 +752,8 @@ def write_toy_scene(i, root, size, seed):
                 tags = [(33550, "d", 3, (10 * k / 111320,) * 2 + (0,), True),   # GeoTIFF: EPSG:4326
                         (33922, "d", 6, (0, 0, 0, 0.1 * (i % 1000), 45, 0), True),
                         (34735, "H", 12, (1, 1, 0, 2, 1024, 0, 1, 2, 2048, 0, 1, 4326), True)]
-                tifffile.imwrite(f"{folder}/{band}.tif", x, metadata=None, extratags=tags)
+                with named(f"{folder}/{band}.tif", "not written"):
+                    tifffile.imwrite(f"{folder}/{band}.tif", x, metadata=None, extratags=tags)
     return f"{i:07d}", entry
 
 

@@ -520,7 +520,7 @@ def load_pretrained(model, path, adapt="random", quiet=False, weights=None, rgb=
                 try:
                     new, verdict = adapt_input(new, old, adapt, rgb), "adapted"
                 except ValueError as error:
-                    wrong.append(str(error))
+                    raise ValueError(f"{path}: {error}") from None
             elif name == "pos_embed" and new.shape[::2] == old.shape[::2] and (
                     new.shape[1] > 1 and (new.shape[1] - 1) ** 0.5 % 1 == 0):
                 new, verdict = model.positions(*model.grid, new), "resampled"

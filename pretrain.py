@@ -485,12 +485,17 @@ def ahead(loader, device):
     side = torch.cuda.Stream(device)
 
     def copies():
-        for x, y, *rest in loader:
-            with torch.cuda.stream(side):
-                moved = [v.to(device, non_blocking=True) for v in (x, y)]
-            yield moved, rest, side.record_event()
+        try:
+            for x, y, *rest in loader:
+                with torch.cuda.stream(side):
+                    moved = [v.to(device, non_blocking=True) for v in (x, y)]
+                yield moved, rest, side.record_event()
+        except Exception as error:               # of the next batch: this step shall still be done
+            yield None, error, None
     # the second of a pair is on its way while the first is used
     for (moved, rest, copied), _ in itertools.pairwise(itertools.chain(copies(), [None])):
+        if moved is None:
+            raise rest
         here = torch.cuda.current_stream(device)
         here.wait_event(copied)
         for v in moved:

@@ -360,6 +360,8 @@ def main(argv=None):
         raise ValueError("--lists: bigearthnet needs two, ssl4eo tests on scenes held out")
     if args.task != "ssl4eo" and not args.data:
         raise ValueError(f"--task {args.task}: needs --data")
+    if len({*args.ckpt}) < len(args.ckpt):
+        raise ValueError("--ckpt: a file twice")
     reader, modalities, metrics = TASKS[args.task]
     multi, (key, metric) = metrics is not ONE, next(iter(metrics.items()))
 

@@ -516,6 +516,10 @@ def test_what_each_adaptation_does_to_the_scale_of_the_first_output():
     assert models.adapt_input(weight, fresh, "random") is fresh
     with pytest.raises(ValueError, match="adapt=rgb does not lead from 3 to 2 channels"):
         models.adapt_input(weight, fresh[:, :2], "rgb")
+    far = models.adapt_input(weight, fresh, "rgb", [6, 4, 2])           # another sensor's red, green, blue
+    assert torch.equal(far[:, [6, 4, 2]], weight) and torch.equal(far[:, :2], fresh[:, :2])
+    with pytest.raises(ValueError, match="adapt=rgb does not lead from 3 to"):
+        models.adapt_input(weight, fresh, "rgb", [0, 1, 0])                                # radar
     with pytest.raises(ValueError, match="adapt=inflate does not lead"):
         models.adapt_input(weight, fresh, "inflate")
 

@@ -218,7 +218,7 @@ def test_a_bad_file_is_named_in_one_line(toy, tmp_path, modality, band, harm, me
 
 
 @pytest.mark.parametrize("harm, message", [
-    (lambda r: shutil.rmtree(r / "s1"), "has no modality s1"),
+    (lambda r: shutil.rmtree(r / "s1"), "/s1: no such folder"),
     (lambda r: shutil.rmtree(r), "no such folder"),
     (lambda r: shutil.rmtree(r / "s1" / "0000001"), "s1/0000001: missing, while .*s2c/0000001"),
     (lambda r: [shutil.rmtree(p) for p in (r / "s1" / "0000001").iterdir()],

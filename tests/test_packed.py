@@ -323,6 +323,39 @@ def test_check_lists_exactly_the_bad_files_and_exits_with_1(toy, tmp_path, capsy
     assert "data.py: error: " in run.stderr and "VH.tif: NaN or infinite pixels" in run.stderr
 
 
+def test_a_bad_first_file_hides_no_other_and_sets_no_measure(toy, tmp_path, capsys):
+    for i in range(4):
+        shutil.copytree(f"{toy}/s1/{i:07d}", tmp_path / "s1" / f"{i:07d}")
+    first, last = (sorted((tmp_path / "s1" / f"{i:07d}").iterdir())[0] / "VV.tif" for i in (0, 3))
+    tifffile.imwrite(first, np.zeros((25, 25), np.float32))                    # of 24: resampled
+    assert data.open_data(str(tmp_path), "s1").size == 24
+    first.unlink()
+    os.truncate(last, 700)
+    assert data.main(["check", str(tmp_path), "--modality", "s1", "--workers", "0"])
+    *lines, _ = capsys.readouterr().out.splitlines()
+    assert [x.split(":")[0] for x in lines] == [str(first), str(last)]
+
+
+def test_a_cut_jpeg_is_bad_and_each_bad_image_is_one_line(tmp_path, capsys):
+    import imagecodecs
+    (tmp_path / "a").mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    whole = imagecodecs.jpeg8_encode(noise)
+    for name, raw in (("0.jpg", whole), ("1.jpg", whole[:len(whole) // 2]), ("2.png", b"junk")):
+        (tmp_path / "a" / name).write_bytes(raw)
+    assert data.main(["check", str(tmp_path), "--modality", "rgb", "--workers", "0"])
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "1.jpg: unreadable" in lines[0] and "2.png: unreadable" in lines[1]
+    assert last.endswith("3 images of 3 scenes, 2 bad files")
+
+
+def test_a_folder_that_is_no_product_is_named_with_its_scene(toy, tmp_path):
+    shutil.copytree(f"{toy}/s1/0000000", tmp_path / "s1" / "0000000")
+    (tmp_path / "s1" / "0000000" / "notes").mkdir()
+    with pytest.raises(ValueError, match="s1/0000000: not a scene .*'notes' has no date"):
+        data.open_data(str(tmp_path), "s1")
+
+
 @pytest.mark.parametrize("modality", ["s1", "s2c"])
 def test_stats_equal_numpys_over_all_pixels_in_the_sensors_units(toy, tmp_path, modality, capsys):
     for i in range(4):

@@ -293,6 +293,16 @@ def test_an_rgb_checkpoint_is_told_which_channels_a_task_takes(toy, tmp_path):
             probe.main(["--ckpt", str(path), "--data", toy, *more])
 
 
+def test_a_file_named_twice_is_refused_and_a_run_brings_its_modality(toy, tmp_path, monkeypatch):
+    path = tmp_path / "backbone.pt"
+    torch.save(model.export_backbone(model.build("resnet18", 2)), path)
+    with pytest.raises(ValueError, match="--ckpt: a file twice"):
+        probe.main(["--ckpt", str(path), str(path), "--data", toy])
+    monkeypatch.setattr(data, "BANDS", data.BANDS | {"palsar": ["HH", "HV"]})     # two bands as well
+    (tmp_path / "config.json").write_text('{"flags": {"modality": "s1", "img_size": 24}}')
+    assert probe.main(["--ckpt", str(path), "--data", toy, "--bootstrap", "0"])["n_test"] > 0
+
+
 def test_a_class_without_a_test_image_is_counted_and_all_positive_ones_score_one():
     y = np.array([[1, 0, 1], [1, 0, 0]])
     s = np.array([[0.1, 0.9, 0.2], [0.4, 0.1, 0.7]])

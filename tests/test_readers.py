@@ -171,3 +171,5 @@ def test_b8a_moves_in_eurosats_folders_and_in_no_other(tmp_path):
         want = data.to_uint8(100 * np.array(order, np.float32)[:, None, None], "s2c")[:, 0, 0]
         got = data.open_data(str(tmp_path / kind), "s2c").image(0, 0)[:, 3, 3]
         assert np.array_equal(got, want)
+    (tmp_path / "Forest" / "meadow").mkdir()                  # one name in common is not EuroSAT
+    assert np.array_equal(data.open_data(str(tmp_path / "Forest"), "s2c").image(0, 0)[:, 3, 3], want)

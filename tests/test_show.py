@@ -128,7 +128,7 @@ def test_images_of_any_size_become_tiles_of_at_most_96_pixels(tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--modality", "s2a"], "has no modality s2a"),
+    (["--modality", "s2a"], "/s2a: no such folder"),
     (["--modality", "s2c", "--labels", "classes"], "--labels classes: .* holds products"),
     (["--modality", "s2c", "--seed", "-1"], "non-negative"),
     (["--modality", "s2c", "--out", "/nowhere/x.png"], "/nowhere/x.png"),
