@@ -400,7 +400,8 @@ def gains():
     for title, a, b in (("soft over InfoNCE", "softcon/+ soft", "softcon/InfoNCE"),
                         ("the same, 28 epochs", "long/+ soft", "long/InfoNCE"),
                         ("mask over InfoNCE", "softcon/+ mask", "softcon/InfoNCE"),
-                        ("mask beside soft", "softcon/both", "softcon/+ soft")):
+                        ("mask beside soft", "softcon/both", "softcon/+ soft"),
+                        ("no predictor", "factors/no predictor", "softcon/both")):
         for modality in ("s1", "s2c"):
             x, y = (values(name, modality, "micro_map") for name in (a, b))
             if len(x) == len(y) > 1:
@@ -408,55 +409,56 @@ def gains():
                 parts.append(f"{title}, {modality}, {d.mean():+.3f} "
                              f"({d.std(ddof=1) / len(d) ** 0.5:.3f})")
     yield f"Gains in micro, mean (standard error of paired seeds): {'; '.join(parts)}."
+    high = {name: values(run, "s1", "micro_map") for name, run in (
+        ("InfoNCE", "softcon/InfoNCE"), ("+ mask", "softcon/+ mask"), ("+ soft", "softcon/+ soft"),
+        ("+ both", "softcon/both"), ("+ both without predictor", "factors/no predictor"))}
+    counts = (f"{name} {sum(v > 0.66 for v in x)} of {len(x)}" for name, x in high.items() if x)
+    yield f"Runs of s1 above 0.66 after 14 epochs: {', '.join(counts)}."
 
 
-SWITCHES = {       # switch: {value: run}; "softcon/both" and "pera/PerA" are the defaults
-    "form of the soft term, weight": {
-        "`bce` .5": "softcon/both", "`bce_mean` .5": "factors/form bce_mean",
-        "`ce` 1": "factors/form ce, weight 1", "none": "softcon/+ mask"},
-    "`--soft-tau`": {".1": "factors/soft-tau 0.1", ".2": "softcon/both",
-                     ".5": "factors/soft-tau 0.5"},
-    "`--soft-weight`": {"0": "softcon/+ mask", ".1": "factors/soft-weight 0.1",
-                        ".5": "softcon/both", "2": "factors/soft-weight 2"},
-    "`--mask-ratio`": {"0": "softcon/+ soft", ".3": "softcon/both", ".5": "factors/mask-ratio 0.5"},
-    "mask": {"blocks of 4 px cells": "softcon/both", "of 8 px cells": "factors/mask cells of 8 px",
-             "4 px cells, each alone": "factors/mask scattered"},
-    "unlabelled images": {"in InfoNCE": "softcon/both", "out": "factors/labelled images only"},
-    "directions": {"both": "softcon/both", "q1 with k2 alone": "factors/one direction"},
-    "predictor": {"yes": "softcon/both", "no": "factors/no predictor"},
-    "augmentation": {"flips both ways": "softcon/both", "no vertical": "factors/no vertical flip",
-                     "crops from .2, grey .2": "factors/crops from 0.2, grey 0.2"},
-    "optimiser": {"lr 5e-4, betas .9 .95, momentum .9": "softcon/both",
-                  "lr 1.5e-4": "factors/lr 1.5e-4", "lr 1.5e-3": "factors/lr 1.5e-3",
-                  "betas .9 .999": "factors/betas .9 .999",
-                  "momentum .99": "factors/momentum 0.99"},
-    "LayerScale of a ViT-tiny/8": {"from 1": "factors/ViT, LayerScale 1",
-                                   "from 1e-5": "factors/ViT, LayerScale 1e-5"},
-    "PerA": {"VV, VH offset apart": "pera/PerA", "together": "factors/PerA, one offset",
-             "brightness, contrast": "factors/PerA, brightness and contrast",
-             "weight decay on everything": "factors/PerA, decay everything"}}
+SWITCHES = {       # what is switched: modality, {to: run}
+    "SoftCon's default": ("s1", {"**as it is**": "softcon/both"}),
+    "soft term: `bce`, weight .5, temperature .2": ("s1", {
+        "`bce_mean`": "factors/form bce_mean", "`ce`, weight 1": "factors/form ce, weight 1",
+        "none": "softcon/+ mask", "weight .1": "factors/soft-weight 0.1",
+        "2": "factors/soft-weight 2", "temperature .1": "factors/soft-tau 0.1",
+        ".5": "factors/soft-tau 0.5"}),
+    "mask: .3, blocks of 4 px cells": ("s1", {
+        "none": "softcon/+ soft", ".5": "factors/mask-ratio 0.5",
+        "of 8 px cells": "factors/mask cells of 8 px", "each cell alone": "factors/mask scattered"}),
+    "loss, heads": ("s1", {
+        "q1 with k2 alone": "factors/one direction", "no predictor": "factors/no predictor",
+        "no unlabelled images": "factors/labelled images only"}),
+    "augmentation: flips both ways, crops from .5": ("s1", {
+        "no vertical flip": "factors/no vertical flip",
+        "crops from .2, grey .2": "factors/crops from 0.2, grey 0.2"}),
+    "optimiser: lr 5e-4, betas .9 .95, momentum .9": ("s1", {
+        "lr 1.5e-4": "factors/lr 1.5e-4", "lr 1.5e-3": "factors/lr 1.5e-3",
+        "betas .9 .999": "factors/betas .9 .999", "momentum .99": "factors/momentum 0.99"}),
+    "ViT-tiny/8 instead of ResNet-18": ("s1", {
+        "LayerScale from 1": "factors/ViT, LayerScale 1",
+        "from 1e-5": "factors/ViT, LayerScale 1e-5"}),
+    "the same on s2c": ("s2c", {
+        "**as it is**": "softcon/both", "weight 2": "factors/soft-weight 2",
+        "`ce`, weight 1": "factors/form ce, weight 1", "no predictor": "factors/no predictor"}),
+    "3 epochs of s1 from SoftCon's s2c network": ("s1", {
+        "from scratch": "init/none", "input layer fresh": "init/random", "its mean": "init/mean"}),
+    "3 epochs of s2c from InfoNCE's RGB network": ("s2c", {
+        "from scratch": "init/none", "input layer fresh": "init/random", "its mean": "init/mean",
+        "its rgb": "init/rgb"}),
+    "PerA: VV and VH offset apart, no decay of norms": ("s1", {
+        "**as it is**": "pera/PerA", "offset together": "factors/PerA, one offset",
+        "brightness, contrast": "factors/PerA, brightness and contrast",
+        "decay of everything": "factors/PerA, decay everything"})}
 
 
 def switch_table():
-    yield "| switch | micro average precision on s1, unless it says s2c; the default is bold |"
+    yield "| default | micro average precision on s1, unless it says s2c, with something else |"
     yield "|---|---|"
-    for switch, options in SWITCHES.items():
-        found = {value: (values(name, "s1", "micro_map"), name in ("softcon/both", "pera/PerA"))
-                 for value, name in options.items()}
-        parts = ["**{}: {}**".format(value, cell(x)) if default else f"{value}: {cell(x)}"
-                 for value, (x, default) in found.items() if x]
-        yield f"| {switch} | {'; '.join(parts) if len(parts) > 1 else 'not run'} |"
-    names = {"`bce` .5": "softcon/both", "`bce` 2": "factors/soft-weight 2",
-             "`ce` 1": "factors/form ce, weight 1", "no predictor": "factors/no predictor"}
-    parts = [f"{k}: {cell(x)}" for k, name in names.items()
-             if (x := values(name, "s2c", "micro_map"))]
-    yield f"| the same on s2c | {'; '.join(parts)} |"
-    starts = {"from scratch": "none", "input layer fresh": "random", "its mean": "mean",
-              "its rgb": "rgb"}
-    for modality, source in (("s1", "SoftCon's s2c network"), ("s2c", "InfoNCE's RGB network")):
-        parts = [f"{k}: {cell(values(f'init/{a}', modality, 'micro_map'))}"
-                 for k, a in starts.items() if (modality, a) != ("s1", "rgb")]
-        yield f"| 3 epochs of {modality} from {source} | {'; '.join(parts)} |"
+    for switch, (modality, options) in SWITCHES.items():
+        found = {to: values(name, modality, "micro_map") for to, name in options.items()}
+        parts = [f"{to}: {cell(x)}" for to, x in found.items() if x]
+        yield f"| {switch} | {'; '.join(parts) or 'not run'} |"
 
 
 def chip_table():
