@@ -360,6 +360,8 @@ def annotated(work):
             texts.append(text)
         if event != "return":
             stack.append((values, frame.f_lineno))
+        elif texts[-1].endswith(f" in {code.co_qualname}:"):
+            texts.pop()                                                          # it made nothing
         return trace
     debugger = sys.gettrace()
     sys.settrace(trace)
