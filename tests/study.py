@@ -459,8 +459,9 @@ def switch_table():
     for switch, (modality, options) in SWITCHES.items():
         found = {to: values(name, modality, "micro_map") for to, name in options.items()}
         parts = [f"{to}: {cell(x)}" for to, x in found.items() if x]
-        alone = len(parts) < min(2, len(options))               # the default without its others
-        yield f"| {switch} | {'not run' if alone else '; '.join(parts)} |"
+        if len(parts) == 1 < len(options) and "**as it is**" in found:      # without its others
+            parts = []
+        yield f"| {switch} | {'; '.join(parts) or 'not run'} |"
 
 
 def chip_table():
