@@ -13,10 +13,12 @@ import os
 import random
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
@@ -72,6 +74,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())     # of each process: a killed one takes a shared one with it
     rng, unreadable = random.Random(args.seed), []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:     # orphans may write
         data.make_toy(f"{folder}/world", 24, 12, seed=1)
