@@ -12,7 +12,8 @@ that a killed study goes on.  Checkpoints lie in runs/study/.
 
 softcon  InfoNCE, its two additions and both, on the toy world, 14 epochs; 5 seeds on s1, 3 on s2c
 factors  one factor of SoftCon, or of PerA, at a time, on radar images
-long     SoftCon as the preset has it, 28 epochs, and without the mask or the soft term
+long     SoftCon as the preset has it, 28 epochs, and without the mask, the soft term or
+         the predictor
 pera     PerA with and without labels on the toy world
 supervised   the same ResNet-18 trained on the labels themselves, tests/supervised.py
 costs    speed and memory of each switch at 224 px, tests/bench.py; wants an idle machine
@@ -212,8 +213,9 @@ def listing():
             add("factors", name, "s1", seed, SOFTCON + FACTORS[name][0], FACTORS[name][1])
     for seed, name in itertools.product(seeds, PERA_FACTORS):
         add("factors", name, "s1", seed, PERA, PERA_FACTORS[name])
-    for seed, modality, name in itertools.product(seeds, ("s2c", "s1"), [*FACTORS][:3]):
-        add("long", name, modality, seed, FACTORS[name][0],
+    for seed, modality, name in itertools.product(seeds, ("s2c", "s1"),
+                                                  [*FACTORS][:3] + ["no predictor"]):
+        add("long", name, modality, seed, *FACTORS[name],
             probes=[["--seeds", "3"] if (seed, name) == (0, "both") else []])
     for seed, modality, soft in itertools.product(seeds, ("s1", "s2c"), (0, 0.5)):
         add("pera", "PerA + soft" if soft else "PerA", modality, seed,
@@ -386,6 +388,7 @@ def toy_table():
             ("InfoNCE, 28 epochs", "long/InfoNCE", "checkpoint"),
             ("+ soft, 28 epochs", "long/+ soft", "checkpoint"),
             ("+ both, 28 epochs", "long/both", "checkpoint"),
+            ("+ both, no predictor, 28 epochs", "long/no predictor", "checkpoint"),
             ("ViT-tiny/4, random weights", "pera/PerA", "random"),
             ("PerA", "pera/PerA", "checkpoint"), ("PerA + soft", "pera/PerA + soft", "checkpoint")):
         yield f"| {title} | {' | '.join(map(cell, both_sensors(name, row)))} |"
@@ -401,7 +404,8 @@ def gains():
                         ("the same, 28 epochs", "long/+ soft", "long/InfoNCE"),
                         ("mask over InfoNCE", "softcon/+ mask", "softcon/InfoNCE"),
                         ("mask beside soft", "softcon/both", "softcon/+ soft"),
-                        ("no predictor", "factors/no predictor", "softcon/both")):
+                        ("no predictor", "factors/no predictor", "softcon/both"),
+                        ("the same, 28 epochs", "long/no predictor", "long/both")):
         for modality in ("s1", "s2c"):
             x, y = (values(name, modality, "micro_map") for name in (a, b))
             if len(x) == len(y) > 1:
