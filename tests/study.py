@@ -165,6 +165,7 @@ CHIPS = {
              "--drop-path", "0"],
     "InfoNCE": ["--soft-weight", "0", "--mask-ratio", "0", "--crop-min", "0.3"],
     "InfoNCE + mask": ["--soft-weight", "0", "--crop-min", "0.3"]}
+CHIPS["+ mask, no predictor"] = CHIPS["InfoNCE + mask"]
 SENSOR = {"s2c": ["--epochs", "20", "--batch-size", "32", "--jitter", "0.2", "--grey", "0"],
           "rgb": ["--epochs", "3", "--batch-size", "64"]}
 RGB_SOURCE = ["--holdout", "0", "--arch", "resnet18", "--img-size", "32", "--patch-size", "4",
@@ -200,8 +201,8 @@ def listing():
         probes = [["--task", "eurosat", "--data", f"{at}/all", "--modality", modality, "--lists",
                    f"{at}/fit.txt", f"{at}/test.txt", *more, "--head", head, "--bootstrap", "200",
                    "--seed", str(seed), "--img-size", "64"] for more in every for head in heads]
-        add(study, name, modality, seed, ["--data", f"{at}/train", *flags], None,
-            probes if study != "init" else [])
+        add(study, name, modality, seed, ["--data", f"{at}/train", *flags],
+            no_predictor if "no predictor" in name else None, probes if study != "init" else [])
     for seed, modality, name in itertools.product(range(5), ("s1", "s2c"), [*FACTORS][:4]):
         if seed in seeds or modality == "s1":
             add("softcon", name, modality, seed, SOFTCON + FACTORS[name][0])
@@ -229,7 +230,7 @@ def listing():
         ["--data", every_chip, *TINY, *SENSOR["s2c"], *CHIPS["PerA"]],
         probes=[["--task", "eurosat", "--data", every_chip, "--seeds", "5", *f, "--head", head]
                 for f in every for head in ("ridge", "logistic")])
-    for name in CHIPS:
+    for name in [*CHIPS][:3]:
         chips("eurosat", name, "rgb", 0, 70, *TINY, *SENSOR["rgb"], *CHIPS[name])
     for seed, weight in itertools.product(seeds, (0, 0.5)):
         chips("classes", "+ soft on classes" if weight else "InfoNCE + mask", "s2c", seed, 30,
