@@ -221,18 +221,17 @@ def networks(args, device, load=False, quiet=True):
     registers = weights[0].get("register_tokens", torch.empty(1, 0)).shape[1]
     layerscale = not pera or "blocks.0.ls1.gamma" in weights[0]     # PerA has none of its own
 
-    def side(drop_path, predict):
+    def side(drop_path, predict=False):
         backbone = models.build(args.arch, chans, args.img_size, args.patch_size, registers,
                                 drop_path, layerscale)
-        return models.SparseBranch(backbone, args.prototypes, args.hidden, predict) if pera else \
-            models.Branch(backbone, args.hidden, predict)
-    student, teacher = side(args.drop_path, True), side(0.0, False).requires_grad_(False)
+        branch = models.SparseBranch(backbone, args.prototypes, args.hidden, predict) if pera \
+            else models.Branch(backbone, args.hidden, predict)
+        return branch.to(device, memory_format=torch.channels_last)          # convolutions like it
+    student, teacher = side(args.drop_path, True), side(0.0).requires_grad_(False)
     if load:
         models.load_pretrained(student.backbone, args.init, args.adapt, quiet, weights,
                                data.COLOURS[args.modality])
     teacher.load_state_dict(student.state_dict(), strict=False)          # but for what it lacks
-    for branch in (student, teacher):
-        branch.to(device, memory_format=torch.channels_last)             # convolutions like it
     if args.compile and not args.dry_run:
         try:
             torch.compile(lambda x: 2 * x)(torch.ones(2, device=device))         # is it possible?
@@ -734,8 +733,7 @@ def main(argv=None, asked=()):
 
         # -- what is said and kept of it
         if logging and rank == 0:
-            std, eff = losses.collapse(features)
-            seconds = time.perf_counter() - clock
+            (std, eff), seconds = losses.collapse(features), time.perf_counter() - clock
             low = (low + 1) * (step > round(args.warmup * total) and (std < 0.05 or eff < 2))
             if low == 10:                                              # lines of the log in a row
                 say(f"step {step + 1}: the teacher's features collapse: std {std:.3f} of 1, "

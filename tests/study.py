@@ -214,7 +214,7 @@ def listing():
             add("factors", name, "s1", seed, SOFTCON + FACTORS[name][0], FACTORS[name][1])
     for seed, name in itertools.product(seeds, PERA_FACTORS):
         add("factors", name, "s1", seed, PERA, PERA_FACTORS[name])
-    for seed, modality, name in itertools.product(seeds, ("s2c", "s1"), [*FACTORS][:4]):
+    for seed, modality, name in itertools.product(seeds, ("s2c", "s1"), [*FACTORS][:3]):
         add("long", f"{name}, no predictor", modality, seed, FACTORS[name][0], no_predictor)
     for seed, modality, name in itertools.product(seeds, ("s2c", "s1"), [*FACTORS][:3]):
         add("long", name, modality, seed, FACTORS[name][0],
@@ -390,7 +390,9 @@ def toy_table():
             ("InfoNCE, 28 epochs", "long/InfoNCE", "checkpoint"),
             ("+ soft, 28 epochs", "long/+ soft", "checkpoint"),
             ("+ both, 28 epochs", "long/both", "checkpoint"),
-            ("+ both, no predictor, 28 epochs", "long/both, no predictor", "checkpoint"),
+            ("InfoNCE, no predictor, 28", "long/InfoNCE, no predictor", "checkpoint"),
+            ("+ soft, no predictor, 28", "long/+ soft, no predictor", "checkpoint"),
+            ("+ both, no predictor, 28", "long/both, no predictor", "checkpoint"),
             ("ViT-tiny/4, random weights", "pera/PerA", "random"),
             ("PerA", "pera/PerA", "checkpoint"), ("PerA + soft", "pera/PerA + soft", "checkpoint")):
         yield f"| {title} | {' | '.join(map(cell, both_sensors(name, row)))} |"
@@ -407,7 +409,10 @@ def gains():
                         ("mask over InfoNCE", "softcon/+ mask", "softcon/InfoNCE"),
                         ("mask beside soft", "softcon/both", "softcon/+ soft"),
                         ("no predictor", "factors/no predictor", "softcon/both"),
-                        ("the same, 28 epochs", "long/both, no predictor", "long/both")):
+                        ("no predictor, 28 epochs, soft over InfoNCE",
+                         "long/+ soft, no predictor", "long/InfoNCE, no predictor"),
+                        ("no predictor beside soft, 28 epochs", "long/+ soft, no predictor",
+                         "long/+ soft")):
         for modality in ("s1", "s2c"):
             x, y = (values(name, modality, "micro_map") for name in (a, b))
             if len(x) == len(y) > 1:
