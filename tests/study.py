@@ -11,9 +11,8 @@ device, the last line of its log and what probe.py said; a run that has a line i
 that a killed study goes on.  Checkpoints lie in runs/study/.
 
 softcon  InfoNCE, its two additions and both, on the toy world, 14 epochs; 5 seeds on s1, 3 on s2c
-factors  one factor of SoftCon, or of PerA, at a time, on radar images
-long     SoftCon as the preset has it, 28 epochs, and without the mask, the soft term or
-         the predictor
+factors  one factor of SoftCon, or of PerA, at a time, on radar images, some on optical ones
+long     InfoNCE, + soft and both at the preset's 28 epochs, with and without the predictor
 pera     PerA with and without labels on the toy world
 supervised   the same ResNet-18 trained on the labels themselves, tests/supervised.py
 costs    speed and memory of each switch at 224 px, tests/bench.py; wants an idle machine
@@ -292,7 +291,9 @@ def commit():
 
 
 def keep(key, flags, **more):
-    """One line to the study's file."""
+    """One line to the study's file, unless it is there: of a run that others start from."""
+    if any(row["key"] == key for row in rows(key.split("/")[0])):
+        return
     row = {"key": key, "flags": " ".join(flags), "commit": commit(), "device": "cpu",
            "threads": torch.get_num_threads(), "torch": torch.__version__,
            "python": platform.python_version()} | more
@@ -332,7 +333,13 @@ def run(names, workers, shared):
     done = {row["key"] for study in {key.split("/")[0] for key in plan} for row in rows(study)}
     todo = dict.fromkeys(key for name in names for key in plan if key not in done
                          and (key.startswith(f"{name}/") or fnmatch.fnmatch(key, name)))
-    todo = [*todo]
+
+    def source(key):
+        """The run whose network this one starts from."""
+        flags = plan[key][0]
+        return next((k for k in plan if f"{folder(k)}/backbone.pt" in flags), None)
+    lost = [k for k in map(source, todo) if k and not Path(folder(k), "backbone.pt").exists()]
+    todo = [*dict.fromkeys([*lost, *todo])]
     for at in {Path(x).parent for key in todo for x in plan[key][0] if "/chips/" in x}:
         if not at.exists():
             make_chips(Path(shared, "eurosat_rgb" if at.name.startswith("rgb") else "eurosat_ms"),
@@ -340,7 +347,10 @@ def run(names, workers, shared):
     busy, environment = {}, {"OMP_NUM_THREADS": "1"} | os.environ
     while todo or busy:
         while todo and len(busy) < workers:
-            key = todo.pop(0)
+            key = next((k for k in todo if source(k) not in [*busy, *todo]), None)
+            if key is None:
+                break                                        # all that is left waits for a source
+            todo.remove(key)
             said = Path("runs/study", f"{key.replace('/', '_')}.txt")
             said.parent.mkdir(parents=True, exist_ok=True)
             with said.open("w") as file:
@@ -362,15 +372,22 @@ def cell(values, digits=3):
     return f"{np.mean(values):.{digits}f}{spread}" if len(values) else "not run"
 
 
-def values(name, modality, metric, row="checkpoint", probe=0):
-    """`metric` of the seeds of the run "study/name", for a row of the probe: "checkpoint", or
-    "random" weights and "stats", which runs share; a value that comes again counts once."""
+def seeds_of(name, modality):
+    """{seed: line} of the run "study/name"."""
     study, name = name.split("/")
-    lines = sorted((r for r in rows(study) if r["key"].split("/")[1:3] == [name, modality]),
-                   key=lambda r: r["key"])
-    found = [dict.fromkeys(r["probes"][probe]["all"][row][metric]) for r in lines]
-    return [v for x in found for v in x] if row == "checkpoint" else [*dict(
-        itertools.chain(*(x.items() for x in found)))]
+    keys = ((r["key"].split("/"), r) for r in rows(study))
+    return {seed: r for (_, *words, seed), r in keys if words == [name, modality]}
+
+
+def values(name, modality, metric, row="checkpoint", probe=0):
+    """`metric` of the seeds of a run, for a row of the probe: "checkpoint", or "random" weights and
+    "stats", which runs share: what comes again counts once.  So does a run's one value, if it is
+    the same for all seeds of the probe."""
+    found = [r["probes"][probe]["all"][row][metric] for _, r in
+             sorted(seeds_of(name, modality).items())]
+    if row == "checkpoint" or len(found) == 1:
+        return [v for x in found for v in (x if len({*x}) > 1 else x[:1])]
+    return [*dict.fromkeys(v for x in found for v in x)]
 
 
 def both_sensors(name, row="checkpoint"):
@@ -405,35 +422,36 @@ def toy_table():
 def gains():
     parts = []
     for title, a, b in (("soft over InfoNCE", "softcon/+ soft", "softcon/InfoNCE"),
-                        ("the same, 28 epochs", "long/+ soft", "long/InfoNCE"),
+                        ("28 epochs", "long/+ soft", "long/InfoNCE"),
+                        ("28, no predictor", "long/+ soft, no predictor",
+                         "long/InfoNCE, no predictor"),
                         ("mask over InfoNCE", "softcon/+ mask", "softcon/InfoNCE"),
-                        ("mask beside soft", "softcon/both", "softcon/+ soft"),
-                        ("no predictor", "factors/no predictor", "softcon/both"),
-                        ("no predictor, 28 epochs, soft over InfoNCE",
-                         "long/+ soft, no predictor", "long/InfoNCE, no predictor"),
-                        ("no predictor beside soft, 28 epochs", "long/+ soft, no predictor",
-                         "long/+ soft")):
+                        ("mask over + soft", "softcon/both", "softcon/+ soft"),
+                        ("28 epochs", "long/both", "long/+ soft"),
+                        ("no predictor over both", "factors/no predictor", "softcon/both"),
+                        ("28 epochs", "long/both, no predictor", "long/both")):
+        gain = []
         for modality in ("s1", "s2c"):
-            x, y = (values(name, modality, "micro_map") for name in (a, b))
-            if len(x) == len(y) > 1:
-                d = np.subtract(x, y)
-                parts.append(f"{title}, {modality}, {d.mean():+.3f} "
-                             f"({d.std(ddof=1) / len(d) ** 0.5:.3f})")
-    yield f"Gains in micro, mean (standard error of paired seeds): {'; '.join(parts)}."
+            x, y = ({seed: r["probes"][0]["all"]["checkpoint"]["micro_map"][0] for seed, r in
+                     seeds_of(name, modality).items()} for name in (a, b))
+            d = np.array([x[seed] - y[seed] for seed in x.keys() & y.keys()])
+            gain.append(f"{d.mean():+.3f} ({d.std(ddof=1) / len(d) ** 0.5:.3f})" if len(d) > 1 else
+                        "not run")
+        parts.append(f"{title} {', '.join(gain)}")
+    yield f"Gains in micro on s1, s2c, mean (standard error of paired seeds): {'; '.join(parts)}."
     high = {name: values(run, "s1", "micro_map") for name, run in (
         ("InfoNCE", "softcon/InfoNCE"), ("+ mask", "softcon/+ mask"), ("+ soft", "softcon/+ soft"),
         ("+ both", "softcon/both"), ("+ both without predictor", "factors/no predictor"))}
     counts = (f"{name} {sum(v > 0.66 for v in x)} of {len(x)}" for name, x in high.items() if x)
-    yield f"Runs of s1 above 0.66 after 14 epochs: {', '.join(counts)}."
+    yield f"Runs of s1 that took off (above 0.66 after 14 epochs): {', '.join(counts)}."
 
 
 SWITCHES = {       # what is switched: modality, {to: run}
-    "SoftCon's default": ("s1", {"**as it is**": "softcon/both"}),
     "soft term: `bce`, weight .5, temperature .2": ("s1", {
         "`bce_mean`": "factors/form bce_mean", "`ce`, weight 1": "factors/form ce, weight 1",
         "none": "softcon/+ mask", "weight .1": "factors/soft-weight 0.1",
-        "2": "factors/soft-weight 2", "temperature .1": "factors/soft-tau 0.1",
-        ".5": "factors/soft-tau 0.5"}),
+        "weight 2": "factors/soft-weight 2", "temperature .1": "factors/soft-tau 0.1",
+        "temperature .5": "factors/soft-tau 0.5"}),
     "mask: .3, blocks of 4 px cells": ("s1", {
         "none": "softcon/+ soft", ".5": "factors/mask-ratio 0.5",
         "of 8 px cells": "factors/mask cells of 8 px",
@@ -458,14 +476,14 @@ SWITCHES = {       # what is switched: modality, {to: run}
     "3 epochs of s2c from InfoNCE's RGB network": ("s2c", {
         "from scratch": "init/none", "input layer fresh": "init/random", "its mean": "init/mean",
         "its rgb": "init/rgb"}),
-    "PerA: VV and VH offset apart, no decay of norms": ("s1", {
+    "PerA alone: VV and VH offset apart, no decay of norms": ("s1", {
         "**as it is**": "pera/PerA", "offset together": "factors/PerA, one offset",
         "brightness, contrast": "factors/PerA, brightness and contrast",
         "decay of everything": "factors/PerA, decay everything"})}
 
 
 def switch_table():
-    yield "| default | micro average precision on s1, unless it says s2c, with something else |"
+    yield "| + both, but | micro average precision, on s1 unless it says s2c |"
     yield "|---|---|"
     for switch, (modality, options) in SWITCHES.items():
         found = {to: values(name, modality, "micro_map") for to, name in options.items()}
@@ -484,8 +502,8 @@ def chip_table():
     lines = [*((n, n, "checkpoint") for n in CHIPS), ("random weights", "PerA", "random"),
              ("mean and std", "PerA", "stats"),
              ("PerA, all chips", "PerA, all chips", "checkpoint"),
-             ("random weights, same splits", "PerA, all chips", "random"),
-             ("mean and std, same splits", "PerA, all chips", "stats")]
+             ("random weights, those 5 splits", "PerA, all chips", "random"),
+             ("mean and std, those 5 splits", "PerA, all chips", "stats")]
     for title, name, row in lines:
         cells = [cell(values(f"eurosat/{name}", modality, "accuracy", row, p))
                  for modality, p in columns.values()]
@@ -502,7 +520,7 @@ def cost_table():
     yield "| SoftCon, ViT-S/14 | images/s | GB | PerA, ViT-S/16 | images/s | GB |"
     yield "|---|---|---|---|---|---|"
     for names in zip(*(iter([n for n in COSTS if n.startswith(m)]) for m in ("SoftCon", "PerA"))):
-        cells = [(n.partition(", ")[2] or "as released", f"{said[n]['images_per_s']:.1f}",
+        cells = [(n.partition(", ")[2] or "patches dropped", f"{said[n]['images_per_s']:.1f}",
                   f"{said[n]['step_gb']:.2f}") if n in said else (n, "not run", "not run")
                  for n in names]
         yield f"| {' | '.join(itertools.chain(*cells))} |"

@@ -93,6 +93,19 @@ def test_a_result_line_names_what_it_takes_to_repeat_it():
             assert row["flags"].startswith(" ".join(plan[row["key"]][0]))
 
 
+def test_a_table_keeps_equal_values_of_one_run_and_pairs_seeds_by_their_number(monkeypatch):
+    def row(key, *micro):
+        return {"key": key, "probes": [{"all": {"checkpoint": {"micro_map": micro}}}]}
+    lines = {"long": [row("long/+ soft/s1/2", .7), row("long/+ soft/s1/0", .5),
+                      row("long/InfoNCE/s1/0", .4), row("long/InfoNCE/s1/1", .9),
+                      row("long/InfoNCE/s1/2", .5)],
+             "eurosat": [row("eurosat/a/s2c/0", .8, .9, .8), row("eurosat/b/s2c/0", .8, .8, .8)]}
+    monkeypatch.setattr(study, "rows", lambda study: lines.get(study, []))
+    assert study.values("eurosat/a", "s2c", "micro_map") == [.8, .9, .8]
+    assert study.values("eurosat/b", "s2c", "micro_map") == [.8]
+    assert "28 epochs +0.150 (0.050), not run;" in next(study.gains())
+
+
 @pytest.mark.parametrize("module", [pretrain, probe, data])
 def test_help_explains_and_holds_no_format_leftovers(module, capsys):
     with pytest.raises(SystemExit):
