@@ -164,7 +164,6 @@ CHIPS = {
              "--drop-path", "0"],
     "InfoNCE": ["--soft-weight", "0", "--mask-ratio", "0", "--crop-min", "0.3"],
     "InfoNCE + mask": ["--soft-weight", "0", "--crop-min", "0.3"]}
-CHIPS["+ mask, no predictor"] = CHIPS["InfoNCE + mask"]
 SENSOR = {"s2c": ["--epochs", "20", "--batch-size", "32", "--jitter", "0.2", "--grey", "0"],
           "rgb": ["--epochs", "3", "--batch-size", "64"]}
 RGB_SOURCE = ["--holdout", "0", "--arch", "resnet18", "--img-size", "32", "--patch-size", "4",
@@ -195,13 +194,13 @@ def listing():
         flags = ["--modality", modality, *train, "--seed", str(seed)]
         runs[f"{study}/{name}/{modality}/{seed}"] = flags, switch, list(probes)
 
-    def chips(study, name, modality, seed, share, *flags, heads=("ridge",)):
+    def chips(study, name, modality, seed, share, *flags, heads=("ridge",), switch=None):
         at = f"runs/study/chips/{modality}_{share}_{seed}"
         probes = [["--task", "eurosat", "--data", f"{at}/all", "--modality", modality, "--lists",
                    f"{at}/fit.txt", f"{at}/test.txt", *more, "--head", head, "--bootstrap", "200",
                    "--seed", str(seed), "--img-size", "64"] for more in every for head in heads]
-        add(study, name, modality, seed, ["--data", f"{at}/train", *flags],
-            no_predictor if "no predictor" in name else None, probes if study != "init" else [])
+        add(study, name, modality, seed, ["--data", f"{at}/train", *flags], switch,
+            probes if study != "init" else [])
     for seed, modality, name in itertools.product(range(5), ("s1", "s2c"), [*FACTORS][:4]):
         if seed in seeds or modality == "s1":
             add("softcon", name, modality, seed, SOFTCON + FACTORS[name][0])
@@ -215,7 +214,6 @@ def listing():
         add("factors", name, "s1", seed, PERA, PERA_FACTORS[name])
     for seed, modality, name in itertools.product(seeds, ("s2c", "s1"), [*FACTORS][:3]):
         add("long", f"{name}, no predictor", modality, seed, FACTORS[name][0], no_predictor)
-    for seed, modality, name in itertools.product(seeds, ("s2c", "s1"), [*FACTORS][:3]):
         add("long", name, modality, seed, FACTORS[name][0],
             probes=[["--seeds", "3"] if (seed, name) == (0, "both") else []])
     for seed, modality, soft in itertools.product(seeds, ("s1", "s2c"), (0, 0.5)):
@@ -225,12 +223,15 @@ def listing():
     for seed, name in itertools.product(seeds, CHIPS):
         chips("eurosat", name, "s2c", seed, 70, *TINY, *SENSOR["s2c"], *CHIPS[name],
               heads=("ridge", "logistic"))
+    for seed in seeds:
+        chips("eurosat", "+ mask, no predictor", "s2c", seed, 70, *TINY, *SENSOR["s2c"],
+              *CHIPS["InfoNCE + mask"], heads=("ridge", "logistic"), switch=no_predictor)
     every_chip = "runs/study/chips/s2c_70_0/all"
     add("eurosat", "PerA, all chips", "s2c", 0,
         ["--data", every_chip, *TINY, *SENSOR["s2c"], *CHIPS["PerA"]],
         probes=[["--task", "eurosat", "--data", every_chip, "--seeds", "5", *f, "--head", head]
                 for f in every for head in ("ridge", "logistic")])
-    for name in [*CHIPS][:3]:
+    for name in CHIPS:
         chips("eurosat", name, "rgb", 0, 70, *TINY, *SENSOR["rgb"], *CHIPS[name])
     for seed, weight in itertools.product(seeds, (0, 0.5)):
         chips("classes", "+ soft on classes" if weight else "InfoNCE + mask", "s2c", seed, 30,
@@ -372,19 +373,19 @@ def cell(values, digits=3):
     return f"{np.mean(values):.{digits}f}{spread}" if len(values) else "not run"
 
 
-def seeds_of(name, modality):
-    """{seed: line} of the run "study/name"."""
+def by_seed(name, modality, metric, row="checkpoint", probe=0):
+    """{seed: `metric` for each seed of the probe} of the run "study/name", for a row of the probe:
+    "checkpoint", "random" weights or "stats"."""
     study, name = name.split("/")
-    keys = ((r["key"].split("/"), r) for r in rows(study))
-    return {seed: r for (_, *words, seed), r in keys if words == [name, modality]}
+    lines = ((r["key"].split("/")[1:], r) for r in rows(study))
+    return {seed: r["probes"][probe]["all"][row][metric] for (*words, seed), r in lines
+            if words == [name, modality]}
 
 
 def values(name, modality, metric, row="checkpoint", probe=0):
-    """`metric` of the seeds of a run, for a row of the probe: "checkpoint", or "random" weights and
-    "stats", which runs share: what comes again counts once.  So does a run's one value, if it is
-    the same for all seeds of the probe."""
-    found = [r["probes"][probe]["all"][row][metric] for _, r in
-             sorted(seeds_of(name, modality).items())]
+    """`by_seed` in one list.  "random" and "stats" are shared by runs: what comes again counts
+    once.  So does a run's one value, if it is the same for all seeds of the probe."""
+    found = [x for _, x in sorted(by_seed(name, modality, metric, row, probe).items())]
     if row == "checkpoint" or len(found) == 1:
         return [v for x in found for v in (x if len({*x}) > 1 else x[:1])]
     return [*dict.fromkeys(v for x in found for v in x)]
@@ -432,9 +433,8 @@ def gains():
                         ("28 epochs", "long/both, no predictor", "long/both")):
         gain = []
         for modality in ("s1", "s2c"):
-            x, y = ({seed: r["probes"][0]["all"]["checkpoint"]["micro_map"][0] for seed, r in
-                     seeds_of(name, modality).items()} for name in (a, b))
-            d = np.array([x[seed] - y[seed] for seed in x.keys() & y.keys()])
+            x, y = (by_seed(name, modality, "micro_map") for name in (a, b))
+            d = np.array([x[seed][0] - y[seed][0] for seed in sorted(x.keys() & y.keys())])
             gain.append(f"{d.mean():+.3f} ({d.std(ddof=1) / len(d) ** 0.5:.3f})" if len(d) > 1 else
                         "not run")
         parts.append(f"{title} {', '.join(gain)}")
@@ -488,8 +488,6 @@ def switch_table():
     for switch, (modality, options) in SWITCHES.items():
         found = {to: values(name, modality, "micro_map") for to, name in options.items()}
         parts = [f"{to}: {cell(x)}" for to, x in found.items() if x]
-        if len(parts) == 1 < len(options) and "**as it is**" in found:      # without its others
-            parts = []
         yield f"| {switch} | {'; '.join(parts) or 'not run'} |"
 
 
@@ -499,7 +497,8 @@ def chip_table():
                "RGB ridge": ("rgb", 1), "RGB ridge, CLS": ("rgb", 0)}
     yield f"| accuracy on held-out chips | {' | '.join(columns)} |"
     yield "|---|---|---|---|---|---|"
-    lines = [*((n, n, "checkpoint") for n in CHIPS), ("random weights", "PerA", "random"),
+    lines = [*((n, n, "checkpoint") for n in [*CHIPS, "+ mask, no predictor"]),
+             ("random weights", "PerA", "random"),
              ("mean and std", "PerA", "stats"),
              ("PerA, all chips", "PerA, all chips", "checkpoint"),
              ("random weights, those 5 splits", "PerA, all chips", "random"),
