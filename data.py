@@ -1,38 +1,42 @@
-"""Reading, scaling, labels, augmentation, and a world to practise on.  [reading time: 20 minutes]
+"""Reading, scaling, labels, packing, augmentation, and a toy world to practise on.
 
-Every reader lists a tree of files and gives one and the same thing, `Scenes`: scene i has one or
-more images (seasons), each a uint8 array (C,H,W) on one pixel grid with a multi-hot label row.
+A reader lists the files of one layout and returns `Scenes`.  A scene is a place with one or more
+images (its seasons); an image is a uint8 array (C,H,W) with a row of labels.
 
-    SSL4EO(root, "s2c")   root/{s1,s2c,s2a}/{0000000}/{product}/{band}.tif, Sentinel-1/2 v1.0 [1]
-    EuroSAT(root, "s2c")  root/{class}/{class}_{n}.tif (13 bands; SAR: 2) or .jpg (RGB) [2]
-    Folder(root, "rgb")   images in class folders or side by side, any of TIFF, PNG and JPEG
-    BigEarthNet(root)     root/BigEarthNet-{...}/{patch}/{patch}_{band}.tif, v1 and v2 [3]
-    Packed(root)          what `python data.py pack` made of any of these: one file of pixels
-    make_toy(root)        writes a procedural SSL4EO-S12 tree, labels included
+    SSL4EO(root, sensor)        root/{s1,s2c,s2a}/{0000000}/{product}/{band}.tif      [1], v1.0
+    EuroSAT(root, sensor)       root/{class}/{class}_{n}.tif or .jpg                  [2]
+    Folder(root, sensor)        TIFF, PNG and JPEG images, in class folders or all in root
+    BigEarthNet(root, sensor)   root/BigEarthNet-{...}/{patch}/{patch}_{band}.tif     [3], v1 and v2
+    Packed(root, sensor)        what `python data.py pack` made of any of these
+    open_data(root, sensor)     takes the reader that fits what lies in root
+    make_toy(root)              writes an artificial SSL4EO-S12 tree with labels
 
-Radiometry, the same for all: x' = (x - mean) / (4 std) + 1/2, clipped to [0,1] (that is mean +- 2
-std), kept as uint8, and given to the model as float in [0,1] [SoftCon README, "Data
-normalization"].  RGB images are uint8 already and stay as they are.
+All sensors are scaled in one way: x' = (x - mean) / (4 std) + 1/2, clipped to [0,1], so that
+mean - 2 std becomes 0 and mean + 2 std becomes 1 [SoftCon README, "Data normalization"].  Images
+are stored as uint8, 0 to 255, and reach the network as float, 0 to 1.  RGB images are uint8
+already and stay as they are.
 
-[1] Wang et al. 2023, SSL4EO-S12; labels: SSL4EO-S12-ML of SoftCon, classes of Dynamic World
+[1] Wang et al. 2023, SSL4EO-S12; the labels are SSL4EO-S12-ML of SoftCon
 [2] Helber et al. 2019, EuroSAT; Wang et al. 2023, EuroSAT-SAR
 [3] Sumbul et al. 2021, BigEarthNet-MM (v1); Clasen et al. 2024, reBEN (v2)
 """
 import argparse
+import copy
 import csv
 import fcntl
-import importlib
 import json
+import logging
 import os
 import re
 import shutil
-import struct
 import sys
 import zlib
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import tifffile
 import torch
@@ -40,203 +44,349 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-CLASSES = ("water", "trees", "grass", "flooded vegetation", "crops", "shrub & scrub", "built",
-           "bare", "snow & ice")                            # Dynamic World's indices 0..8
-# a modality a row: its bands; sides of their pixels, the finest 1; type on disk (s1 backscatter in
-# dB, s2 reflectance x 10000); bands that look red, green, blue; mean and std of the full SSL4EO-S12
-# [SSL4EO-S12 convert_rgb.py; torchgeo resnet.py]
-SENSORS = {
-    "s1": ("VV VH", "1 1", np.float32, [0, 1, 0], "-12.59 -20.26", "5.26 5.91"),
-    "s2c": ("B1 B2 B3 B4 B5 B6 B7 B8 B8A B9 B10 B11 B12", "6 1 1 1 2 2 2 1 2 6 6 2 2",
-            np.uint16, [3, 2, 1],
-            "1612.9 1397.6 1322.3 1373.1 1561 2108.4 2390.7 2318.7 2581 837.7 22 2195.2 1537.4",
-            "791 854.3 878.7 1144.9 1127.5 1164.2 1276 1249.5 1345.9 577.5 47.5 1340 1142.9"),
-    "s2a": ("B1 B2 B3 B4 B5 B6 B7 B8 B8A B9 B11 B12", "6 1 1 1 2 2 2 1 2 6 2 2",
-            np.uint16, [3, 2, 1],
-            "756.4 889.6 1151.7 1307.6 1637.6 2212.6 2442 2538.9 2602.9 2666.8 2388.8 1821.5",
-            "1111.4 1159.1 1188.1 1375.2 1376.6 1358.6 1418.4 1476.4 1439.9 1582.1 1460.7 1352.2"),
-    "rgb": ("R G B", "1 1 1", np.uint8, [0, 1, 2], "", "")}
-BANDS = {m: row[0].split() for m, row in SENSORS.items()}
-SHRINK = {m: dict(zip(BANDS[m], map(int, row[1].split()))) for m, row in SENSORS.items()}
-PRODUCTS = [m for m in BANDS if m != "rgb"]                             # a folder of bands each
-RADAR = [m for m in BANDS if SENSORS[m][2] is np.float32]                # decibels, no brightness
-DTYPE, COLOURS = ({m: row[k] for m, row in SENSORS.items()} for k in (2, 3))
-STATS = {m: [[float(v) for v in text.split()] for text in row[4:]] for m, row in SENSORS.items()}
-# of BigEarthNet's own S2 L2A pixels [SSL4EO-S12 bigearthnet_dataset_seco.py]
-STATS["ben"] = [[341, 430, 614, 590, 951, 1792, 2075, 2219, 2266, 2246, 1594, 1009],
-                [555, 572, 583, 676, 730, 1096, 1273, 1365, 1356, 1302, 1079, 819]]
+# tifffile logs what is wrong with a file before it raises an error; the error is enough
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
-# ---------------------------------------------------------------------------------------- reading
+# --------------------------------------------------------------------------------------- sensors
+
+
+@dataclass
+class Sensor:
+    """One kind of images.  Lists follow the order of the channels, with an entry per band."""
+    name: str       # as --modality takes it; the folder's name in an SSL4EO-S12 tree
+    bands: list     # names of the bands
+    kind: str       # "optical": reflectance; "radar": decibels; "rgb": display values, not rescaled
+    dtype: str      # type of the pixels on disk, as numpy calls it
+    ratios: list    # side of a pixel of the band, in pixels of the finest band
+    look: list      # the three bands to show as red, green and blue, by position
+    mean: list      # of the band, in the sensor's units
+    std: list       # of the band, in the sensor's units
+
+
+# mean and std: of all of SSL4EO-S12 [SSL4EO-S12 convert_rgb.py; torchgeo resnet.py]
+SENSORS = {
+    # Sentinel-1 GRD: backscatter in decibels
+    "s1": Sensor(
+        name="s1",
+        bands=["VV", "VH"],
+        kind="radar",
+        dtype="float32",
+        ratios=[1, 1],
+        look=[0, 1, 0],
+        mean=[-12.59, -20.26],
+        std=[5.26, 5.91]),
+    # Sentinel-2 L1C, light as it reaches the satellite through the air: reflectance x 10000
+    "s2c": Sensor(
+        name="s2c",
+        bands=["B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B10", "B11", "B12"],
+        kind="optical",
+        dtype="uint16",
+        ratios=[6, 1, 1, 1, 2, 2, 2, 1, 2, 6, 6, 2, 2],      # pixels of 60, 10 and 20 m
+        look=[3, 2, 1],
+        mean=[1612.9, 1397.6, 1322.3, 1373.1, 1561.0, 2108.4, 2390.7, 2318.7, 2581.0, 837.7, 22.0,
+              2195.2, 1537.4],
+        std=[791.0, 854.3, 878.7, 1144.9, 1127.5, 1164.2, 1276.0, 1249.5, 1345.9, 577.5, 47.5,
+             1340.0, 1142.9]),
+    # Sentinel-2 L2A, light as it leaves the ground: reflectance x 10000, without B10
+    "s2a": Sensor(
+        name="s2a",
+        bands=["B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B11", "B12"],
+        kind="optical",
+        dtype="uint16",
+        ratios=[6, 1, 1, 1, 2, 2, 2, 1, 2, 6, 2, 2],
+        look=[3, 2, 1],
+        mean=[756.4, 889.6, 1151.7, 1307.6, 1637.6, 2212.6, 2442.0, 2538.9, 2602.9, 2666.8, 2388.8,
+              1821.5],
+        std=[1111.4, 1159.1, 1188.1, 1375.2, 1376.6, 1358.6, 1418.4, 1476.4, 1439.9, 1582.1,
+             1460.7, 1352.2]),
+    # aerial or satellite pictures
+    "rgb": Sensor(
+        name="rgb",
+        bands=["R", "G", "B"],
+        kind="rgb",
+        dtype="uint8",
+        ratios=[1, 1, 1],
+        look=[0, 1, 2],
+        mean=[],
+        std=[]),
+}
+
+
+def find_sensor(name):
+    """The sensor of that name.  ValueError: there is none."""
+    require(name in SENSORS, f"--modality {name}: unknown, take one of {', '.join(SENSORS)}")
+    return SENSORS[name]
+
+
+# ---------------------------------------------------------------------------------------- errors
 
 
 def require(fine, problem):
-    """ValueError(problem), one line that names what is wrong and where, if it is not fine."""
+    """Raise ValueError(problem) unless `fine`.  A problem is a line that names file or flag."""
     if not fine:
         raise ValueError(problem)
 
 
 @contextmanager
-def named(path, problem, gone="no such file"):
-    """Whatever a library raises inside becomes a ValueError of one line that names the file."""
+def file_errors(path, problem, gone="no such file"):
+    """Turn whatever a library raises inside into a ValueError of one line that names the file."""
     try:
         yield
     except FileNotFoundError:
         raise ValueError(f"{path}: {gone}") from None
-    except Exception as error:             # codecs raise a dozen kinds, some of a dozen lines
-        why = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: {problem} ({type(error).__name__}: {why})") from None
+    except Exception as error:          # codecs raise a dozen kinds, some with a dozen lines
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: {problem} ({type(error).__name__}: {reason})") from None
 
 
-def plainly(error):
-    """What an error says, without the traceback that a reading process wraps around it."""
+def error_message(error):
+    """What an error says, without the traceback that a reading process puts before it."""
     return re.split(r"\n\w+Error: ", str(error))[-1].strip()
 
 
+# ----------------------------------------------------------------------------------------- files
+
+
 def read_text(path):
-    """A text file's content; ValueError, naming the file, if it is missing or not UTF-8."""
-    with named(path, "not a readable text file"):
+    """The content of a text file.  ValueError, naming the file: it is missing or not UTF-8."""
+    with file_errors(path, "not a readable text file"):
         return Path(path).read_text(encoding="utf-8")
 
 
 def read_tiff(path):
-    """First page as an array; ValueError, naming the file, if it is missing, cut off or no TIFF."""
-    with named(path, "unreadable TIFF", "missing"):
-        x = plain_tiff(np.fromfile(path, np.uint8))
-        if x is None:
-            with tifffile.TiffFile(path) as file:
-                x = file.pages[0].asarray()
-        return x.astype(x.dtype.newbyteorder("="), copy=False)
+    """The first page of a TIFF as an array.  ValueError, naming it: missing, cut off or no TIFF.
 
-
-def plain_tiff(raw):
-    """The bytes of a TIFF -> (H,W) if its first page is one band in one uncompressed block; None:
-    ask tifffile, which opens anything, and takes ten times as long.  [TIFF 6.0, section 2]"""
-    # width, height, bits, strips, strips' bytes, type; compression, bit order, bands, predictor,
-    # tiles, depth: 1 if the file does not say
-    tags = dict.fromkeys((256, 257, 258, 273, 279, 339, 259, 266, 277, 317, 322, 32997), (1,))
-    try:
-        (at,), order = struct.unpack_from("<I", raw, 4), []
-        n, = struct.unpack_from("<H", raw, at)
-        for at in range(at + 2, at + 2 + 12 * n, 12):
-            tag, kind, count, value = struct.unpack_from("<HHII", raw, at)
-            order.append(tag)
-            if tag in tags:
-                form = f"<{count}" + {3: "H", 4: "I"}[kind]
-                here = struct.calcsize(form) <= 4                    # else `value` says where
-                tags[tag] = struct.unpack_from(form, raw, at + 8 if here else value)
-        w, h, bits, starts, sizes, kind, *rest = tags.values()
-        kind = {(8, 1): "u1", (16, 1): "<u2", (32, 3): "<f4"}[bits + kind]
-        ends = np.add(starts, sizes)
-        if (raw[:4].tobytes() == b"II*\0" and {*rest} == {(1,)} and order == sorted({*order})
-                and (ends[:-1] == starts[1:]).all()):
-            return raw[starts[0]:ends[-1]].view(kind).reshape(h + w)
-    except (KeyError, IndexError, ValueError, struct.error):
-        return None
-
-
-def to_uint8(x, modality):
-    """C bands (H,W) in the sensor's units -> uint8, mean - 2 std at 0, mean + 2 std at 255.
-
-    Values beyond saturate.  (A plain cast would wrap: reflectance 12000 as x/10000*255 gives 50.)
+    `pages.first` of an open file is faster than `tifffile.imread`, which looks at all pages.
     """
-    mean, std = np.float32(STATS[modality])[..., None, None]         # (C,1,1)
-    x = np.stack(x, dtype=np.float32)                                # (C,H,W)
-    x -= mean - 2 * std
-    x *= 255 / (4 * std)
-    x += 0.5
-    return np.clip(x, 0, 255, out=x).astype(np.uint8)
+    with file_errors(path, "unreadable TIFF", gone="missing"):
+        with open(path, "rb") as file:
+            x = tifffile.TiffFile(file).pages.first.asarray()
+        return x.astype(x.dtype.newbyteorder("="), copy=False)       # the machine's byte order
 
 
-def resize(x, size):
-    """(H,W) or (C,H,W) to (...,size,size), bilinear with pixel centres aligned."""
-    if x.shape[-2:] == (size, size):
-        return x
-    x = torch.from_numpy(np.ascontiguousarray(x, np.float32)).reshape(1, -1, *x.shape[-2:])
-    return F.interpolate(x, (size, size), mode="bilinear", antialias=size < x.shape[-1])[0].numpy()
+def read_picture(path):
+    """A PNG or JPEG -> (H,W,3).  Grey is repeated, alpha is left out.  ValueError as read_tiff."""
+    with file_errors(path, "unreadable image"):
+        raw = Path(path).read_bytes()
+        require(raw, "empty file")
+        if raw.startswith(b"\x89PNG"):
+            x = np.atleast_3d(imagecodecs.png_decode(raw))
+            x = x[..., :3]
+        else:
+            require(raw.startswith(b"\xff\xd8"), "neither PNG nor JPEG")
+            # of a JPEG without its end marker the decoder makes the missing rows up
+            require(b"\xff\xd9" in raw[-32:], "JPEG is cut off")
+            x = np.atleast_3d(imagecodecs.jpeg8_decode(raw))
+    if x.shape[2] < 3:
+        x = np.repeat(x[..., :1], 3, axis=2)
+    return x
 
 
-def read_band(path, modality, size):
-    """One band file -> (H,W) of the sensor's type and finite, about size x size pixels."""
-    x, dtype = read_tiff(path), DTYPE[modality]
-    require(x.dtype == dtype, f"{path}: {x.dtype} pixels, {modality} has {dtype.__name__}")
-    fits = x.ndim == 2 and max(abs(n - size) for n in x.shape) <= size // 40
+def read_band(path, sensor, size):
+    """One band's TIFF -> (H,W) of the sensor's type, finite, about size x size pixels."""
+    x = read_tiff(path)
+    require(x.dtype == sensor.dtype, f"{path}: {x.dtype} pixels, {sensor.name} has {sensor.dtype}")
+    tolerance = size // 40                     # some files of SSL4EO-S12 are a few pixels off
+    fits = x.ndim == 2 and max(abs(side - size) for side in x.shape) <= tolerance
     require(fits, f"{path}: {x.shape} pixels, expected {size} x {size}")
     require(np.isfinite(x).all(), f"{path}: NaN or infinite pixels")
     return x
 
 
-def read_product(folder, modality, size, prefix="", stats=None, scale=to_uint8):
-    """One S1 or S2 product folder of TIFFs {prefix}{band}.tif -> uint8 (C,size,size).
+def read_all_bands(path, sensor):
+    """One image file with all bands -> (H,W,C) of the sensor's type, finite."""
+    if path.lower().endswith((".tif", ".tiff")):
+        x = read_tiff(path)
+    else:
+        x = read_picture(path)
+    bands = len(sensor.bands)
+    if x.ndim == 3 and len(x) == bands:        # stored band after band
+        x = x.transpose(1, 2, 0)
+    fits = x.shape[2:] == (bands,) and x.dtype == sensor.dtype and np.isfinite(x).all()
+    require(fits, f"{path}: {x.dtype} {x.shape}, expected {bands} finite bands of {sensor.dtype}")
+    return x
 
-    10, 20 and 60 m bands have size, size/2 and size/6 pixels and are resampled to one grid.
-    scale(bands, name in STATS) makes the result.  ValueError: a line for each bad file.
+
+def subfolders(folder):
+    """Sorted names of the folders in a folder."""
+    require(os.path.isdir(folder), f"{folder}: no such folder")
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+
+
+def usual_side(paths, read):
+    """The side that most of the first 20 images have; read(path) -> (H,W,...).
+
+    The first image alone could be a bad one.  If all 20 are, it is 264, the side of SSL4EO-S12.
     """
-    bands, bad = [], []
-    for name in BANDS[modality]:
-        on_disk = prefix + re.sub(r"^B(\d)$", r"B0\1", name) if prefix else name
+    sides = []
+    for path in paths[:20]:
+        with suppress(ValueError):
+            sides.append(max(read(path).shape[:2]))
+    return max(sides, key=sides.count, default=264)
+
+
+# --------------------------------------------------------------------------------------- scaling
+
+
+def to_uint8(x, sensor):
+    """C bands (H,W) in the sensor's units -> uint8 (C,H,W): mean -+ 2 std become 0 and 255.
+
+    Values beyond saturate.  (A plain cast would wrap: reflectance 12000 as x/10000*255 gives 50.)
+    """
+    mean = np.float32(sensor.mean)[:, None, None]                    # (C,1,1)
+    std = np.float32(sensor.std)[:, None, None]                      # (C,1,1)
+    x = np.stack(x, dtype=np.float32)                                # (C,H,W)
+    x -= mean - 2 * std
+    x *= 255 / (4 * std)
+    x += 0.5                                                         # the cast rounds down
+    return np.clip(x, 0, 255, out=x).astype(np.uint8)
+
+
+def resize(x, size):
+    """(H,W) or (C,H,W) -> the same with size x size pixels, bilinear, pixel centres aligned."""
+    if x.shape[-2:] == (size, size):
+        return x
+    image = torch.from_numpy(np.ascontiguousarray(x, np.float32)).reshape(1, -1, *x.shape[-2:])
+    shrinks = size < x.shape[-1]
+    image = F.interpolate(image, (size, size), mode="bilinear", antialias=shrinks)   # (1,C,.,.)
+    return image.numpy().reshape(*x.shape[:-2], size, size)
+
+
+def read_product(folder, sensor, size, prefix="", scale=to_uint8):
+    """A folder of TIFFs {prefix}{band}.tif -> uint8 (C,size,size), all bands on one grid.
+
+    size is the side of the finest bands; the coarser ones are interpolated.  scale(bands, sensor)
+    makes the result out of bands in the sensor's units.  ValueError: a line for each bad file.
+    """
+    bands, problems = [], []
+    for name, ratio in zip(sensor.bands, sensor.ratios):
         try:
-            x = read_band(f"{folder}/{on_disk}.tif", modality, size // SHRINK[modality][name])
-            bands.append(resize(x, size).reshape(size, size))
+            x = read_band(f"{folder}/{prefix}{name}.tif", sensor, size // ratio)
+            bands.append(resize(x, size))
         except ValueError as error:
-            bad.append(str(error))
-    require(not bad, "\n".join(bad))
-    return scale(bands, stats or modality)
+            problems.append(str(error))
+    require(not problems, "\n".join(problems))
+    return scale(bands, sensor)
+
+
+def read_image(path, sensor, size, order=None, scale=to_uint8):
+    """One TIFF, PNG or JPEG of size x size pixels -> uint8 (C,size,size).
+
+    order: where in the file each band of the sensor is; None: at its own place.  scale: see
+    read_product.
+    """
+    x = read_all_bands(path, sensor)                                     # (H,W,C)
+    require(x.shape[:2] == (size, size),
+            f"{path}: {x.shape[:2]} pixels, the others have {size} x {size}")
+    x = x.transpose(2, 0, 1)                                         # (C,H,W)
+    if order is not None:
+        x = x[order]
+    if sensor.kind == "rgb":
+        return x
+    return scale(x, sensor)
+
+
+# ---------------------------------------------------------------------------------------- scenes
 
 
 class Scenes(Dataset):
-    """Scenes of one or more images.  scenes[i, seed] -> (x, y), a list of such keys -> the same for
-    a batch, with one more axis in front:
+    """Places, each with one or more images.
 
-        x  uint8 (V, C, H, W)   `views` different images of scene i, drawn with `seed`; a scene
-        y  uint8 (V, L)         with fewer repeats them; y: multi-hot labels, all 0 = unlabelled
-
-    ids[i] is the scene's name, files[i] its images, labels[i] (S,L), decode(file) -> (C,H,W).
-    memory: None, or all images (n,C,H,W); files[i] are then their places in it.
+        ids       names of the scenes
+        files     files[i][s] is the path of image s of scene i: a file, or a folder of bands
+        labels    labels[i] is (S,L) uint8, a multi-hot row for each image; all 0: unlabelled
+        classes   names of the L classes
+        sensor    what the images are made of
+        size      side of all images, in pixels
+        decode    decode(path) -> uint8 (C,H,W)
+        views     how many images of a scene scenes[i, seed] gives
+        memory    None, or images in memory (n,C,H,W); image s of scene i is memory[rows[i][s]]
     """
 
-    def __init__(self, ids, files, labels, classes, modality, size, decode, views=2, memory=None):
-        self.ids, self.files, self.labels, self.classes = ids, files, labels, classes
-        self.modality, self.size, self.decode = modality, size, decode
-        self.views, self.memory = views, memory
+    def __init__(self, ids, files, labels, classes, sensor, size, decode, views=2):
+        self.ids = ids
+        self.files = files
+        self.labels = labels
+        self.classes = classes
+        self.sensor = sensor
+        self.size = size
+        self.decode = decode
+        self.views = views
+        self.memory = None
+        self.rows = None
 
     def __len__(self):
         return len(self.ids)
 
+    def images_of(self, scenes):
+        """All images of the scenes with these numbers: [(i, s), ...]."""
+        pairs = []
+        for i in scenes:
+            pairs += [(i, s) for s in range(len(self.files[i]))]
+        return pairs
+
     def image(self, i, s):
         """Image s of scene i: uint8 (C,H,W)."""
+        if self.memory is not None:
+            return self.memory[self.rows[i][s]]
         return self.decode(self.files[i][s])
 
-    def __getitem__(self, keys):
-        if isinstance(keys, tuple):
-            return tuple(v[0] for v in self[[keys]])
-        pairs = [(i, s) for i, seed in keys for s in np.resize(
-            np.random.default_rng(seed).permutation(len(self.files[i])), self.views)]
-        x = np.stack([self.image(*p) for p in pairs]) if self.memory is None else (
-            self.memory[[self.files[i][s] for i, s in pairs]])       # the only copy there is
-        y = np.stack([self.labels[i][s] for i, s in pairs])
-        return tuple(v.reshape(len(keys), self.views, *v.shape[1:]) for v in (x, y))
+    def draw(self, i, seed):
+        """(V,) numbers of different images of scene i; a scene with fewer than V repeats them."""
+        order = np.random.default_rng(seed).permutation(len(self.files[i]))
+        return np.resize(order, self.views)
 
-    def pairs(self, scenes):
-        return [(i, s) for i in scenes for s in range(len(self.files[i]))]
+    def __getitem__(self, key):
+        """scenes[i, seed] -> x (V,C,H,W) uint8 and y (V,L) uint8, images of scene i and labels."""
+        i, seed = key
+        drawn = self.draw(i, seed)
+        x = np.stack([self.image(i, s) for s in drawn])
+        y = self.labels[i][drawn]
+        return x, y
+
+    def __getitems__(self, keys):
+        """A batch of keys (i, seed) -> x (B,V,C,H,W) and y (B,V,L), as __getitem__ for each.
+
+        A DataLoader with batch_sampler calls it; its collate_fn is torch's default_convert.
+        """
+        if self.memory is None:
+            items = [self[key] for key in keys]
+            x = np.stack([images for images, _ in items])
+            y = np.stack([labels for _, labels in items])
+            return x, y
+        drawn = [(i, self.draw(i, seed)) for i, seed in keys]
+        rows = np.stack([self.rows[i][order] for i, order in drawn])         # (B,V)
+        y = np.stack([self.labels[i][order] for i, order in drawn])
+        return self.memory[rows], y                                  # each image is copied once
 
     def preload(self, scenes, workers=0):
-        """Decode the named scenes once and keep them in memory, so that no epoch reads again."""
-        if self.memory is None:                                      # else packed: the page cache
-            pairs, C = self.pairs(scenes), len(BANDS[self.modality])
-            memory = np.empty((len(pairs), C, self.size, self.size), np.uint8)
-            loader = DataLoader(Images(self, pairs), 64, num_workers=workers)
-            for x, _, at in tqdm(loader, "reading", leave=False):
-                memory[at] = x
-            for place, (i, s) in enumerate(pairs):
-                self.files[i][s] = place
-            self.memory, self.decode = memory, memory.__getitem__
+        """Read all images of these scenes into memory, so that no epoch reads them again.
+
+        After it the images of other scenes are an IndexError.  A packed file stays where it is:
+        the system holds in memory what was read of it.
+        """
+        if self.memory is not None:
+            return
+        pairs = self.images_of(scenes)
+        memory = np.empty((len(pairs), len(self.sensor.bands), self.size, self.size), np.uint8)
+        loader = DataLoader(Images(self, pairs), batch_size=64, num_workers=workers)
+        for x, _, positions in tqdm(loader, "reading", leave=False):
+            memory[positions] = x
+        self.rows = [np.empty(0, int) for _ in self.files]
+        start = 0
+        for i in scenes:
+            end = start + len(self.files[i])
+            self.rows[i] = np.arange(start, end)
+            start = end
+        self.memory = memory
 
 
 class Images(Dataset):
-    """The single images `pairs` = [(scene, season), ...] of `scenes`: -> (x, y, position)."""
+    """Single images of `scenes`: pairs = [(i, s), ...]; item j -> (x (C,H,W), y (L,), j)."""
 
     def __init__(self, scenes, pairs):
-        self.scenes, self.pairs = scenes, pairs
+        self.scenes = scenes
+        self.pairs = pairs
 
     def __len__(self):
         return len(self.pairs)
@@ -247,596 +397,969 @@ class Images(Dataset):
 
 
 def in_parallel(job, items, workers, title):
-    """job(item) of each, in order, from `workers` processes (0: this one); shows a progress bar."""
-    return tqdm(DataLoader(items, None, collate_fn=job, num_workers=workers), title)
+    """job(item) for each item of a list, in order, by `workers` processes (0: by this one).
+
+    A DataLoader without batches calls collate_fn on each item, in the processes that it starts.
+    """
+    return tqdm(DataLoader(items, batch_size=None, collate_fn=job, num_workers=workers), title)
 
 
 def held_out(ids, fraction):
-    """(n,) bool: scenes set aside for testing, chosen by a hash of the name alone, so that training
-    and probing agree without a list, whatever else lies in the folder."""
-    return np.array([zlib.crc32(i.encode()) / 2 ** 32 < fraction for i in ids], bool)
+    """(n,) bool: the scenes set aside for testing, chosen by a hash of the name alone.
+
+    So pretraining and probing agree without a list, whatever else lies in the folder.
+    """
+    return np.array([zlib.crc32(name.encode()) / 2 ** 32 < fraction for name in ids], bool)
 
 
-def subfolders(folder):
-    require(os.path.isdir(folder), f"{folder}: no such folder")
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir())
+# ---------------------------------------------------------------------------------------- labels
+
+# Dynamic World's indices 0 to 8, which SSL4EO-S12-ML uses
+CLASSES = ("water", "trees", "grass", "flooded vegetation", "crops", "shrub & scrub", "built",
+           "bare", "snow & ice")
+
+
+def multi_hot(rows, L):
+    """[{class index, ...}, ...], a set for each image -> (S,L) uint8."""
+    y = np.zeros((len(rows), L), np.uint8)
+    for s, row in enumerate(rows):
+        y[s, list(row)] = 1
+    return y
+
+
+def read_labels(path):
+    """SSL4EO-S12-ML's json -> {scene: {S2 product: [class index, ...]}}.
+
+    In the file classes are strings "0" to "8".  ValueError: another form or an unknown class.
+    """
+    text = read_text(path)
+    with file_errors(path, "not labels of the form {scene: {product: [class]}}"):
+        table = json.loads(text)
+        for scene, products in table.items():
+            for product, classes in products.items():
+                for c in classes:
+                    require(str(c).isdecimal() and int(c) < len(CLASSES),
+                            f"unknown class {c!r} in scene {scene}, product {product}")
+                products[product] = [int(c) for c in classes]
+        return table
+
+
+def read_names(path, known, skip=False):
+    """Names of images from a text file, one a line; see known_names."""
+    return known_names(read_text(path).split(), known, path, skip)
+
+
+def known_names(names, known, source, skip=False):
+    """Those of `names` that are in `known`; of a pair "a,b", the one that is.
+
+    ValueError, naming the source: some are not known.  With `skip` they are passed over.
+    """
+    found, missing = [], []
+    for entry in names:
+        choices = [Path(name).stem for name in entry.split(",")]
+        matches = [name for name in choices if name in known]
+        if matches:
+            found.append(matches[0])
+        else:
+            missing.append(choices[0])
+    require(skip or not missing, f"{source}: {len(missing)} of {len(names)} images are not there: "
+                                 f"{', '.join(missing[:5])}")
+    return found
+
+
+# ----------------------------------------------------------------------------------- SSL4EO-S12
+
+PRODUCTS = ["s1", "s2c", "s2a"]                # a folder of scenes for each sensor
+
+
+def SSL4EO(root, sensor, labels=None, views=2):
+    """An SSL4EO-S12 v1.0 tree [1]; sensor s1, s2c or s2a; labels: SSL4EO-S12-ML's json.
+
+    A scene or product that the json leaves out, or gives an empty list, is unlabelled.
+    ValueError: a class, a product or a scene that does not exist.
+    """
+    tree = f"{root}/{sensor.name}"
+    ids = subfolders(tree)
+    require(ids, f"{tree}: no scenes")
+    trees = {name: f"{root}/{name}" for name in PRODUCTS if os.path.isdir(f"{root}/{name}")}
+    for other in trees.values():
+        missing = sorted(set(subfolders(other)) - set(ids))
+        if missing:
+            raise ValueError(f"{tree}/{missing[0]}: missing, while {other}/{missing[0]} is there")
+
+    table = {}
+    if labels:
+        table = read_labels(labels)
+    s2_tree = trees.get("s2c", trees.get("s2a"))
+    files, rows = [], []
+    for scene in ids:
+        products = products_of(f"{tree}/{scene}")
+        require(products, f"{tree}/{scene}: scene without a {sensor.name} product")
+        files.append([f"{tree}/{scene}/{product}" for product in products])
+        labelled = table.get(scene, {})        # {S2 product: classes}
+        names = products                       # of the S2 images whose labels these images take
+        if sensor.kind == "radar":
+            names = s2_names(scene, s2_tree, labelled)
+        for name in labelled:
+            require(name in names, f"{labels}: scene {scene} has no product {name}")
+        if len(names) != len(products):        # no telling which belongs to which
+            names = [None] * len(products)
+        rows.append(multi_hot([labelled.get(name, ()) for name in names], len(CLASSES)))
+
+    finest = sensor.bands[sensor.ratios.index(min(sensor.ratios))]
+    size = usual_side([f"{products[0]}/{finest}.tif" for products in files], read_tiff)
+    decode = partial(read_product, sensor=sensor, size=size)
+    return Scenes(ids, files, rows, CLASSES, sensor, size, decode, views)
+
+
+def products_of(folder):
+    """Names of the products of a scene, in order of time."""
+    with file_errors(folder, "not a scene"):
+        return sorted(subfolders(folder), key=date)
 
 
 def date(product):
-    """Sensing time of a product, the first time stamp in its name."""
+    """Sensing time of a product: the first time stamp in its name."""
     found = re.search(r"\d{8}T\d{6}", product)
     require(found, f"product name {product!r} has no date such as 20200604T054639")
     return found[0]
 
 
-def multi_hot(rows, L):
-    """[{class index, ...}, ...], a set an image -> (S,L) uint8."""
-    return np.uint8([[k in row for k in range(L)] for row in rows])
+def s2_names(scene, s2_tree, labelled):
+    """S2 products of a scene in order of time: an S1 image takes the labels of the same rank.
 
-
-def SSL4EO(root, modality, labels=None, seasons=2):
-    """SSL4EO-S12 v1.0 tree [1], modality s1, s2c or s2a; `labels`: the SSL4EO-S12-ML json.
-
-    Labels join by scene id and S2 product name; an S1 image takes those of the S2 image of the same
-    scene and the same rank in time.  A scene or product that the json leaves out, or gives an empty
-    list, is unlabelled, and so are S1 images of a scene with fewer or more S2 images; a class or a
-    product that does not exist is a ValueError.
+    The S2 tree has their names, or without such a tree the scene's labels.
     """
-    ids, files, rows = subfolders(f"{root}/{modality}"), [], []
-    require(ids, f"{root}/{modality}: no scenes")
-    trees = {m: f"{root}/{m}" for m in PRODUCTS if os.path.isdir(f"{root}/{m}")}
-    for tree in trees.values():
-        for i in sorted({*subfolders(tree)} - {*ids}):
-            raise ValueError(f"{root}/{modality}/{i}: missing, while {tree}/{i} is there")
-    table, s2 = read_labels(labels) if labels else {}, trees.get("s2c", trees.get("s2a"))
-    for i in ids:
-        mine = table.get(i, {})
-        with named(f"{root}/{modality}/{i}", "not a scene"):
-            products = sorted(subfolders(f"{root}/{modality}/{i}"), key=date)
-        require(products, f"{root}/{modality}/{i}: scene without a {modality} product")
-        names = products                                             # of the S2 images
-        if modality[:2] != "s2":
-            names = sorted(subfolders(f"{s2}/{i}") if s2 else mine, key=date)
-        for name in mine.keys() - {*names}:
-            raise ValueError(f"{labels}: scene {i} has no product {name}")
-        names = names if len(names) == len(products) else [None] * len(products)
-        rows.append(multi_hot([mine.get(name, ()) for name in names], len(CLASSES)))
-        files.append([f"{root}/{modality}/{i}/{p}" for p in products])
-    finest, sizes = min(SHRINK[modality], key=SHRINK[modality].get), []
-    for row in files[:99]:                                           # no bad one sets the measure
-        with suppress(ValueError):
-            sizes.append(max(read_tiff(f"{row[0]}/{finest}.tif").shape))
-    size = max(sizes, key=sizes.count, default=264)
-    decode = partial(read_product, modality=modality, size=size)
-    return Scenes(ids, files, rows, CLASSES, modality, size, decode, seasons)
+    if s2_tree:
+        return products_of(f"{s2_tree}/{scene}")
+    return sorted(labelled, key=date)
 
 
-def read_labels(path):
-    """{scene: {product: [class index, ...]}} from the json, whose classes are strings "0".."8"."""
-    text = read_text(path)
-    with named(path, "not labels of the form {scene: {product: [class]}}"):
-        table = json.loads(text)
-        for i, mine in table.items():
-            for product, classes in mine.items():
-                for c in classes:
-                    require(str(c).isdecimal() and int(c) < len(CLASSES),
-                            f"unknown class {c!r} in scene {i}, product {product}")
-                mine[product] = [int(c) for c in classes]
-        return table
+# -------------------------------------------------------------------------------- image folders
+
+EUROSAT_CLASSES = {"AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial",
+                   "Pasture", "PermanentCrop", "Residential", "River", "SeaLake"}
+EUROSAT_ORDER = [0, 1, 2, 3, 4, 5, 6, 7, 12, 8, 9, 10, 11]           # B8A is last in the files
 
 
-def read_image(path, modality, size=None, order=None, scale=to_uint8):
-    """One TIFF, PNG or JPEG -> uint8 (C,H,W); order: where the file keeps each band of `modality`.
-    A PNG's or JPEG's grey is repeated, a PNG's alpha left out; other bands or types are refused."""
-    bands, dtype = len(BANDS[modality]), np.dtype(DTYPE[modality])
-    if path.lower().endswith((".tif", ".tiff")):
-        x = read_tiff(path)
+def Folder(root, sensor, views=2, order=None):
+    """Square images of one size, each a scene: a folder a class, or all in root and unlabelled.
+
+    rgb: TIFF, PNG or JPEG of 8 bits.  Other sensors: TIFFs that hold all bands; order: see
+    read_image.
+    """
+    kinds = [".tif", ".tiff"]
+    if sensor.kind == "rgb":
+        kinds += [".png", ".jpg", ".jpeg"]
+    images = {name: list_images(f"{root}/{name}", kinds) for name in subfolders(root)}
+    images = {name: paths for name, paths in images.items() if paths}
+    flat = not images
+    if flat:
+        images = {".": list_images(root, kinds)}
+        require(images["."],
+                f"{root}: no {sensor.name} images ({' '.join(kinds)}) in it or its folders")
+    paths, labels = [], []
+    for k, members in enumerate(images.values()):
+        label = multi_hot([{k}], len(images))                        # (1,L)
+        if flat:
+            label = np.zeros_like(label)
+        paths += members
+        labels += [label] * len(members)
+    ids = [Path(path).stem for path in paths]
+    files = [[path] for path in paths]
+    size = usual_side(paths, partial(read_all_bands, sensor=sensor))
+    decode = partial(read_image, sensor=sensor, size=size, order=order)
+    return Scenes(ids, files, labels, tuple(images), sensor, size, decode, views)
+
+
+def list_images(folder, kinds):
+    """Paths of the files with these endings, sorted by name."""
+    names = sorted(os.listdir(folder))
+    return [f"{folder}/{name}" for name in names if name.lower().endswith(tuple(kinds))]
+
+
+def EuroSAT(root, sensor, views=2):
+    """EuroSAT [2], unpacked: s2c (13 bands, TIFF), rgb (JPEG) or s1 (EuroSAT-SAR, TIFF)."""
+    order = None
+    if sensor.name == "s2c":
+        order = EUROSAT_ORDER
+    return Folder(root, sensor, views, order)
+
+
+# ---------------------------------------------------------------------------------- BigEarthNet
+
+# names of the folder of patches in v1, in v2, and in short
+BEN_FOLDERS = {
+    "s1": {"BigEarthNet-S1-v1.0", "BigEarthNet-S1", "S1"},
+    "s2a": {"BigEarthNet-v1.0", "BigEarthNet-S2", "S2"},
+    "s2c": {"BigEarthNet-v1.0", "BigEarthNet-S2", "S2"},
+}
+# its files, and the statistics of its own pixels [SSL4EO-S12 bigearthnet_dataset_seco.py]
+BEN_S2 = replace(
+    SENSORS["s2a"],
+    bands=["B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12"],
+    mean=[341, 430, 614, 590, 951, 1792, 2075, 2219, 2266, 2246, 1594, 1009],
+    std=[555, 572, 583, 676, 730, 1096, 1273, 1365, 1356, 1302, 1079, 819])
+
+# the 19 classes, which v2's labels name, and the CORINE labels of v1 that belong to each
+BEN_CLASSES = {
+    "Urban fabric": ["Continuous urban fabric", "Discontinuous urban fabric"],
+    "Industrial or commercial units": ["Industrial or commercial units"],
+    "Arable land": ["Non-irrigated arable land", "Permanently irrigated land", "Rice fields"],
+    "Permanent crops": ["Vineyards", "Fruit trees and berry plantations", "Olive groves",
+                        "Annual crops associated with permanent crops"],
+    "Pastures": ["Pastures"],
+    "Complex cultivation patterns": ["Complex cultivation patterns"],
+    "Land principally occupied by agriculture, with significant areas of natural vegetation": [
+        "Land principally occupied by agriculture, with significant areas of natural vegetation"],
+    "Agro-forestry areas": ["Agro-forestry areas"],
+    "Broad-leaved forest": ["Broad-leaved forest"],
+    "Coniferous forest": ["Coniferous forest"],
+    "Mixed forest": ["Mixed forest"],
+    "Natural grassland and sparsely vegetated areas": [
+        "Natural grassland", "Sparsely vegetated areas"],
+    "Moors, heathland and sclerophyllous vegetation": [
+        "Moors and heathland", "Sclerophyllous vegetation"],
+    "Transitional woodland, shrub": ["Transitional woodland/shrub"],
+    "Beaches, dunes, sands": ["Beaches, dunes, sands"],
+    "Inland wetlands": ["Inland marshes", "Peatbogs"],
+    "Coastal wetlands": ["Salt marshes", "Salines"],
+    "Inland waters": ["Water courses", "Water bodies"],
+    "Marine waters": ["Coastal lagoons", "Estuaries", "Sea and ocean"],
+}
+BEN_NO_CLASS = [
+    "Road and rail networks and associated land", "Port areas", "Airports",
+    "Mineral extraction sites", "Dump sites", "Construction sites", "Green urban areas",
+    "Sport and leisure facilities", "Bare rock", "Burnt areas", "Intertidal flats"]
+
+
+def BigEarthNet(root, sensor, split=None, views=2, skip=False):
+    """BigEarthNet [3], v1 or v2; sensor s1 or s2a, or s2c, whose B10 is then 0 everywhere.
+
+    split: a file of names (see known_names), or a part of v2 such as train; None: all patches.
+    skip: pass over names without a patch.  v2 has its labels in root/metadata.csv.
+    """
+    found = [name for name in subfolders(root) if name in BEN_FOLDERS.get(sensor.name, ())]
+    require(found, f"{root}: no BigEarthNet folder for modality {sensor.name}")
+    metadata = Path(root, "metadata.csv")
+    v2 = metadata.exists()
+    table, pattern = {}, "S*"
+    if v2:
+        table = read_metadata(metadata, sensor)
+        pattern = "S*/S*"                                            # tile/patch
+    folders = {path.name: path for path in sorted(Path(root, found[0]).glob(pattern))}
+
+    # v2's table lists the patches of all parts, or of the one that `split` names
+    listed = [name for name, row in table.items() if split in (None, row.get("split"))]
+    if listed:
+        names = known_names(listed, folders, metadata, skip)
+    elif split:
+        names = read_names(split, folders, skip)
     else:
-        with named(path, "unreadable image"):
-            import imagecodecs                 # only here: TIFFs without compression do without it
-            raw = Path(path).read_bytes()
-            require(path.lower().endswith(".png") or b"\xff\xd9" in raw[-32:], "JPEG is cut off")
-            x = np.atleast_3d(imagecodecs.imread(raw))
-        x = x[..., :3 if path.lower().endswith(".png") else None]
-        x = x[..., [0] * 3] if x.shape[2] < 3 else x
-    x = x.transpose(1, 2, 0) if x.ndim == 3 and len(x) == bands else x         # band after band
-    require(x.shape[2:] == (bands,) and x.dtype == dtype and np.isfinite(x).all(),
-            f"{path}: {x.dtype} {x.shape}, expected {bands} finite bands of {dtype}")
-    side = size or len(x)
-    require(x.shape[:2] == (side, side),
-            f"{path}: {x.shape[:2]} pixels, the others have {side} x {side}")
-    x = x.transpose(2, 0, 1)
-    return x if modality == "rgb" else scale(x if order is None else x[order], modality)
+        names = list(folders)
 
-
-def Folder(root, modality="rgb", views=2, order=None):
-    """Square images of one size, an image a scene: a folder a class, or all in root, unlabelled;
-    rgb: TIFF, PNG or JPEG of 8 bits; s1, s2c, s2a: TIFFs with all bands (order: read_image)."""
-    kinds = (".tif", ".tiff") + (".png", ".jpg", ".jpeg") * (modality == "rgb")
-    found = {c: sorted(f"{c}/{f}" for f in os.listdir(f"{root}/{c}") if f.lower().endswith(kinds))
-             for c in [*subfolders(root), "."]}
-    classes = tuple(c for c in found if found[c] and c != ".") or (".",)
-    names = [f for c in classes for f in found[c]]
-    require(names, f"{root}: no {modality} images ({' '.join(kinds)}) in it or its folders")
-    labels = [np.uint8([[f.split("/")[0] == c != "." for c in classes]]) for f in names]
-    size = read_image(f"{root}/{names[0]}", modality, None, order).shape[1]
-    decode = partial(read_image, modality=modality, size=size, order=order)
-    return Scenes([Path(f).stem for f in names], [[f"{root}/{f}"] for f in names], labels, classes,
-                  modality, size, decode, views)
-
-
-EUROSAT_CLASSES = set("AnnualCrop Forest HerbaceousVegetation Highway Industrial Pasture "
-                      "PermanentCrop Residential River SeaLake".split())
-
-
-def EuroSAT(root, modality="s2c", views=2):
-    """EuroSAT [2], unpacked: s2c (13-band tif, B8A last in the file), rgb (jpg), s1 (SAR, tif)."""
-    order = [*range(8), 12, *range(8, 12)] if modality == "s2c" else None
-    return Folder(root, modality, views, order)
-
-
-BEN_TOP = {"s1": {"BigEarthNet-S1-v1.0", "BigEarthNet-S1", "S1"}}           # v1, v2, short
-BEN_TOP["s2a"] = BEN_TOP["s2c"] = {"BigEarthNet-v1.0", "BigEarthNet-S2", "S2"}
-# 19 classes | with their CORINE labels; the last group has no class
-BEN = """Urban fabric|Continuous urban fabric|Discontinuous urban fabric;Industrial or commercial
-    units;Arable land|Non-irrigated arable land|Permanently irrigated land|Rice fields;Permanent
-    crops|Vineyards|Fruit trees and berry plantations|Olive groves|Annual crops associated with
-    permanent crops;Pastures;Complex cultivation patterns;Land principally occupied by agriculture,
-    with significant areas of natural vegetation;Agro-forestry areas;Broad-leaved forest;Coniferous
-    forest;Mixed forest;Natural grassland and sparsely vegetated areas|Natural grassland|Sparsely
-    vegetated areas;Moors, heathland and sclerophyllous vegetation|Moors and heathland|
-    Sclerophyllous vegetation;Transitional woodland, shrub|Transitional woodland/shrub;Beaches,
-    dunes, sands;Inland wetlands|Inland marshes|Peatbogs;Coastal wetlands|Salt marshes|Salines;
-    Inland waters|Water courses|Water bodies;Marine waters|Coastal lagoons|Estuaries|Sea and ocean;
-    Road and rail networks and associated land|Port areas|Airports|Mineral extraction sites|Dump
-    sites|Construction sites|Green urban areas|Sport and leisure facilities|Bare rock|Burnt areas|
-    Intertidal flats"""
-BEN = [[" ".join(x.split()) for x in row.split("|")] for row in BEN.split(";")]
-
-
-def read_patch(folder, modality, scale=to_uint8):
-    """A patch of BigEarthNet -> uint8 (C,120,120); s2c: L2A with a plane of zeros for B10."""
-    kind = ("s1", "s1") if modality == "s1" else ("s2a", "ben")
-    x = read_product(folder, kind[0], 120, f"{Path(folder).name}_", kind[1], scale)
-    return np.insert(x, 10, 0, 0) if modality == "s2c" else x
-
-
-def BigEarthNet(root, split=None, modality="s2a", views=2, skip=False):
-    """BigEarthNet [3], v1 or v2; s1, s2a, or s2c as SSL4EO-S12 probes 13-band networks: B10 is 0.
-
-    split: a file for `listed`, or a part of v2 (train, ...); None: all patches.  v2's labels lie in
-    root/metadata.csv (README, Probing).  19 classes; zeros if the CORINE labels belong to none.
-    """
-    top = [f for f in subfolders(root) if f in BEN_TOP.get(modality, ())]
-    require(top, f"{root}: no BigEarthNet folder for modality {modality}")
-    meta, key = Path(root, "metadata.csv"), "s1_name" if modality == "s1" else "patch_id"
-    v2 = meta.exists()
-    table = csv.DictReader(read_text(meta).splitlines() if v2 else ())
-    table = {row.get(key) or "": row for row in table}
-    have = {p.name: p for p in sorted(Path(root, top[0]).glob("S*/S*" if v2 else "S*"))}
-    names = [name for name, r in table.items() if split in (None, r.get("split"))]
-    names = listed(split or meta, have, skip, names) if split or v2 else [*have]
-    columns, rows = {label: k for k, row in enumerate(BEN) for label in row}, []
+    rows = []
+    index = ben_index()
     for name in names:
-        with named(meta if v2 else have[name], f"no BigEarthNet labels of {name}"):
-            found = table[name]["labels"].split(";") if v2 else json.loads(
-                read_text(have[name] / f"{name}_labels_metadata.json"))["labels"]
-            rows.append(multi_hot([{columns[label] for label in found}], len(BEN) - 1))
-    files, classes = [[str(have[name])] for name in names], tuple(row[0] for row in BEN[:-1])
-    decode = partial(read_patch, modality=modality)
-    return Scenes(names, files, rows, classes, modality, 120, decode, views)
+        source = folders[name]
+        if v2:
+            source = metadata
+        with file_errors(source, f"no BigEarthNet labels of {name}"):
+            if v2:
+                labels = table[name]["labels"].split(";")
+            else:
+                labels = json.loads(read_text(source / f"{name}_labels_metadata.json"))["labels"]
+            present = {index[label] for label in labels} - {None}
+            rows.append(multi_hot([present], len(BEN_CLASSES)))
+    files = [[str(folders[name])] for name in names]
+    decode = partial(read_patch, sensor=sensor)
+    return Scenes(names, files, rows, tuple(BEN_CLASSES), sensor, 120, decode, views)
 
 
-def listed(path, have, skip=False, names=()):
-    """`names`, or those in the file `path`, one a line (of `a,b` the one in `have`); one that
-    `have` lacks is a ValueError, or with `skip` passed over."""
-    lines = [[Path(n).stem for n in x.split(",")] for x in names or read_text(path).split()]
-    found = [next((n for n in line if n in have), None) for line in lines]
-    gone = [line[0] for line, n in zip(lines, found) if n is None]
-    require(skip or not gone, f"{path}: {len(gone)} of {len(lines)} images are not there: "
-                              f"{', '.join(gone[:5])}")
-    return [n for n in found if n]
+def read_metadata(path, sensor):
+    """v2's table -> {name of a patch of the sensor: its row}."""
+    column = "patch_id"
+    if sensor.name == "s1":
+        column = "s1_name"
+    with file_errors(path, "not a table"):
+        return {row.get(column) or "": row for row in csv.DictReader(read_text(path).splitlines())}
 
 
-def open_data(root, modality, labels=None, views=2):
-    """The reader that fits what lies in `root`.  labels: a json (an SSL4EO-S12 tree's own is found)
-    or "classes", those of class folders; else the images have none.  Packed ones bring theirs."""
-    folders, own = {*subfolders(root)}, f"{root}/ssl4eo_multilabel.json"
+def ben_index():
+    """{label of v1 or v2: index of its class, or None}."""
+    index = dict.fromkeys(BEN_NO_CLASS)
+    for k, (name, corine) in enumerate(BEN_CLASSES.items()):
+        index |= dict.fromkeys([name, *corine], k)
+    return index
+
+
+def read_patch(folder, sensor, scale=to_uint8):
+    """A patch -> uint8 (C,120,120).  For s2c: L2A with 0 for B10, as in SSL4EO-S12's probes."""
+    on_disk = BEN_S2
+    if sensor.name == "s1":
+        on_disk = sensor
+    x = read_product(folder, on_disk, size=120, prefix=f"{Path(folder).name}_", scale=scale)
+    if sensor.name == "s2c":
+        x = np.insert(x, sensor.bands.index("B10"), 0, axis=0)
+    return x
+
+
+# ------------------------------------------------------------------------------------- any folder
+
+
+def open_data(root, sensor, labels=None, views=2):
+    """The scenes in `root`, by the reader that fits what lies there.
+
+    labels: a json for an SSL4EO-S12 tree (None: the one in root, if any), or "classes", those of
+    the folders; None: images in folders are unlabelled.  A packed folder brings its own labels.
+    """
+    folders = set(subfolders(root))
     if os.path.exists(f"{root}/images.uint8"):
-        return Packed(root, modality, views, labels)
-    products = bool(folders & {*PRODUCTS})
-    require(not labels or products != (labels == "classes"),
-            f"--labels {labels}: {root} holds {'products' if products else 'classes'}")
-    if products:
-        return SSL4EO(root, modality, labels or (own if os.path.exists(own) else None), views)
-    ben = folders & set().union(*BEN_TOP.values())
-    reader = BigEarthNet if ben else EuroSAT if folders <= EUROSAT_CLASSES else Folder
-    scenes = reader(root, modality=modality, views=views)
-    scenes.labels = [y * (labels == "classes") for y in scenes.labels]
+        return Packed(root, sensor, labels, views)
+    if folders & set(PRODUCTS):
+        require(labels != "classes", f"--labels classes: {root} holds products")
+        json_in_root = f"{root}/ssl4eo_multilabel.json"
+        if not labels and os.path.exists(json_in_root):
+            labels = json_in_root
+        return SSL4EO(root, sensor, labels, views)
+
+    require(not labels or labels == "classes", f"--labels {labels}: {root} holds classes")
+    if folders & set().union(*BEN_FOLDERS.values()):
+        scenes = BigEarthNet(root, sensor, views=views)
+    elif folders <= EUROSAT_CLASSES:
+        scenes = EuroSAT(root, sensor, views)
+    else:
+        scenes = Folder(root, sensor, views)
+    if labels != "classes":
+        scenes.labels = [np.zeros_like(y) for y in scenes.labels]
     return scenes
 
 
-# -------------------------------------------------------------------------- packing and checking
+# ------------------------------------------------------------------- packing, checking, statistics
 
 
 def pack(scenes, out, workers=0):
-    """All images of `scenes`, as read, in one file: out/images.uint8 (n,C,H,W), scene by scene.
+    """Write all images, as read, into one file: out/images.uint8 (n,C,H,W), scene by scene.
 
-    out/index.jsonl: the CRC-32 of its second line; all else that Packed gives back.  `out` appears
-    when it is whole.  Until then the file grows, image by image, in out.part{...}, named by what
-    goes in: after a kill the same call cuts off half an image and goes on from there.
+    The second line of out/index.jsonl has what else Packed needs, the first line its CRC-32.
+    `out` appears when it is whole.  Until then the file grows in a folder beside it, named by what
+    goes in.  After a kill the same call drops the half image at its end and goes on from there.
     """
-    require(not os.path.exists(out), f"{out}: exists; pack never overwrites")
-    index = {k: getattr(scenes, k) for k in ("modality", "size", "classes", "ids")}
-    index = json.dumps(index | {"labels": [y.tolist() for y in scenes.labels]}).encode()
-    part = f"{os.path.normpath(out)}.part{zlib.crc32(index + repr(scenes.files).encode()):08x}"
+    require_new(out)
+    index = {"modality": scenes.sensor.name, "size": scenes.size, "classes": scenes.classes,
+             "ids": scenes.ids, "labels": [y.tolist() for y in scenes.labels]}
+    index = json.dumps(index).encode()
+    content = zlib.crc32(index + repr(scenes.files).encode())
+    part = f"{os.path.normpath(out)}.part{content:08x}"
+    path = f"{part}/images.uint8"
     os.makedirs(part, exist_ok=True)
-    with open(f"{part}/images.uint8", "ab") as file:
-        with named(part, "another process is writing it"):
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        done, cut = divmod(file.tell(), len(BANDS[scenes.modality]) * scenes.size ** 2)
-        file.truncate(file.tell() - cut)
-        files = [f for row in scenes.files for f in row][done:]
-        for x in in_parallel(scenes.decode, files, workers, f"packing {out}"):
-            file.write(np.ascontiguousarray(x))
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "ab") as file:
+            with file_errors(part, "another process is writing it"):
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            append_images(file, scenes, workers, f"packing {out}")
         Path(part, "index.jsonl").write_bytes(b"%d\n%b" % (zlib.crc32(index), index))
         os.rename(part, out)
+    except OSError as error:            # a full disk, above all; bad images are ValueErrors
+        raise ValueError(f"{path}: not written ({error.strerror})") from None
 
 
-def Packed(root, modality, views=2, labels=None):
-    """What `pack` wrote; image() gives views of the file, mapped into memory and not read ahead."""
+def require_new(out):
+    require(not os.path.exists(out), f"{out}: exists; pack never overwrites")
+
+
+def append_images(file, scenes, workers, title):
+    """Bring a file of images to its full length, and its bytes to the disk."""
+    image_bytes = len(scenes.sensor.bands) * scenes.size ** 2
+    written = file.tell() // image_bytes
+    file.truncate(written * image_bytes)                             # drop half an image
+    missing = scenes.images_of(range(len(scenes)))[written:]
+    for x in in_parallel(partial(image_of, scenes), missing, workers, title):
+        file.write(np.ascontiguousarray(x))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def image_of(scenes, pair):
+    i, s = pair
+    return scenes.image(i, s)
+
+
+def Packed(root, sensor, labels=None, views=2):
+    """The scenes that `pack` wrote to root.  Images are views of the file, mapped into memory.
+
+    labels must be None: a packed folder brings its own.
+    """
     path = f"{root}/images.uint8"
-    crc, _, index = Path(root, "index.jsonl").read_bytes().partition(b"\n")
-    require(crc == b"%d" % zlib.crc32(index), f"{root}/index.jsonl: damaged, its checksum differs")
+    index_path = f"{root}/index.jsonl"
+    with file_errors(index_path, "unreadable", gone="missing; pack did not come to its end"):
+        checksum, _, index = Path(index_path).read_bytes().partition(b"\n")
+    require(checksum == b"%d" % zlib.crc32(index), f"{index_path}: damaged, its checksum differs")
     index = json.loads(index)
-    require(not labels and modality == index["modality"],
+    require(not labels and sensor.name == index["modality"],
             f"{root}: packed with its labels, for --modality {index['modality']} only")
-    rows, n = [np.uint8(y) for y in index["labels"]], os.path.getsize(path)
-    ends = np.cumsum([0, *map(len, rows)]).tolist()
-    files = [range(*at) for at in zip(ends, ends[1:])]
-    shape = ends[-1], len(BANDS[modality]), index["size"], index["size"]
-    require(n == np.prod(shape), f"{path}: {n} bytes, but {shape} pixels make {np.prod(shape)}")
-    memory = np.memmap(path, np.uint8, "r", shape=shape)
-    return Scenes(**index | {"labels": rows}, files=files, decode=memory.__getitem__, views=views,
-                  memory=memory)
+
+    rows, n = [], 0
+    for scene_labels in index["labels"]:
+        rows.append(np.arange(n, n + len(scene_labels)))
+        n += len(scene_labels)
+    shape = (n, len(sensor.bands), index["size"], index["size"])
+    expected = np.prod(shape)
+    found = os.path.getsize(path)
+    require(found == expected, f"{path}: {found} bytes, but {shape} pixels make {expected}")
+
+    files = [[path] * len(scene_rows) for scene_rows in rows]
+    labels = [np.uint8(scene_labels) for scene_labels in index["labels"]]
+    scenes = Scenes(index["ids"], files, labels, index["classes"], sensor, index["size"], None,
+                    views)
+    scenes.memory = np.memmap(path, np.uint8, "r", shape=shape)
+    scenes.rows = rows
+    return scenes
 
 
-def complaint(decode, file):
-    """What is wrong with an image, a line for each bad file, or nothing."""
+def find_bad_files(scenes, workers=0):
+    """Read everything -> {number of a scene: [a line for each of its bad files]}."""
+    pairs = scenes.images_of(range(len(scenes)))
+    problems = in_parallel(partial(problem_of, scenes), pairs, workers, "checking")
+    bad = {}
+    for (i, _), problem in zip(pairs, problems):
+        if problem:
+            bad.setdefault(i, []).extend(problem.splitlines())
+    return bad
+
+
+def problem_of(scenes, pair):
+    """What is wrong with an image; "": nothing."""
     try:
-        decode(file)
+        image_of(scenes, pair)
     except (ValueError, OSError) as error:
-        return f"{error}\n"
+        return str(error)
     return ""
 
 
-def moments(x, name):
-    """C bands (H,W) in the sensor's units -> (C,8): mean, mean square, min, max, the shares below
-    and above what to_uint8 keeps, and the mean and std that STATS[name] has."""
-    x, (mean, std) = np.float64(x).reshape(len(x), -1).T, np.float64(STATS[name])      # (HW,C)
-    return np.stack([x.mean(0), (x * x).mean(0), x.min(0), x.max(0), (x < mean - 2 * std).mean(0),
-                     (x > mean + 2 * std).mean(0), mean, std], 1)
+def leave_out(scenes, bad):
+    """The scenes without those whose numbers are in `bad`; for scenes that are not in memory."""
+    good = [i for i in range(len(scenes)) if i not in bad]
+    require(good, "each scene has a bad file")
+    result = copy.copy(scenes)
+    result.ids = [scenes.ids[i] for i in good]
+    result.files = [scenes.files[i] for i in good]
+    result.labels = [scenes.labels[i] for i in good]
+    return result
+
+
+def moments(x, sensor):
+    """C bands (H,W) in the sensor's units -> (C,8), eight numbers a band.
+
+    They are mean, mean square, min, max, the shares of pixels that to_uint8 clips below and above,
+    and the mean and std that the sensor has.
+    """
+    x = np.float64(x).reshape(len(x), -1).T                          # (HW,C)
+    mean = np.float64(sensor.mean)                                   # (C,)
+    std = np.float64(sensor.std)
+    below = x < mean - 2 * std
+    above = x > mean + 2 * std
+    return np.stack([x.mean(0), (x * x).mean(0), x.min(0), x.max(0), below.mean(0), above.mean(0),
+                     mean, std], axis=1)
 
 
 def statistics(scenes, workers=0):
-    """As `moments`, over all images, and the std where the mean square was."""
-    require(scenes.memory is None and scenes.modality != "rgb",
+    """(C,8) as `moments`, over all images and with the std in place of the mean square."""
+    require(scenes.memory is None and scenes.sensor.kind != "rgb",
             "rgb and packed images have no sensor units")
-    job, files = partial(scenes.decode, scale=moments), [f for row in scenes.files for f in row]
-    x = np.stack([*in_parallel(job, files, workers, "statistics")])                    # (n,C,8)
-    mean, square, _, _, *rest = x.mean(0).T                                            # (C,) each
-    std = np.sqrt((square - mean ** 2).clip(0))
-    return np.stack([mean, std, x[..., 2].min(0), x[..., 3].max(0), *rest], 1)
+    paths = [scenes.files[i][s] for i, s in scenes.images_of(range(len(scenes)))]
+    job = partial(scenes.decode, scale=moments)
+    x = np.stack([*in_parallel(job, paths, workers, "statistics")])  # (n,C,8)
+    table = x.mean(0)                                                # (C,8)
+    table[:, 1] = np.sqrt((table[:, 1] - table[:, 0] ** 2).clip(0))  # std
+    table[:, 2] = x[:, :, 2].min(0)                                  # min
+    table[:, 3] = x[:, :, 3].max(0)                                  # max
+    return table
 
 
 # --------------------------------------------------------------------------------- augmentation
+#
+# Numbers are drawn on the CPU, by a generator whose seed the caller knows, and applied where the
+# images are.  Drawing them again gives the same pixels.
 
 
 def draw_crops(n, generator, area_min=0.2, area_max=1.0):
-    """Where n views look, one float each, on the CPU; replaying them gives the same pixels.
+    """Where n views look: {name: (n,) floats}.
 
-    Share of the image's area U(area_min, area_max), aspect log-uniform in [3/4, 4/3], position,
-    flips both ways.  [SSL4EO-S12 pretrain_moco_v2_s2c.py; PerA; vertical flip in SoftCon: ours]
+        h, w            sides as shares of the image's: area U(area_min, area_max) of the image,
+                        aspect log-uniform in [3/4, 4/3]
+        y, x            centre; the image spans [-1, 1]
+        flip_y, flip_x  1 or -1: mirrored
+
+    [SSL4EO-S12 pretrain_moco_v2_s2c.py; PerA; the vertical flip in SoftCon is ours]
     """
-    u = torch.rand(6, n, generator=generator)
-    area, aspect = area_min + (area_max - area_min) * u[0], (4 / 3) ** (2 * u[1] - 1)
-    h, w = (area / aspect).sqrt().clamp(max=1), (area * aspect).sqrt().clamp(max=1)
-    return {"h": h, "w": w, "y": (1 - h) * (2 * u[2] - 1), "x": (1 - w) * (2 * u[3] - 1),
-            "flip_x": 1 - 2 * (u[4] < 0.5).float(), "flip_y": 1 - 2 * (u[5] < 0.5).float()}
+    u_area, u_aspect, u_y, u_x, u_flip_x, u_flip_y = torch.rand(6, n, generator=generator)
+    area = area_min + (area_max - area_min) * u_area
+    aspect = (4 / 3) ** (2 * u_aspect - 1)
+    h = (area / aspect).sqrt().clamp(max=1)
+    w = (area * aspect).sqrt().clamp(max=1)
+    return {
+        "h": h,
+        "w": w,
+        "y": (1 - h) * (2 * u_y - 1),
+        "x": (1 - w) * (2 * u_x - 1),
+        "flip_x": 1 - 2 * (u_flip_x < 0.5).float(),
+        "flip_y": 1 - 2 * (u_flip_y < 0.5).float(),
+    }
 
 
-def draw_colours(n, modality, generator, p=0.8, jitter=0.4, grey=0.2, blur=0.5):
-    """In what light n views are seen; with probability p each is jittered:
+def draw_colours(n, sensor, generator, p=0.8, jitter=0.4, grey=0.2, blur=0.5):
+    """In what light n views are seen: {name: (n,) floats; offset: (n,C) or (n,1)}.
 
-        optical  brightness and contrast U(1 - jitter, 1 + jitter)
-        rgb      also saturation U(1 -+ jitter/2) and hue, a turn of up to jitter/4
-        radar    decibels are no brightness: VV and VH offset by up to 5 jitter dB, each its own
+    With probability p a view is jittered:
 
-    grey: probability that all bands become their mean; blur: of std U(.1, 2) pixels at 224.
-    [SSL4EO-S12 pretrain_moco_v2_s2c.py; DeCUR for SAR; PerA augmentation.py; dB offset: ours]
+        brightness, contrast   factors U(1 - jitter, 1 + jitter), optical and rgb
+        saturation             factor U(1 - jitter/2, 1 + jitter/2), rgb
+        hue                    a turn of up to jitter/4, rgb
+        offset                 up to 5 jitter dB for VV and VH each, radar: decibels are no
+                               brightness
+
+    grey: probability that all bands become their mean (saturation 0).
+    blur: probability that a view is blurred, with a std U(0.1, 2) of pixels at side 224.
+    [SSL4EO-S12 pretrain_moco_v2_s2c.py; DeCUR for SAR; PerA augmentation.py; the offset is ours]
     """
-    u, radar, rgb = torch.rand(9, n, generator=generator), modality in RADAR, modality == "rgb"
-    swing = jitter * (2 * u[[1, 2, 3, 4, 8]] - 1) * (u[0] < p)                        # (5,n)
-    return {"brightness": 1 + swing[0] * (not radar), "contrast": 1 + swing[1] * (not radar),
-            "offset": 5 * swing[[0, 4]].T * (0.25 / torch.tensor(STATS[modality][1])) if radar
-            else torch.zeros(n, 1),                                  # the range [0,1] is 4 std wide
-            "saturation": torch.where(u[5] < grey, 0, 1 + rgb * swing[2] / 2),
-            "hue": rgb * swing[3] / 4, "blur": torch.where(u[6] < blur, 0.1 + 1.9 * u[7], 0)}
+    u = torch.rand(9, n, generator=generator)
+    swings = jitter * (2 * u[[1, 2, 3, 4, 8]] - 1) * (u[0] < p)      # (5,n) in [-jitter, jitter]
+    brightness, contrast, saturation, hue, vh = swings
+    drawn = {
+        "brightness": torch.ones(n),
+        "contrast": torch.ones(n),
+        "offset": torch.zeros(n, 1),
+        "saturation": torch.ones(n),
+        "hue": torch.zeros(n),
+    }
+    if sensor.kind == "radar":
+        decibels = 5 * torch.stack([brightness, vh], dim=1)          # (n,2), VV and VH
+        drawn["offset"] = decibels * (0.25 / torch.tensor(sensor.std))   # [0,1] spans 4 std
+    else:
+        drawn["brightness"] = 1 + brightness
+        drawn["contrast"] = 1 + contrast
+    if sensor.kind == "rgb":
+        drawn["saturation"] = 1 + saturation / 2
+        drawn["hue"] = hue / 4
+    drawn["saturation"] = torch.where(u[5] < grey, 0, drawn["saturation"])
+    drawn["blur"] = torch.where(u[6] < blur, 0.1 + 1.9 * u[7], 0)
+    return drawn
 
 
 def crop(x, p, size):
     """uint8 (n,C,H,W) and what draw_crops drew -> float (n,C,size,size) in [0,1], on x's device.
 
-    Crop, resize and flip are one bilinear sampling; nothing loops over images.
+    Crop, resize and flip are one bilinear sampling of all images at once.
     """
-    p = {k: v.to(x.device, non_blocking=True) for k, v in p.items()}
+    p = {name: value.to(x.device, non_blocking=True) for name, value in p.items()}
     zero = torch.zeros_like(p["x"])
-    theta = torch.stack([p["w"] * p["flip_x"], zero, p["x"], zero, p["h"] * p["flip_y"], p["y"]], 1)
-    grid = F.affine_grid(theta.view(-1, 2, 3), [*x.shape[:2], size, size], align_corners=False)
-    return F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False).div_(255)
+    theta = torch.stack([p["w"] * p["flip_x"], zero, p["x"],
+                         zero, p["h"] * p["flip_y"], p["y"]], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, [*x.shape[:2], size, size], align_corners=False)
+    x = F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
+    return x.div_(255)
 
 
 def colour(x, p):
-    """float (n,C,H,W) in [0,1] and what draw_colours drew -> the same in that light."""
-    blurred, tinted = p["blur"].nonzero()[:, 0], (p["saturation"] != 1).any()  # known on the CPU
-    reach = int(np.ceil(3 * float(p["blur"].max()) * x.shape[-1] / 224))
-    p = {k: v.to(x.device, non_blocking=True).view(len(x), -1, 1, 1) for k, v in p.items()}
-    mean = x.mean((2, 3), keepdim=True) * p["brightness"] + p["offset"]        # then contrast, as
-    x = torch.addcmul(mean + (p["offset"] - mean) * p["contrast"], x,          # one product
-                      p["brightness"] * p["contrast"]).clamp_(0, 1)
-    mean = x.mean(1, keepdim=True)
-    x = torch.lerp(mean, x, p["saturation"]) if tinted else x
-    if x.shape[1] == 3:                                              # turn about the grey axis
-        side = (x.roll(1, 1) - x.roll(-1, 1)) / 3 ** 0.5
-        turn = 2 * torch.pi * p["hue"]
-        x = (mean + turn.cos() * (x - mean) + turn.sin() * side).clamp(0, 1)
-    if len(blurred):                                              # down, then across, over +- 3 std
-        n, C, size, rows = len(blurred), *x.shape[1:3], blurred.to(x.device)
-        at = torch.arange(-reach, reach + 1, device=x.device).view(-1, 1)      # (taps, 1)
-        std = (p["blur"][rows] * size / 224).clamp_min(1e-3)
-        K = (-(at / std).square() / 2).softmax(2).repeat_interleave(C, 0)      # (nC, 1, taps, 1)
-        y = F.pad(x[rows], (reach,) * 4, mode="replicate").flatten(0, 1)[None]   # (1, nC, ., .)
-        y = F.conv2d(F.conv2d(y, K, groups=n * C), K.mT, groups=n * C)         # (1, nC, size, size)
-        x = x.index_copy(0, rows, y.view(n, C, size, size))
+    """float (n,C,H,W) in [0,1] and what draw_colours drew -> the same images in that light."""
+    # decided while the numbers are on the CPU: asking a GPU would make it wait
+    blurred = p["blur"].nonzero()[:, 0]
+    changes_saturation = bool((p["saturation"] != 1).any())
+    reach = int(np.ceil(3 * float(p["blur"].max()) * x.shape[-1] / 224))     # 3 std, in pixels
+    p = {name: value.to(x.device, non_blocking=True).view(len(x), -1, 1, 1)
+         for name, value in p.items()}                               # (n,1,1,1); offset (n,C,1,1)
+
+    x = change_light(x, p["brightness"], p["contrast"], p["offset"])
+    grey = x.mean(1, keepdim=True)                                   # (n,1,H,W)
+    if changes_saturation:
+        x = torch.lerp(grey, x, p["saturation"])                     # 0: grey
+    if x.shape[1] == 3:
+        x = turn_hue(x, grey, p["hue"])
+    if len(blurred):
+        rows = blurred.to(x.device)
+        std = p["blur"][rows] * x.shape[-1] / 224                    # in pixels
+        x = x.index_copy(0, rows, blur_images(x[rows], std, reach))
     return x
 
 
-# ---------------------------------------------------------------------------------------- picture
+def change_light(x, brightness, contrast, offset):
+    """x brightness + offset, then contrast about the mean of each band, clipped to [0,1].
 
-
-def show(scenes, out, losses, seed=0, n=4, grid=8):
-    """Write to `out` (PNG) what the model sees of n scenes, a row each, drawn with `seed`.
-
-    Left to right: all seasons | SoftCon's two views (full-size augmentation) | view 1 as SoftCon
-    masks it (dark: dropped) and as PerA does (blue: the student's patches, yellow: to guess, red:
-    the teacher's) | labels of both views, a line a class | label similarity of view 1 to each
-    row's view 2, black 0, white 1.
-    losses: that module, an argument because this one imports nothing of ours.
+    Both are one product: x b c + (o - m) c + m, where m is the mean after the first.
     """
-    import imagecodecs
-    rows = np.random.default_rng(seed).permutation(len(scenes))[:n].tolist()
-    g, m, n = torch.Generator().manual_seed(seed % 2 ** 63), scenes.modality, len(rows)
-    T, eye = 96 // scenes.size * scenes.size or 96, COLOURS[m]             # T: side of an image
+    mean = x.mean((2, 3), keepdim=True) * brightness + offset        # (n,C,1,1)
+    shift = mean + (offset - mean) * contrast
+    return torch.addcmul(shift, x, brightness * contrast).clamp_(0, 1)
 
-    def tiles(x):                                                          # (.,.,h,w) -> (.,.,T,T)
-        return F.interpolate(x.float(), (T, T), mode="area")
-    seasons = torch.full((n, max(len(scenes.files[i]) for i in rows), 3, T, T), torch.nan)
-    for row, i in zip(seasons, rows):
-        x = np.stack([scenes.image(*pair)[eye] for pair in scenes.pairs([i])])
-        row[:len(x)] = tiles(torch.from_numpy(x)) / 255
-    x, y = map(torch.from_numpy, scenes[[(i, (seed, i)) for i in rows]])   # (n,2,C,H,W), (n,2,L)
-    p = draw_crops(2 * n, g) | draw_colours(2 * n, m, g, 0.8 * (m not in RADAR))
-    views = colour(crop(x.flatten(0, 1), p, scenes.size), p)[:, eye]       # (2n,3,H,W)
-    views = tiles(views).view(n, 2, 3, T, T)
 
-    def painted(parts, tints):
-        """View 1, dark but for the patches of each part (n,m), which get its tint."""
-        image, out = views[:, 0], torch.full((n, 3, T, T), 0.15)
-        for part, tint in zip(parts, tints):
-            mask = torch.zeros(n, grid ** 2).scatter(1, part, 1).view(n, 1, grid, grid)
-            out = torch.where(tiles(mask) > 0.5, (image + tint) / 2, out)
-        return out
-    tints = torch.tensor([[0.1, 0.4, 1], [1, 0.9, 0.1], [0.9, 0.1, 0.2]]).view(3, 3, 1, 1)
-    masks = torch.stack([painted([losses.block_mask(n, (grid, grid), 0.3, g)], [views[:, 0]]),
-                         painted(losses.disjoint_masks(n, grid ** 2, generator=g), tints)], 1)
-    sets = tiles(y.mT[:, None]).expand(n, 3, T, T)[:, None]                # (n,1,3,T,T)
-    alike = losses.label_similarity(*y.unbind(1)).view(n, n, 1, 1, 1).expand(n, n, 3, T, T)
-    groups = [F.pad(v, (2, 2, 2, 2), value=torch.nan).permute(0, 3, 1, 4, 2).flatten(2, 3)
-              .flatten(0, 1) for v in (seasons, views, masks, sets, alike)]              # (H,W,3)
-    x = torch.cat([F.pad(v, (0, 0, 4, 4), value=torch.nan) for v in groups], 1)
-    x = torch.where(x.isnan(), torch.tensor([0.7, 0.85, 1]), x)            # the paper: light blue
-    with named(out, "not written", "its folder is gone"):
-        Path(out).write_bytes(imagecodecs.png_encode((255 * x).round().byte().numpy(), level=9))
+def turn_hue(x, grey, turn):
+    """RGB images turned about the grey axis by `turn`, 1 being full circle; clipped to [0,1]."""
+    side = (x.roll(1, 1) - x.roll(-1, 1)) / 3 ** 0.5                 # at right angles to x - grey
+    angle = 2 * torch.pi * turn
+    return (grey + angle.cos() * (x - grey) + angle.sin() * side).clamp(0, 1)
+
+
+def blur_images(x, std, reach):
+    """float (n,C,H,W), std (n,1,1,1) in pixels -> blurred by a Gaussian of 2 reach + 1 taps.
+
+    All images and bands are the channels of one grouped convolution, down and then across.
+    """
+    n, C, H, W = x.shape
+    taps = torch.arange(-reach, reach + 1, device=x.device).view(-1, 1)      # (taps,1)
+    exponent = -(taps / std.clamp_min(1e-3)).square() / 2            # (n,1,taps,1)
+    kernel = exponent.softmax(2).repeat_interleave(C, 0)             # (nC,1,taps,1), sum 1
+    x = F.pad(x, (reach, reach, reach, reach), mode="replicate")
+    x = x.flatten(0, 1)[None]                                        # (1,nC,.,.)
+    x = F.conv2d(x, kernel, groups=n * C)
+    x = F.conv2d(x, kernel.mT, groups=n * C)
+    return x.view(n, C, H, W)
 
 
 # ------------------------------------------------------------------------------------- toy world
 
-# of each class: reflectance x 10000 in the 13 bands, backscatter VV and VH in dB
-LAND = np.float32([
-    [1300, 1000, 800, 550, 450, 350, 320, 280, 260, 120, 10, 120, 80, -19, -26],
-    [1220, 880, 800, 520, 850, 1850, 2200, 2150, 2350, 800, 14, 1200, 550, -9.5, -14.5],
-    [1330, 1080, 1120, 900, 1500, 2550, 2950, 2850, 3050, 980, 18, 2250, 1250, -13, -20],
-    [1290, 1020, 900, 680, 850, 1400, 1600, 1550, 1650, 550, 12, 750, 400, -9, -18.5],
-    [1380, 1130, 1180, 950, 1600, 3000, 3900, 3800, 4000, 1150, 20, 1900, 1000, -11.5, -17],
-    [1420, 1200, 1180, 1250, 1600, 2050, 2250, 2200, 2450, 880, 21, 2700, 1950, -12, -18.5],
-    [1800, 1720, 1680, 1750, 1850, 1950, 2000, 2050, 2100, 780, 25, 2100, 1900, -5, -12],
-    [1700, 1560, 1680, 2100, 2450, 2600, 2700, 2700, 2900, 900, 26, 3500, 3100, -15, -23],
-    [4200, 4000, 3900, 3900, 3800, 3600, 3500, 3400, 3300, 1300, 60, 800, 600, -13, -19]])
-SPECTRA, BACKSCATTER = LAND[:, :13], LAND[:, 13:]
-SOIL, GREEN = SPECTRA[7], SPECTRA[1:6]                               # vegetation fades to the first
+# s2c: reflectance x 10000 of each class in the 13 bands; s1: backscatter of VV and VH in decibels;
+# texture: how much its brightness varies
+LAND = {
+    "water": {
+        "s2c": [1300, 1000, 800, 550, 450, 350, 320, 280, 260, 120, 10, 120, 80],
+        "s1": [-19, -26], "texture": 0.1},
+    "trees": {
+        "s2c": [1220, 880, 800, 520, 850, 1850, 2200, 2150, 2350, 800, 14, 1200, 550],
+        "s1": [-9.5, -14.5], "texture": 1},
+    "grass": {
+        "s2c": [1330, 1080, 1120, 900, 1500, 2550, 2950, 2850, 3050, 980, 18, 2250, 1250],
+        "s1": [-13, -20], "texture": 1},
+    "flooded vegetation": {
+        "s2c": [1290, 1020, 900, 680, 850, 1400, 1600, 1550, 1650, 550, 12, 750, 400],
+        "s1": [-9, -18.5], "texture": 1},
+    "crops": {
+        "s2c": [1380, 1130, 1180, 950, 1600, 3000, 3900, 3800, 4000, 1150, 20, 1900, 1000],
+        "s1": [-11.5, -17], "texture": 1},
+    "shrub & scrub": {
+        "s2c": [1420, 1200, 1180, 1250, 1600, 2050, 2250, 2200, 2450, 880, 21, 2700, 1950],
+        "s1": [-12, -18.5], "texture": 1},
+    "built": {
+        "s2c": [1800, 1720, 1680, 1750, 1850, 1950, 2000, 2050, 2100, 780, 25, 2100, 1900],
+        "s1": [-5, -12], "texture": 1.2},
+    "bare": {
+        "s2c": [1700, 1560, 1680, 2100, 2450, 2600, 2700, 2700, 2900, 900, 26, 3500, 3100],
+        "s1": [-15, -23], "texture": 0.8},
+    "snow & ice": {
+        "s2c": [4200, 4000, 3900, 3900, 3800, 3600, 3500, 3400, 3300, 1300, 60, 800, 600],
+        "s1": [-13, -19], "texture": 0.3},
+}
+SPECTRA = np.float32([land["s2c"] for land in LAND.values()])        # (9,13)
+BACKSCATTER = np.float32([land["s1"] for land in LAND.values()])     # (9,2)
+TEXTURE = np.array([land["texture"] for land in LAND.values()])      # (9,)
+WATER, TREES, GRASS, FLOODED, CROPS, SHRUB, BUILT, BARE, SNOW = range(9)
+VEGETATION = slice(TREES, SHRUB + 1)
+WINTER, SPRING, SUMMER, AUTUMN = range(4)
+LEAVES = [0.35, 0.8, 1, 0.6]                                         # how green each season is
 
 
 def smooth(rng, size, scale):
     """Gaussian random field (size,size), mean 0, unit variance, correlated over `scale` pixels."""
     f = np.fft.fftfreq(size)
-    decay = np.exp(-2 * (np.pi * scale) ** 2 * (f[:, None] ** 2 + f[:size // 2 + 1] ** 2))
+    squared = f[:, None] ** 2 + f[:size // 2 + 1] ** 2               # frequency squared
+    decay = np.exp(-2 * (np.pi * scale) ** 2 * squared)
     field = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((size, size))) * decay, (size, size))
     return ((field - field.mean()) / (field.std() + 1e-9)).astype(np.float32)
 
 
-def textures(rng, size):
-    """(9,size,size), unit variance: what tells the classes apart where spectra do not."""
+def stripes(rng, size, period, bend):
+    """Waves (size,size) of that period in pixels and any direction; bend shifts their phase."""
     y, x = np.mgrid[:size, :size].astype(np.float32)
+    angle = rng.uniform(0, np.pi)
+    return np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / period + bend)
 
-    def waves(period, bend):
-        a = rng.uniform(0, np.pi)
-        return np.sin(2 * np.pi * (x * np.cos(a) + y * np.sin(a)) / period + bend)
-    fields = np.where(smooth(rng, size, 4) > 0, waves(rng.uniform(4, 6), 0),
-                      waves(rng.uniform(4, 6), 0))
+
+def town(rng, size):
+    """Blocks of houses (size,size), each of one brightness, with dark streets between them."""
+    y, x = np.mgrid[:size, :size].astype(np.float32)
     block = rng.integers(5, 8)
     houses = rng.standard_normal((size, size)).astype(np.float32)
     houses = np.kron(houses[::block, ::block], np.ones((block, block)))[:size, :size]
     streets = (x % block < 1) | (y % block < 1)
-    t = [smooth(rng, size, 1), smooth(rng, size, 1.2), smooth(rng, size, 5),
-         np.sign(smooth(rng, size, 2.5)), fields, smooth(rng, size, 0.8) > 1.3,
-         np.where(streets, -1.5, houses), waves(rng.uniform(8, 12), 2 * smooth(rng, size, 6)),
-         smooth(rng, size, 8)]
-    t = np.stack(t).astype(np.float32)
+    return np.where(streets, -1.5, houses)
+
+
+def textures(rng, size):
+    """(9,size,size), unit variance: what tells the classes apart where spectra do not."""
+    parcels = smooth(rng, size, 4) > 0                               # ploughed in two directions
+    ploughed = [stripes(rng, size, rng.uniform(4, 6), 0) for _ in range(2)]
+    houses = town(rng, size)
+    t = {
+        "water": smooth(rng, size, 1),
+        "trees": smooth(rng, size, 1.2),
+        "grass": smooth(rng, size, 5),
+        "flooded vegetation": np.sign(smooth(rng, size, 2.5)),
+        "crops": np.where(parcels, *ploughed),
+        "shrub & scrub": smooth(rng, size, 0.8) > 1.3,
+        "built": houses,
+        "bare": stripes(rng, size, rng.uniform(8, 12), 2 * smooth(rng, size, 6)),
+        "snow & ice": smooth(rng, size, 8),
+    }
+    t = np.stack(list(t.values())).astype(np.float32)
     return (t - t.mean((1, 2), keepdims=True)) / (t.std((1, 2), keepdims=True) + 1e-6)
 
 
-def toy_scene(seed, i, size):
-    """Toy scene i, season by season: s2 (13,H,W) uint16, s1 (2,H,W) float32, labels."""
-    rng = np.random.default_rng([seed, i])
-    cold, wet, town = rng.uniform(0, 1, 3)
-    likely = np.array([wet, 1, 1, 0.8 * wet, 1, 1 - wet / 2, town, 1 - wet, cold - 0.15]) + 0.15
-    present = rng.choice(9, rng.integers(3, 6), replace=False, p=likely / likely.sum())
+def summer_cover(rng, size, cold, wet, populated):
+    """(size,size) class of each pixel: three to five classes that fit the climate."""
+    chance = {
+        "water": wet,
+        "trees": 1,
+        "grass": 1,
+        "flooded vegetation": 0.8 * wet,
+        "crops": 1,
+        "shrub & scrub": 1 - wet / 2,
+        "built": populated,
+        "bare": 1 - wet,
+        "snow & ice": cold - 0.15,
+    }
+    chance = np.array(list(chance.values())) + 0.15
+    present = rng.choice(9, rng.integers(3, 6), replace=False, p=chance / chance.sum())
     score = np.stack([smooth(rng, size, size / 10) for _ in present])
-    score += rng.normal(0, 0.6, (len(present), 1, 1))
-    summer = present[score.argmax(0)]                                # (H,W) class of each pixel
-    relief, t = smooth(rng, size, size / 8), textures(rng, size)
+    score += rng.normal(0, 0.6, (len(present), 1, 1))                # some cover more than others
+    return present[score.argmax(0)]
+
+
+def cover_in(season, summer, relief, cold):
+    """(H,W) class of each pixel in a season."""
+    cover = summer.copy()
+    if season == WINTER:
+        cover[(relief > 1.8 - cold) & (cover != WATER)] = SNOW
+    if season == SPRING:
+        cover[(relief < -1.2) & (cover == GRASS)] = FLOODED
+    if season == AUTUMN:
+        cover[(relief > 0.7) & (cover == CROPS)] = BARE              # harvested
+    return cover
+
+
+def season_spectra(rng, season):
+    """(9,13) reflectance: in winter vegetation looks halfway like bare soil."""
+    leaf = np.clip(LEAVES[season] + rng.normal(0, 0.1), 0, 1)
+    green = SPECTRA[VEGETATION]
+    spectra = SPECTRA.copy()
+    spectra[VEGETATION] = leaf * green + (1 - leaf) * (0.5 * SPECTRA[BARE] + 0.5 * green)
+    return spectra
+
+
+def light_and_haze(rng, s2, gain):
+    """Hills lit from one side, the sun's height, the sensor's gain, and haze in the blue bands.
+
+    Returns the bands (13,H,W) and the slope of the hills (H,W).
+    """
+    size = s2.shape[-1]
+    haze = rng.uniform(0, 600) * np.exp(-np.arange(13) / 4)[:, None, None]
+    slope = smooth(rng, size, size / 7)
+    hills = np.exp(rng.uniform(-0.4, 0.4) * slope)
+    sun = rng.uniform(0.6, 1.4)
+    return s2 * hills * sun * gain + haze, slope
+
+
+def clouds(rng, s2):
+    """Bright clouds over four of ten images.  B10 looks at the upper air and sees less of them."""
+    size = s2.shape[-1]
+    cloud = np.clip(2 * smooth(rng, size, size / 10) - 1.5, 0, 1)    # how opaque, (H,W)
+    if rng.random() >= 0.4:
+        return s2
+    brightness = np.full((13, 1, 1), 6000)
+    brightness[SENSORS["s2c"].bands.index("B10")] = 400
+    return s2 + cloud * (brightness - s2)
+
+
+def speckle(rng, s1, slope):
+    """Calibration, incidence angle, and the grain of a radar image of 12 looks, in decibels."""
+    s1 += rng.normal(0, 1.5, (2, 1, 1)) + rng.uniform(-2, 2) * slope
+    s1 += 10 * np.log10(rng.gamma(12, 1 / 12, s1.shape))
+    return s1
+
+
+def toy_scene(seed, i, size):
+    """Toy scene i, season by season: s2 (13,H,W) uint16, s1 (2,H,W) float32, labels.
+
+    Another order of the draws would be another world: results with this one could not be repeated.
+    """
+    rng = np.random.default_rng([seed, i])
+    cold, wet, populated = rng.uniform(0, 1, 3)
+    summer = summer_cover(rng, size, cold, wet, populated)           # (H,W)
+    relief = smooth(rng, size, size / 8)                             # (H,W)
+    texture = textures(rng, size)                                    # (9,H,W)
+    # a class does not look the same everywhere
     level = np.exp(rng.normal(0, 0.1, (9, 1)) + rng.normal(0, 0.05, (9, 13)))
     level_db = rng.normal(0, 1.5, (9, 2))
-    amplitude = np.array([0.1, 1, 1, 1, 1, 1, 1.2, 0.8, 0.3]) * rng.uniform(0.6, 1.4, 9)
-    for season in range(4):                                          # from winter to autumn
-        cover = summer.copy()
-        cover[(relief > 1.8 - cold) & (cover > 0) & (season == 0)] = 8
-        cover[(relief < -1.2) & (cover == 2) & (season == 1)] = 3    # meadows flood in spring
-        cover[(relief > 0.7) & (cover == 4) & (season == 3)] = 7     # harvested
-        gain_band = np.exp(rng.normal(0, 0.1, (13, 1, 1)))           # the sensor's
-        leaf = np.clip((0.35, 0.8, 1, 0.6)[season] + rng.normal(0, 0.1), 0, 1)
-        spectra = SPECTRA.copy()
-        spectra[1:6] = leaf * GREEN + (1 - leaf) * (0.5 * SOIL + 0.5 * GREEN)
-        texture = np.take_along_axis(t, cover[None], 0)[0] * amplitude[cover]
-        s2 = (spectra * level)[cover].transpose(2, 0, 1) * np.exp(0.3 * texture - 0.05)
-        haze = rng.uniform(0, 600) * np.exp(-np.arange(13) / 4)[:, None, None]
-        slope = smooth(rng, size, size / 7)                          # hills lit from one side
-        s2 = s2 * np.exp(rng.uniform(-0.4, 0.4) * slope) * rng.uniform(0.6, 1.4) * gain_band + haze
-        cloud = np.clip(2 * smooth(rng, size, size / 10) - 1.5, 0, 1) * (rng.random() < 0.4)
-        s2 += cloud * (np.where(np.arange(13) == 10, 400, 6000)[:, None, None] - s2)
+    amplitude = TEXTURE * rng.uniform(0.6, 1.4, 9)
+    for season in range(4):
+        cover = cover_in(season, summer, relief, cold)
+        grain = np.take_along_axis(texture, cover[None], 0)[0] * amplitude[cover]    # (H,W)
+
+        gain = np.exp(rng.normal(0, 0.1, (13, 1, 1)))
+        spectra = season_spectra(rng, season) * level                # (9,13)
+        s2 = spectra[cover].transpose(2, 0, 1) * np.exp(0.3 * grain - 0.05)
+        s2, slope = light_and_haze(rng, s2, gain)
+        s2 = clouds(rng, s2)
         s2 += rng.normal(0, 20, s2.shape)
-        s1 = (BACKSCATTER + level_db)[cover].transpose(2, 0, 1) + 4 * texture
-        s1 += rng.normal(0, 1.5, (2, 1, 1)) + rng.uniform(-2, 2) * slope  # calibration, incidence
-        s1 += 10 * np.log10(rng.gamma(12, 1 / 12, s1.shape))           # speckle of 12 looks
-        area = np.bincount(cover.ravel(), minlength=9) / cover.size
-        labels = np.flatnonzero(area > 0.03) if rng.random() > 0.08 else []       # unlabelled
+
+        s1 = (BACKSCATTER + level_db)[cover].transpose(2, 0, 1) + 4 * grain
+        s1 = speckle(rng, s1, slope)
+
+        area = np.bincount(cover.ravel(), minlength=9) / cover.size  # (9,) share of each class
+        labels = [str(c) for c in np.flatnonzero(area > 0.03)]
+        if rng.random() <= 0.08:
+            labels = []                                              # nobody labelled it
         s2 = np.clip(np.rint(s2), 0, 65535).astype(np.uint16)
-        yield s2, s1.astype(np.float32), [str(c) for c in labels]
+        yield s2, s1.astype(np.float32), labels
+
+
+def write_bands(folder, sensor, x, position):
+    """Write the bands of x (C,H,W) as GeoTIFFs, each with pixels of its own size."""
+    os.makedirs(folder)
+    for band, name, ratio in zip(x, sensor.bands, sensor.ratios):
+        side = band.shape[0] // ratio
+        pixels = band.reshape(side, ratio, side, ratio).mean((1, 3)).astype(band.dtype)
+        degrees = 10 * ratio / 111320                                # a degree has 111,320 m
+        geotags = [
+            (33550, "d", 3, (degrees, degrees, 0), True),            # size of a pixel
+            (33922, "d", 6, (0, 0, 0, *position, 0), True),          # place of the first pixel
+            (34735, "H", 12, (1, 1, 0, 2, 1024, 0, 1, 2, 2048, 0, 1, 4326), True)]   # EPSG:4326
+        with file_errors(f"{folder}/{name}.tif", "not written"):
+            tifffile.imwrite(f"{folder}/{name}.tif", pixels, metadata=None, extratags=geotags)
 
 
 def write_toy_scene(i, root, size, seed):
-    """Write scene i as an SSL4EO-S12 v1.0 tree; returns its entry of the labels json."""
-    entry = {}
+    """Write scene i into an SSL4EO-S12 v1.0 tree -> (scene, {S2 product: labels}) for the json."""
+    scene = f"{i:07d}"
+    position = (0.1 * (i % 1000), 45)                                # degrees east, degrees north
+    table = {}
     for season, (s2, s1, labels) in enumerate(toy_scene(seed, i, size)):
         day = f"2020{1 + 3 * season:02d}{1 + i % 28:02d}"
-        name = f"{day}T054639_{day}T054831_T43RCP"
-        radar = f"S1A_IW_GRDH_1SDV_{day}T010203_{day}T010228_032911_03CFF0_9BAF"
-        entry[name] = labels
-        for m, product, bands in (("s2c", name, s2), ("s1", radar, s1)):
-            folder = f"{root}/{m}/{i:07d}/{product}"
-            os.makedirs(folder)
-            for x, (band, k) in zip(bands, SHRINK[m].items()):
-                x = x.reshape(size // k, k, size // k, k).mean((1, 3)).astype(x.dtype)
-                tags = [(33550, "d", 3, (10 * k / 111320,) * 2 + (0,), True),   # GeoTIFF: EPSG:4326
-                        (33922, "d", 6, (0, 0, 0, 0.1 * (i % 1000), 45, 0), True),
-                        (34735, "H", 12, (1, 1, 0, 2, 1024, 0, 1, 2, 2048, 0, 1, 4326), True)]
-                with named(f"{folder}/{band}.tif", "not written"):
-                    tifffile.imwrite(f"{folder}/{band}.tif", x, metadata=None, extratags=tags)
-    return f"{i:07d}", entry
+        s2_name = f"{day}T054639_{day}T054831_T43RCP"
+        s1_name = f"S1A_IW_GRDH_1SDV_{day}T010203_{day}T010228_032911_03CFF0_9BAF"
+        write_bands(f"{root}/s2c/{scene}/{s2_name}", SENSORS["s2c"], s2, position)
+        write_bands(f"{root}/s1/{scene}/{s1_name}", SENSORS["s1"], s1, position)
+        table[s2_name] = labels
+    return scene, table
 
 
 def make_toy(root, scenes=2000, size=36, seed=0, workers=os.cpu_count()):
-    """A procedural world as a real SSL4EO-S12 v1.0 tree: root/{s1,s2c} and the ML labels json.
+    """Write an artificial world as an SSL4EO-S12 v1.0 tree: root/{s1,s2c} and the labels' json.
 
-    Nine classes with spectra, backscatter and texture of their own, four seasons; illumination,
-    haze, sensor gain, cloud and speckle hide what a mean and a std could tell.  size: pixels of the
-    10 m bands, a multiple of 6.  Appears whole or not at all; one that is there is left alone.
+    Nine classes with spectra, backscatter and texture of their own, in four seasons.  Light, haze,
+    clouds, gain and speckle hide what a mean and a std could tell.  size: side of the 10 m bands in
+    pixels, a multiple of 6.  The tree appears whole or not at all; one that is there is left alone.
     """
     root = os.path.normpath(root)
-    what = json.dumps({"scenes": scenes, "size": size, "seed": seed, "version": 1})
-    if os.path.exists(f"{root}/toy.json") and read_text(f"{root}/toy.json") == what:
+    world = json.dumps({"scenes": scenes, "size": size, "seed": seed, "version": 1})
+    if os.path.exists(f"{root}/toy.json") and read_text(f"{root}/toy.json") == world:
         return root
-    require(not os.path.exists(root), f"{root}: exists and is not the toy world {what}; "
-            f"delete it, or name it with --data")
+    require(not os.path.exists(root), f"{root}: exists and is not the toy world {world}; "
+                                      f"delete it, or name it with --data")
     require(size % 6 == 0 and size >= 12 and scenes > 0,
             f"toy world of {scenes} scenes of {size} pixels: size is a multiple of 6, >= 12")
     part = f"{root}.part{os.getpid()}"
     os.makedirs(part)
     try:
         job = partial(write_toy_scene, root=part, size=size, seed=seed)
-        entries = dict(in_parallel(job, range(scenes), workers, f"toy world {root}"))
-        Path(part, "ssl4eo_multilabel.json").write_text(json.dumps(entries))
-        Path(part, "toy.json").write_text(what)
+        table = dict(in_parallel(job, range(scenes), workers, f"toy world {root}"))
+        Path(part, "ssl4eo_multilabel.json").write_text(json.dumps(table))
+        Path(part, "toy.json").write_text(world)
         os.rename(part, root)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return root
 
 
-# --------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------- command line
 
-READ = "root --modality --labels "
-COMMANDS = {
-    "toy": ("write the toy world as an SSL4EO-S12 v1.0 tree", "root --scenes --size --seed"),
-    "pack": ("put all images into one file, which --data takes as well", READ + "out --workers"),
-    "check": ("read everything, list every bad file", READ + "--workers"),
-    "stats": ("what STATS would be, and how much of it is clipped", READ + "--workers"),
-    "show": ("draw what the model sees: seasons, views, masks, similarity", READ + "--out --seed")}
-FLAGS = {
-    "root": {"help": "any folder that pretrain.py's --data takes; toy: a new one"},
-    "out": {"help": "a new folder"}, "--out": {"help": "a PNG", "required": True},
-    "--modality": {"choices": BANDS, "required": True}, "--labels": {"help": "as in pretrain.py"},
-    "--workers": {"type": int, "default": os.cpu_count(), "help": "processes"},
-    "--scenes": {"type": int, "default": 2000, "help": "locations, four seasons each"},
-    "--size": {"type": int, "default": 36, "help": "pixels of a 10 m band; multiple of 6"},
-    "--seed": {"type": int, "default": 0, "help": "another seed, another world or draw"}}
+EXAMPLES = """examples:
+  python data.py toy toy                              an artificial world of 2,000 scenes
+  python data.py check SSL4EO --modality s1           list the files that are missing or broken
+  python data.py stats SSL4EO --modality s2c          mean, std and range of each band
+  python data.py pack SSL4EO PACKED --modality s2c    one file of pixels, much faster to read
+  python pretrain.py --modality s2c --data PACKED     pretrain on it
+"""
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description="Make, check, measure and pack folders of satellite images.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    toy = commands.add_parser("toy", allow_abbrev=False,
+                              help="write the toy world, an SSL4EO-S12 v1.0 tree")
+    toy.add_argument("root", help="a new folder")
+    toy.add_argument("--scenes", type=int, default=2000, help="places, four seasons each")
+    toy.add_argument("--size", type=int, default=36, help="side in pixels, a multiple of 6")
+    toy.add_argument("--seed", type=int, default=0, help="another seed, another world")
+
+    source = argparse.ArgumentParser(add_help=False)                 # what the other three share
+    source.add_argument("root", help="any folder that pretrain.py takes as --data")
+    source.add_argument("--modality", required=True, metavar="SENSOR",
+                        help="s1 (radar), s2c (optical, L1C), s2a (optical, L2A) or rgb")
+    source.add_argument("--labels", help="labels to pack, as in pretrain.py: a json, or classes")
+    source.add_argument("--workers", type=int, default=os.cpu_count(), help="reading processes")
+
+    commands.add_parser("check", parents=[source], allow_abbrev=False,
+                        help="read everything and list each bad file; exit code 1 if there is one")
+    commands.add_parser("stats", parents=[source], allow_abbrev=False,
+                        help="mean, std and range of each band, and the shares that are clipped")
+    packing = commands.add_parser("pack", parents=[source], allow_abbrev=False,
+                                  help="put all images into one file, which --data takes as well")
+    packing.add_argument("out", help="a new folder")
+    packing.add_argument("--skip-bad", action="store_true",
+                         help="leave out scenes with bad files, and name them")
+    return parser.parse_args(argv)
+
+
+def print_bad_files(scenes, workers):
+    """Print a line for each bad file -> as find_bad_files."""
+    bad = find_bad_files(scenes, workers)
+    for problems in bad.values():
+        print(*problems, sep="\n")
+    return bad
+
+
+def print_statistics(scenes, workers):
+    print("band      mean       std       min       max  below  above  sensor: mean       std")
+    for name, row in zip(scenes.sensor.bands, statistics(scenes, workers)):
+        mean, std, low, high, below, above, sensor_mean, sensor_std = row
+        print(f"{name:4}{mean:10.2f}{std:10.2f}{low:10.2f}{high:10.2f}{below:7.2%}{above:7.2%}"
+              f"{sensor_mean:14.2f}{sensor_std:10.2f}")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (text, flags) in COMMANDS.items():
-        sub = commands.add_parser(name, help=text)
-        for flag in flags.split():
-            sub.add_argument(flag, **FLAGS[flag])
-    args = parser.parse_args(argv)
+    """Run a command -> exit code.  ValueError, OSError: what was given cannot be used."""
+    args = parse(argv)
     if args.command == "toy":
         make_toy(args.root, args.scenes, args.size, args.seed)
-        return False
-    scenes = open_data(args.root, args.modality, args.labels)
-    files, bad = [f for row in scenes.files for f in row], []
-    what = f"{len(files)} images of {len(scenes)} scenes"
+        return 0
+    scenes = open_data(args.root, find_sensor(args.modality), args.labels)
+    images = sum(len(files) for files in scenes.files)
+    if args.command == "stats":
+        print_statistics(scenes, args.workers)
+    if args.command == "check":
+        bad = print_bad_files(scenes, args.workers)
+        count = sum(len(problems) for problems in bad.values())
+        print(f"{args.root}: {images} images of {len(scenes)} scenes, {count} bad files")
+        return int(count > 0)
     if args.command == "pack":
+        require_new(args.out)
+        if args.skip_bad:
+            bad = print_bad_files(scenes, args.workers)
+            for i in bad:
+                print(f"left out: {scenes.ids[i]}")
+            scenes = leave_out(scenes, bad)
         pack(scenes, args.out, args.workers)
-        print(f"{args.out}: {what}")
-    elif args.command == "show":
-        show(scenes, args.out, importlib.import_module("losses"), args.seed)   # here alone: masks
-        print(f"{args.out}: {what}")
-    elif args.command == "check":
-        job = partial(complaint, scenes.decode)
-        bad = "".join(in_parallel(job, files, args.workers, "checking")).splitlines()
-        print(*bad, f"{args.root}: {what}, {len(bad)} bad files", sep="\n")
-    else:
-        print("band      mean       std       min       max  below  above   STATS: mean       std")
-        for band, x in zip(BANDS[args.modality], statistics(scenes, args.workers)):
-            print(f"{band:4}" + ("{:10.2f}" * 4 + "{:7.2%}" * 2 + "{:13.2f}{:10.2f}").format(*x))
-    return bool(bad)
+        images = sum(len(files) for files in scenes.files)
+        print(f"{args.out}: {images} images of {len(scenes)} scenes")
+    return 0
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
-        sys.exit(f"data.py: error: {plainly(error)}")
+        first_line = error_message(error).partition("\n")[0]         # of a product, the first file
+        sys.exit(f"data.py: error: {first_line}")

@@ -1,30 +1,31 @@
-"""Pretraining, one process or many, CPU or CUDA, the same file.  [reading time: 20 minutes]
+"""Pretraining with SoftCon or PerA: one process or many, CPU or CUDA, the same file.
 
     torchrun pretrain.py --modality s1                        toy world, small net, CPU: 4 minutes
     torchrun pretrain.py --modality s2c --data DIR --init dinov2_vits14_pretrain.pth     one GPU
     torchrun --nproc-per-node 8 pretrain.py --method pera --modality rgb --data DIR      eight
 
-SoftCon: the student sees two seasons of a scene, with blocks masked, and for each must find the
-teacher's embedding of the other season among those of all scenes of the batch; how similar it may
-be to the others follows from the scenes' land-cover labels.
+SoftCon [1]: the student sees two seasons of a scene with some blocks masked.  For each season it
+must find the teacher's embedding of the other season among those of all scenes of the batch.  How
+similar it may be to the others follows from the scenes' land-cover labels.
 
-PerA: student and teacher see the same crops of one image in other colours, and no patch in common;
-the student must choose the teacher's prototypes and guess the pixels of patches nobody showed it.
+PerA [2]: student and teacher see the same crops of one image, in other colours and through masks
+that have no patch in common.  The student must choose the teacher's prototypes, and guess the
+pixels of patches that neither of them sees.
 
-In both the teacher is an average of past students and gets no gradient.  All randomness is a
-function of (--seed, step): data order, seasons, crops, masks.  So a resumed run repeats the
-undisturbed one, and W ranks see, together, what one rank would see.
+In both methods the teacher is a running average of the student and gets no gradient.  All
+randomness is a function of --seed and the step: order of the data, seasons, crops, masks.  So a
+resumed run repeats the undisturbed one, and W ranks together see what one rank would see.
 
-Defaults in brackets; four of them: softcon on toy, softcon on --data, pera on toy, pera on --data.
+[1] Wang, Albrecht, Zhu 2024, Multi-label guided soft contrastive learning
+[2] Shen et al. 2026, PerA, and its repository SathShen/PerA
+
+Read main() first, then the step of one method.  Equations are numbered as in the README.
 """
 import argparse
-import itertools
+import dataclasses
 import json
-import linecache
 import math
 import os
-import re
-import resource
 import shlex
 import signal
 import subprocess
@@ -32,6 +33,7 @@ import sys
 import time
 import zipfile
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,740 +41,978 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.data import DataLoader, default_convert
 from tqdm import tqdm
 
 import data
 import losses
 import model as models
 
-FLAGS = {   # default, or (softcon on toy, on --data, pera on toy, on --data); help; choices
-    "data": {
-        "modality": (None, "s1 radar, s2c optical, s2a the same, air corrected, rgb", data.BANDS),
-        "data": (None, "SSL4EO-S12 tree or class folders, with the full-size preset;\n"
-                 "none: a toy world in ./toy, with a small one"),
-        "labels": (None, "SSL4EO-S12-ML json (ssl4eo_multilabel.json in --data), or 'classes'"),
-        "holdout": ((0.4, 0.1, 0.4, 0.1), "share of scenes kept for probe.py, by hash of the name"),
-        "img-size": ((32, 224, 32, 224), "side of a (global) crop in pixels"),
-        "crop-min": ((0.5, 0.2, 0.4, 0.4), "smallest share of the image in a (global) crop"),
-        "crops": (([2, 8], [2, 8], [2, 2], [2, 8]), "pera: global and local crops of an image"),
-        "local-size": ((0, 0, 16, 96), "pera: side of a local crop; its area: 0.05 to --crop-min"),
-        "jitter": ((0.0, 0.4, 0.4, 0.4), "of brightness, contrast; on s1 pera's alone, x 5 dB"),
-        "grey": ((0.0, 0.2, 0.1, 0.1), "share of views turned grey; pera: 0.8 of it, student"),
-        "cache": (4.0, "decode once and keep in memory if it fits in this many GB per rank"),
-        "on-bad": ("stop", "unreadable file: skip = another scene, up to 1 %%", ["stop", "skip"])},
-    "model": {
-        "method": ("softcon", "what to minimise", ["softcon", "pera"]),
-        "arch": (("resnet18", "vit_small", "vit_tiny", "vit_base"), "backbone; pera takes a ViT",
-                 models.RESNETS | models.VITS),
-        "patch-size": ((4, 14, 4, 16), "of a ViT; with a ResNet, the cell of the mask"),
-        "hidden": ((512, 4096, 512, 2048), "width of the heads"),
-        "prototypes": ((0, 0, 512, 131072), "pera: outputs of the CLS head"),
-        "drop-path": ((0.0, 0.0, 0.0, 0.3), "share of the student's samples that skip a block"),
-        "init": (None, "start from this checkpoint, e.g. DINOv2 or DINO"),
-        "adapt": ("random", "input layer if channels differ: fresh, as in SoftCon; the file's mean;"
-                  "\nits rgb copied into B4, B3, B2", ["random", "mean", "rgb"])},
-    "loss": {
-        "tau": ((0.2, 0.2, 0.1, 0.1), "temperature of InfoNCE; pera: of the student"),
-        "teacher-tau": ([0.03, 0.05], "pera: of the teacher, first and after 0.15 of the steps"),
-        "soft-weight": ((0.5, 0.1, 0.0, 0.0), "of the soft label term; see soft_share in the log"),
-        "soft-form": ("bce", "its formula, losses.soft_contrastive", losses.SOFT_TAU),
-        "soft-tau": (0.0, "its temperature; 0: 0.2, with bce_mean 1"),
-        "mask-ratio": (0.3, "softcon: share of the student's patches that are masked"),
-        "ratios": ([0.2, 0.2, 0.6], "pera: patches for the student, to guess, for the teacher")},
-    "optimisation": {
-        "epochs": ((28, 100, 8, 200), "passes over the scenes"),
-        "max-steps": (0, "stop early, 0: never; the schedules still span --epochs"),
-        "batch-size": ((32, 256, 32, 192), "scenes per step, over all ranks"),
-        "accum": (1, "micro-batches per step; keys are those of one micro-batch"),
-        "lr": ((5e-4, 1.5e-4, 5e-4, 1e-3), "AdamW's peak, as it is: not scaled by the batch"),
-        "weight-decay": (([0.05] * 2, [0.05] * 2, [0.04, 0.2], [0.04, 0.2]),
-                         "first and last, on a cosine; not on norms and biases"),
-        "warmup": (0.1, "share of the steps in which lr climbs from 0"),
-        "momentum": ((0.9, 0.99, 0.95, 0.992), "of the teacher; climbs to 1 on a cosine"),
-        "clip": ((0.0, 0.0, 3.0, 3.0), "gradient norm at most this; 0: any")},
-    "run": {
-        "out": (None, "folder (runs/METHOD_MODALITY)"),
-        "resume": (False, "go on from OUT/last.pt, or from last_1.pt if that is damaged"),
-        "resume-with-changes": ([], "flags, e.g. tau data, whose value or content may differ"),
-        "save-every": (500, "steps between checkpoints"),
-        "log-every": (10, "steps between lines of log.jsonl"),
-        "tensorboard": (False, "write the numbers of log.jsonl for TensorBoard, too, into OUT"),
-        "dry-run": (False, "print one step, tensor by tensor, and its cost; write nothing"),
-        "workers": (2, "reading processes per rank"),
-        "seed": (0, "of everything"),
-        "device": ("auto", "auto: CUDA if there is one", ["auto", "cpu", "cuda"]),
-        "amp": ("auto", "bf16 autocast; auto: on CUDA", ["auto", "bf16", "off"]),
-        "compile": (False, "torch.compile both networks: minutes first, then faster steps")}}
-PRESETS = {name.replace("-", "_"): row[0] for flags in FLAGS.values()
-           for name, row in flags.items() if isinstance(row[0], tuple)}
-FREE = set("data labels max_steps out resume resume_with_changes save_every log_every tensorboard "
-           "dry_run workers cache on_bad device compile".split())       # another value is no change
+# ---------------------------------------------------------------------------------------- presets
+
+# The values of one method on one kind of data: "toy" without --data, "full" with it.  Each value
+# has a flag of its own that changes it.  Where they come from: README, "Where it is ours".
+PRESETS = {
+    ("softcon", "toy"): dict(
+        arch="resnet18", img_size=32, patch_size=4, hidden=512, drop_path=0.0,
+        holdout=0.4, crop_min=0.5, jitter=0.0, grey=0.0,
+        tau=0.2, soft_weight=0.5, mask_ratio=0.3,
+        epochs=28, batch_size=32, lr=5e-4, weight_decay=[0.05, 0.05], momentum=0.9, clip=0.0),
+    ("softcon", "full"): dict(
+        arch="vit_small", img_size=224, patch_size=14, hidden=4096, drop_path=0.0,
+        holdout=0.1, crop_min=0.2, jitter=0.4, grey=0.2,
+        tau=0.2, soft_weight=0.1, mask_ratio=0.3,
+        epochs=100, batch_size=256, lr=1.5e-4, weight_decay=[0.05, 0.05], momentum=0.99, clip=0.0),
+    ("pera", "toy"): dict(
+        arch="vit_tiny", img_size=32, patch_size=4, hidden=512, drop_path=0.0,
+        holdout=0.4, crop_min=0.4, crops=[2, 2], local_size=16, jitter=1.0, grey=0.1,
+        tau=0.1, teacher_tau=[0.03, 0.05], ratios=[0.2, 0.2, 0.6], prototypes=512, soft_weight=0.0,
+        epochs=8, batch_size=32, lr=5e-4, weight_decay=[0.04, 0.2], momentum=0.95, clip=3.0),
+    ("pera", "full"): dict(
+        arch="vit_base", img_size=224, patch_size=16, hidden=2048, drop_path=0.3,
+        holdout=0.1, crop_min=0.4, crops=[2, 8], local_size=96, jitter=0.4, grey=0.1,
+        tau=0.1, teacher_tau=[0.03, 0.05], ratios=[0.2, 0.2, 0.6], prototypes=131072,
+        soft_weight=0.0,
+        epochs=200, batch_size=192, lr=1e-3, weight_decay=[0.04, 0.2], momentum=0.992, clip=3.0),
+}
+
+# Flags that mean nothing to the other method, and are refused there.
+ONLY = {"softcon": ["mask_ratio"],
+        "pera": ["crops", "local_size", "prototypes", "teacher_tau", "ratios"]}
+
+# Flags that a resumed run may change.  All others decide the numbers, so they must stay.
+MAY_CHANGE = ["data", "labels", "max_steps", "out", "resume", "save_every", "log_every",
+              "tensorboard", "workers", "cache", "device", "compile"]
+
+# Constants that have no flag.
+FINAL_LR = 1e-6                # where the cosine of the learning rate ends
+TAU_WARMUP = 0.15              # PerA: share of the steps in which the teacher's temperature climbs
+KOLEO_WEIGHT = 0.1             # PerA, eq. (10)  [PerA pera_loss.py]
+PIXEL_WEIGHT = 0.01            # PerA, eq. (10)  [PerA pera_loss.py]
+LOCAL_AREA_MIN = 0.05          # PerA: smallest share of the image in a local crop
 
 
-def parse(argv):
-    """Flags -> namespace; those of PRESETS take the value of their method and data if not given."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawTextHelpFormatter)
-    for title, flags in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for name, (default, text, *choices) in flags.items():
-            if default is False:
-                group.add_argument(f"--{name}", action="store_true", help=text)
-                continue
-            like = default[0] if isinstance(default, tuple) else default
-            first, *_ = like if isinstance(like, list) and like else [like]
-            text += "" if default in (None, []) else f" ({str(default).strip('()')})"
-            group.add_argument(
-                f"--{name}", default=None if isinstance(default, tuple) else default, help=text,
-                type=type(first) if isinstance(first, (int, float)) else str,
-                nargs=(len(like) or "*") if isinstance(like, list) else None,
-                choices=[*choices[0]] if choices else None, required=name == "modality")
-    given = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+# ------------------------------------------------------------------------------------------ flags
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or a float (`kind`) between low and high, both included."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} must lie in {low} to {high}")
+        return value
+    return convert
+
+
+positive = number(int, 1, 2**31)
+natural = number(int, 0, 2**31)
+share = number(float, 0, 1)
+amount = number(float, 0, 2**31)
+temperature = number(float, 1e-4, 100)
+
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    epilog="Flags without a default take the value of the preset, one for each method and kind of "
+           "data.\nThe README prints the presets as a table.")
+
+flag = parser.add_argument_group("data").add_argument
+flag("--modality", required=True, choices=list(data.SENSORS),
+     help="s1: Sentinel-1 radar; s2c: Sentinel-2 L1C; s2a: L2A, air corrected; rgb")
+flag("--data", help="tree, folder or pack of images; without it: the toy world, made in ./toy")
+flag("--labels", help="SSL4EO-S12-ML json (default: ssl4eo_multilabel.json in --data), or "
+                      "'classes': the names of class folders")
+flag("--holdout", type=number(float, 0, 0.99),
+     help="share of the scenes kept for probe.py, chosen by a hash of their names")
+flag("--img-size", type=positive, help="side of a (global) crop in pixels")
+flag("--crop-min", type=number(float, 0.01, 1),
+     help="smallest share of the image's area in a (global) crop")
+flag("--crops", type=natural, nargs=2, metavar=("GLOBAL", "LOCAL"), help="pera: crops of an image")
+flag("--local-size", type=natural, help="pera: side of a local crop in pixels")
+flag("--jitter", type=share,
+     help="strength of brightness and contrast; on radar, pera only: offset of up to 5 x this dB")
+flag("--grey", type=share, help="share of views turned grey; pera: 0.8 of it, student only")
+flag("--cache", type=amount, default=4.0, metavar="GB",
+     help="keep the decoded images in memory if they take at most this, per rank (%(default)s)")
+flag("--workers", type=natural, default=2, help="reading processes per rank (%(default)s)")
+
+flag = parser.add_argument_group("model").add_argument
+flag("--method", default="softcon", choices=["softcon", "pera"], help="(%(default)s)")
+flag("--arch", choices=[*models.RESNETS, *models.VITS], help="backbone; pera needs a ViT")
+flag("--patch-size", type=positive, help="of a ViT; with a ResNet: the cell of SoftCon's mask")
+flag("--hidden", type=positive, help="width of the heads' hidden layers")
+flag("--prototypes", type=number(int, 2, 2**31), help="pera: outputs of the CLS head")
+flag("--drop-path", type=number(float, 0, 0.99),
+     help="share of the student's samples that skip a block")
+flag("--init", metavar="FILE", help="start from this checkpoint, for example DINOv2's or DINO's")
+flag("--adapt", default="random", choices=["random", "mean", "rgb"],
+     help="input layer if --init has other channels: random, as SoftCon does; the mean of the "
+          "file's channels; or the file's RGB copied into the bands that look so (%(default)s)")
+
+flag = parser.add_argument_group("loss").add_argument
+flag("--tau", type=temperature, help="temperature of InfoNCE; pera: of the student")
+flag("--teacher-tau", type=temperature, nargs=2, metavar=("FIRST", "LAST"),
+     help=f"pera: temperature of the teacher; LAST is reached after {TAU_WARMUP} of the steps")
+flag("--soft-weight", type=amount, help="weight of the soft label term; see soft_share in the log")
+flag("--soft-form", default="bce", choices=list(losses.SOFT_TAU),
+     help="formula of the soft term, see losses.soft_contrastive (%(default)s)")
+flag("--soft-tau", type=temperature, help=f"temperature of the soft term {losses.SOFT_TAU}")
+flag("--mask-ratio", type=share, help="softcon: share of the student's patches that are masked")
+flag("--ratios", type=share, nargs=3, metavar=("STUDENT", "GUESS", "TEACHER"),
+     help="pera: shares of the patches that the student sees, must guess, that the teacher sees")
+
+flag = parser.add_argument_group("optimisation").add_argument
+flag("--epochs", type=positive, help="passes over the scenes")
+flag("--max-steps", type=natural, default=0,
+     help="stop early; the schedules still span all --epochs (%(default)s: never)")
+flag("--batch-size", type=positive, help="scenes per step, over all ranks")
+flag("--accum", type=positive, default=1,
+     help="micro-batches per step; a query meets the keys of its own micro-batch (%(default)s)")
+flag("--lr", type=amount, help="AdamW's highest learning rate; it is not scaled by the batch")
+flag("--weight-decay", type=amount, nargs=2, metavar=("FIRST", "LAST"),
+     help="on a cosine; never on norms and biases")
+flag("--warmup", type=share, default=0.1,
+     help="share of the steps in which lr climbs (%(default)s)")
+flag("--momentum", type=share, help="of the teacher; climbs to 1 on a cosine")
+flag("--clip", type=amount, help="scale gradients down to this norm; 0: leave them")
+
+flag = parser.add_argument_group("run").add_argument
+flag("--out", help="folder for the run (default: runs/METHOD_MODALITY)")
+flag("--resume", action="store_true",
+     help="go on from OUT/last.pt if it is there; start if it is not")
+flag("--save-every", type=positive, default=500, help="steps between checkpoints (%(default)s)")
+flag("--log-every", type=positive, default=10, help="steps between log lines (%(default)s)")
+flag("--tensorboard", action="store_true", help="write the log for TensorBoard as well, into OUT")
+flag("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything (%(default)s)")
+flag("--device", default="auto", choices=["auto", "cpu", "cuda"],
+     help="auto: CUDA if there is a GPU")
+flag("--amp", default="auto", choices=["auto", "bf16", "off"],
+     help="bf16 autocast; auto: on CUDA only")
+flag("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
+
+
+def preset_of(args):
+    return args.method, "full" if args.data else "toy"
+
+
+def parse(argv=None):
+    """Command line -> namespace of flags.  Those not given take the preset's value.
+
+    args.sensor is the data.Sensor that --modality names.  Wrong flags end the program with a line.
+    """
     args = parser.parse_args(argv)
-    for name in [name for name in PRESETS if getattr(args, name) is None]:
-        setattr(args, name, PRESETS[name][2 * (args.method == "pera") + bool(args.data)])
-    args.soft_tau = args.soft_tau or losses.SOFT_TAU[args.soft_form]
-    args.out = args.out or f"runs/{args.method}_{args.modality}"
-    many, two = 2 ** 31, 2 * (args.method == "pera")
-    for names, low, high in (
-            ("img-size patch-size epochs batch-size accum hidden log-every save-every", 1, many),
-            ("max-steps", 0, many), ("seed", 0, 2 ** 63), ("prototypes", two, many),
-            ("drop-path holdout", 0, 0.99), ("crop-min", 0.01, 1),
-            ("tau soft-tau teacher-tau", 1e-4, 100), ("jitter grey warmup momentum", 0, 1),
-            ("workers lr soft-weight clip cache weight-decay", 0, many)):
-        for name in names.split():
-            value = getattr(args, name.replace("-", "_"))
-            if not all(low <= v <= high for v in (value if isinstance(value, list) else [value])):
-                parser.error(f"--{name} {value}: must lie in {low} to {high}")
-    for name, (_, text, *_) in itertools.chain(*(flags.items() for flags in FLAGS.values())):
-        if f"--{name}" in given and text.startswith("softcon: pera:".split()[two == 0]):
-            parser.error(f"--{name}: has no effect on --method {args.method}")
+    for method, names in ONLY.items():
+        for name in names:
+            if method == args.method:
+                continue
+            if getattr(args, name) is not None:
+                parser.error(f"--{name.replace('_', '-')}: has no effect on --method {args.method}")
+            delattr(args, name)
+    for name, value in PRESETS[preset_of(args)].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.soft_tau is None:
+        args.soft_tau = losses.SOFT_TAU[args.soft_form]
+    if args.out is None:
+        args.out = f"runs/{args.method}_{args.modality}"
     if not args.data and args.modality not in ("s1", "s2c"):
         parser.error(f"--modality {args.modality}: the toy world has s1 and s2c; give --data")
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        args.resume = True                       # a rank died and torchrun started all of them anew
+    args.sensor = data.find_sensor(args.modality)
     return args
 
 
-# ----------------------------------------------------------------------------- small pure functions
+def plain_flags(args):
+    """The flags as json can hold them: all but the sensor, which has a place of its own."""
+    return {name: value for name, value in vars(args).items() if name != "sensor"}
 
 
-def schedule(step, total, start, end, warmup=0, first=0.0):
-    """Value at step in [0, total): a line from `first` to `start`, both included, in `warmup`
-    steps, then half a cosine to `end`.  [PerA builder.py]"""
-    if step < warmup:
-        return first + (start - first) * step / max(1, warmup - 1)
-    return end + (start - end) * (
-        1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+def describe_run(args, world, device):
+    """The first lines of a run: its command, preset and what differs from it, versions."""
+    method, kind = preset_of(args)
+    changed = []
+    for name, value in PRESETS[method, kind].items():
+        if getattr(args, name) != value:
+            changed.append(f"{name} {getattr(args, name)} instead of {value}")
+    lines = [shlex.join(sys.argv),
+             f"preset: {method}, {kind}; changed: {', '.join(changed) or 'nothing'}"]
+    for name, value in versions(world, device).items():
+        lines.append(f"{name}: {value}")
+    return "\n".join(lines)
 
 
-def schedules(args, step, total):
-    """What changes from step to step, by its name in the log."""
-    values = {"lr": schedule(step, total, args.lr, 1e-6, round(args.warmup * total)),
-              "weight_decay": schedule(step, total, *args.weight_decay),
-              "momentum": schedule(step, total, args.momentum, 1)}
-    if args.method == "pera":
-        first, last = args.teacher_tau
-        values["teacher_tau"] = schedule(step, total, last, last, round(0.15 * total), first)
-    return values
+def versions(world, device):
+    """What a result depends on beside its flags."""
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "commit": commit(),
+            "world": world, "device": device.type}
 
 
-def batches(scenes, args, world, rank, start, stop):
-    """Keys (scene, seed of its seasons) of this rank's micro-batches from step `start` to `stop`.
-
-    Step t of an epoch takes the t-th slice of its permutation, whatever the number of ranks.
-    """
-    per_epoch, micro = len(scenes) // args.batch_size, args.batch_size // (world * args.accum)
-    for step in range(start, stop):
-        epoch, t = divmod(step, per_epoch)
-        if t == 0 or step == start:
-            order = np.random.default_rng([args.seed, epoch]).permutation(scenes)
-        batch = order[t * args.batch_size:(t + 1) * args.batch_size]
-        for rows in batch.reshape(args.accum, world, micro)[:, rank]:
-            yield [(int(i), (args.seed, epoch, int(i))) for i in rows]
-
-
-class Dice:
-    """The random draws of one micro-batch, the same on any number of ranks: they are drawn for all
-    ranks' views, view-major, and `ours` cuts this rank's out."""
-
-    def __init__(self, seed, step, micro, rank, world):
-        self.rank, self.world = rank, world
-        seed = int(np.random.SeedSequence([seed, step, micro]).generate_state(1)[0])
-        self.generator = torch.Generator().manual_seed(seed)
-        torch.manual_seed(seed + rank)                               # what drop path draws from
-
-    def ours(self, drawn, views):
-        """{name: (views x world x n, ...)} -> {name: (views x n, ...)}"""
-        return {k: v.unflatten(0, (views, self.world, -1))[:, self.rank].flatten(0, 1)
-                for k, v in drawn.items()}
-
-
-# ------------------------------------------------------------------------------------- the methods
-
-
-def networks(args, device, load=False, quiet=True):
-    """Student, teacher and centre of --method; load: the student's backbone from --init.
-
-    The teacher starts as a copy, has neither predictor nor guesses, and gets no gradient.
-    """
-    pera, chans = args.method == "pera", len(data.BANDS[args.modality])
-    weights = models.read_weights(args.init, in_chans=chans) if args.init else ({}, [])
-    registers = weights[0].get("register_tokens", torch.empty(1, 0)).shape[1]
-    layerscale = not pera or "blocks.0.ls1.gamma" in weights[0]     # PerA has none of its own
-
-    def side(drop_path, predict=False):
-        backbone = models.build(args.arch, chans, args.img_size, args.patch_size, registers,
-                                drop_path, layerscale)
-        branch = models.SparseBranch(backbone, args.prototypes, args.hidden, predict) if pera \
-            else models.Branch(backbone, args.hidden, predict)
-        return branch.to(device, memory_format=torch.channels_last)          # convolutions like it
-    student, teacher = side(args.drop_path, True), side(0.0).requires_grad_(False)
-    if load:
-        models.load_pretrained(student.backbone, args.init, args.adapt, quiet, weights,
-                               data.COLOURS[args.modality])
-    teacher.load_state_dict(student.state_dict(), strict=False)          # but for what it lacks
-    if args.compile and not args.dry_run:
-        try:
-            torch.compile(lambda x: 2 * x)(torch.ones(2, device=device))         # is it possible?
-            student.compile()
-            teacher.compile()
-        except Exception as error:                                     # no compiler, an old GPU
-            if not quiet:
-                print(f"--compile: not here ({type(error).__name__}), the networks run as they are")
-    return SimpleNamespace(student=student, ddp=student, teacher=teacher,
-                           centre=losses.Centre(args.prototypes).to(device))
-
-
-def two_views(x, args, dice):
-    """Two seasons of each scene, uint8 (B,2,C,H,W) -> a view of each, season by season, (2B,C,h,w)
-    in [0,1]; draws from dice."""
-    total, g = 2 * len(x) * dice.world, dice.generator
-    light = total, args.modality, g, 0.8 * (args.modality not in data.RADAR), args.jitter, args.grey
-    p = dice.ours(data.draw_crops(total, g, args.crop_min) | data.draw_colours(*light), 2)
-    views = data.colour(data.crop(x.transpose(0, 1).flatten(0, 1), p, args.img_size), p)
-    return views.contiguous(memory_format=torch.channels_last)
-
-
-def softcon_step(net, x, y, args, dice, values):
-    """Both directions of SoftCon on one micro-batch.
-
-    net: student (in ddp) and teacher; x uint8 (B,2,C,H,W) two seasons of each scene, y (B,2,L).
-    Returns the loss, its parts for the log, the student's embeddings (2B,256), on which the soft
-    term acts, and the teacher's features (2B,D).
-    """
-    views, grid = two_views(x, args, dice), (args.img_size // args.patch_size,) * 2    # (2B,C,h,w)
-    mask = losses.block_mask(len(views) * dice.world, grid, args.mask_ratio, dice.generator)
-    keep = dice.ours({"keep": mask}, 2)["keep"].to(x.device)                     # (2B,n)
-    vit = hasattr(net.teacher.backbone, "patch_size")
-    with torch.autocast("cuda" if x.is_cuda else "cpu", torch.bfloat16, enabled=args.amp == "bf16"):
-        with torch.no_grad():
-            k, features = net.teacher(views)                                     # (2B,256), (2B,D)
-        keys = losses.gather_soon(k.unflatten(0, (2, -1)).transpose(0, 1), y)    # on their way
-        masked = views if vit else losses.blank_patches(views, keep, args.patch_size)
-        q, _ = net.ddp(masked, keep if vit else None)                            # (2B,256)
-    (q1, q2), (y1, y2) = q.chunk(2), y.unbind(1)                                 # (B,256), (B,L)
-    (k1, k2), (Y1, Y2) = (v.unbind(1) for v in keys())                           # (M,256), (M,L)
-    flags = args.tau, args.soft_weight, args.soft_form, args.soft_tau
-    one = losses.softcon_loss(q1, k2, y1, Y2, *flags, Y1)
-    other = losses.softcon_loss(q2, k1, y2, Y1, *flags, Y2)
-    loss, hard, soft = ((a + b) / 2 for a, b in zip(one, other))
-    return loss, {"info_nce": hard, "soft": soft}, q, features
-
-
-def pera_step(net, x, y, args, dice, values):
-    """PerA on one micro-batch: the same crops for both sides, in other colours, other patches.
-
-    x uint8 (B,1,C,H,W), y (B,1,L); net.centre: losses.Centre; values: teacher_tau of this step.
-    Returns the loss, its parts, the student's CLS features (crops B, D), the teacher's (B,D).
-    """
-    x, y, g, (n_global, n_local) = x[:, 0], y[:, 0], dice.generator, args.crops
-
-    def pairs(count, size, *area):
-        """`count` crops an image: student's and teacher's view (count B,C,H,W), their patches."""
-        total = count * len(x) * dice.world
-        masks = losses.disjoint_masks(total, (size // args.patch_size) ** 2, *args.ratios, g)
-        where = dice.ours(data.draw_crops(total, g, *area) | dict(zip("slt", masks)), count)
-        masks = [where.pop(k).to(x.device) for k in "slt"]
-        seen = data.crop(x.repeat(count, 1, 1, 1), where, size)                  # (count B,C,H,W)
-        light = [dice.ours(data.draw_colours(total, args.modality, g, p, args.jitter, grey, 0),
-                           count) for p, grey in ((0.8, 0.8 * args.grey), (0.1, 0))]
-        return *(data.colour(seen, p) for p in light), *masks
-    views = [pairs(n_global, args.img_size, args.crop_min, 1.0)]
-    if n_local:
-        views.append(pairs(n_local, args.local_size, 0.05, args.crop_min))
-    mine, theirs, keep, learn, others = zip(*views)
-    with torch.autocast("cuda" if x.is_cuda else "cpu", torch.bfloat16, enabled=args.amp == "bf16"):
-        with torch.no_grad():
-            z_t, features, _ = net.teacher(theirs, others)              # (crops B,384), (crops B,D)
-        if args.soft_weight:
-            k = features[:n_global * len(x)].unflatten(0, (n_global, -1))        # (n_global,B,D)
-            keys = losses.gather_soon(k.transpose(0, 1), y)                      # on their way
-        z, cls, guess = net.ddp(mine, keep, learn[0])                   # guess (n_global B, m, PPC)
-        matrices = [b.cls_head.prototypes() for b in (net.student, net.teacher)]         # (K,384)
-        dino, spread = losses.pera_loss(z, z_t, matrices, net.centre.value, values["teacher_tau"],
-                                        n_global + n_local, n_global, args.tau)
-    sigmas = 4 * losses.patchify(mine[0] - 0.5, args.patch_size)         # the sensor's z-scores
-    pixel = losses.pixel_loss(guess, sigmas, learn[0])
-    net.centre.update(z_t.float().mean(0, keepdim=True) @ matrices[1].T)  # scores are linear in z_t
-    parts = {"dino": dino, "koleo": spread, "pixel": pixel}
-    loss = dino + 0.1 * spread + 0.01 * pixel                                           # eq. (10)
-    if args.soft_weight:
-        k, labels = keys()                                               # of all ranks
-        parts["soft"] = sum(
-            losses.soft_contrastive(q, k, y, labels, args.soft_form, args.soft_tau, labels)
-            for q, k in zip(cls[:n_global * len(x)].chunk(n_global), k.unbind(1))) / n_global
-        loss = loss + args.soft_weight * parts["soft"]
-    return loss, parts, cls, features[:len(x)]
-
-
-STEPS = {"softcon": softcon_step, "pera": pera_step}
-
-# ----------------------------------------------------------------------------------------- dry run
-
-
-def annotated(work):
-    """-> (lines of text, what work() returns): each line of these files that makes tensors, with
-    their names and shapes, as deep as the calls are nested; once for the same shapes."""
-    ours, texts, stack = (__file__, losses.__file__, models.__file__), [], []
-
-    def shapes(named):
-        for name, value in named:
-            if torch.is_tensor(value):
-                yield f"{name} ({','.join(map(str, value.shape))})"
-            elif isinstance(value, (list, tuple)):
-                yield from shapes((f"{name}[{i}]", v) for i, v in enumerate(value))
-
-    def trace(frame, event, arg):
-        """What Python calls as a function begins, then at every line of it and at its end."""
-        code = frame.f_code
-        if code.co_filename not in ours or code.co_name[0] == "<" or (
-                len({number for *_, number in code.co_lines()}) < 3):            # a one-liner
-            return None
-        values = dict(frame.f_locals)
-        before, number = ({}, 0) if event == "call" else stack.pop()
-        made = ", ".join(shapes((k, v) for k, v in values.items() if before.get(k) is not v))
-        line = " ".join(linecache.getline(code.co_filename, number).split()) if number else (
-            f"in {code.co_qualname}:")
-        text = f"{'  ' * len(stack) + made:<64} {line}"
-        if (made or not number) and text not in texts:
-            texts.append(text)
-        if event != "return":
-            stack.append((values, frame.f_lineno))
-        elif texts[-1].endswith(f" in {code.co_qualname}:"):
-            texts.pop()                                                          # it made nothing
-        return trace
-    debugger = sys.gettrace()
-    sys.settrace(trace)
+def commit():
+    """Short git hash of this code, with a + if files differ from it."""
+    folder = Path(__file__).parent
+    command = ["git", "-C", folder, "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        return texts, work()
-    finally:
-        sys.settrace(debugger)
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
-def dry_run(args, world):
-    """Print what one micro-batch of one rank does, tensor by tensor, and what it costs.
+def refuse_impossible_flags(args):
+    """ValueError, naming the flag, for what is seen to fail before anything is read or written."""
+    pera = args.method == "pera"
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % (world * args.accum):
+        raise ValueError(f"--batch-size {args.batch_size} does not divide into {world} rank(s) x "
+                         f"--accum {args.accum}")
+    micro_batch = args.batch_size // args.accum
+    if micro_batch < 2:
+        raise ValueError(f"--batch-size {args.batch_size}: {args.method} needs at least 2 scenes "
+                         f"at a time")
+    if pera and micro_batch // world < 2:                 # KoLeo compares the scenes of one rank
+        raise ValueError(f"--batch-size {args.batch_size}: pera needs at least 2 scenes at a time "
+                         f"on each rank")
+    if pera and args.arch not in models.VITS:
+        raise ValueError(f"--arch {args.arch}: --method pera needs a ViT")
+    if pera and args.crops[0] < 1:
+        raise ValueError(f"--crops {args.crops[0]} {args.crops[1]}: at least one is global")
+    if pera and args.crops[1] and args.local_size > args.img_size:
+        raise ValueError(f"--local-size {args.local_size}: exceeds --img-size {args.img_size}")
+    if os.path.exists(f"{args.out}/last.pt") and not args.resume:
+        raise ValueError(f"--out {args.out}: holds a run; --resume continues it, another --out "
+                         f"keeps it")
 
-    On the meta device, where tensors have a shape and no numbers: nothing is computed or written.
+    if args.tensorboard:
+        summary_writer()                                 # its package may be missing
+
+    # draw one mask of each size: ratios that cannot be are refused there
+    grid = models.check_grid(args.img_size, args.img_size, args.patch_size)
+    if not pera:
+        losses.block_mask(1, grid, args.mask_ratio)
+        return
+    losses.disjoint_masks(1, math.prod(grid), *args.ratios)
+    if args.crops[1]:
+        grid = models.check_grid(args.local_size, args.local_size, args.patch_size)
+        losses.disjoint_masks(1, math.prod(grid), *args.ratios)
+
+
+# -------------------------------------------------------------------------- processes and signals
+
+
+def start_processes(args):
+    """-> (rank, world, device): one process alone, or one of those that torchrun starts.
+
+    torchrun tells each process its place by environment variables.  ValueError: --device cuda
+    without a GPU for this process.
     """
-    pera, here, kept = args.method == "pera", args.data or os.path.isdir("toy"), []
-    scenes, train, _ = open_scenes(args) if here else (None, range(100 * args.batch_size), "")
-    B, size = args.batch_size // world // args.accum, scenes.size if here else 36
-    with torch.device("meta"):
-        net = networks(args, "meta")
-        x = torch.empty(B, 2 - pera, len(data.BANDS[args.modality]), size, size, dtype=torch.uint8)
-        y = torch.empty(B, 2 - pera, scenes.labels[0].shape[1] if here else len(data.CLASSES))
-    tokens, weights, gb = {}, set(), {}
-    for name, side in (("student", net.student), ("teacher", net.teacher)):
-        counts = {part: sum(p.numel() for p in module.parameters()) / 1e6
-                  for part, module in (("parameters in millions", side), *side.named_children())}
-        print(f"{name}:", ", ".join(f"{part} {n:.2f}" for part, n in counts.items()))
-        gb[name] = 4e-3 * counts["parameters in millions"]
-        weights |= {p.untyped_storage()._cdata for p in side.parameters()}
-        for block in getattr(side.backbone, "blocks", ()):
-            block.register_forward_pre_hook(lambda _, inputs, name=name: tokens.setdefault(
-                f"{name} {' and '.join(str(n) for _, n in inputs[1])}"))
-    with FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            inputs = net, x, y, args, Dice(args.seed, 0, 0, 0, 1), schedules(args, 0, 100)
-            texts, (loss, *_) = annotated(lambda: STEPS[args.method](*inputs))
-        loss.backward()
-    flops = counter.get_total_flops() / 1e12
-    print("what each line makes; lines that come with the same shapes again are left out:", *texts,
-          sep="\n")
-    print("tokens of a view, CLS included:", ", ".join(tokens) or "none, a ResNet")
-    print(f"operations: {flops:.4g} TFLOP a micro-batch of {B} scenes, "
-          f"{flops * args.accum * world:.4g} TFLOP a step of {args.batch_size}")
-    kept = {s._cdata: s.nbytes() / 1e9 for s in (t.untyped_storage() for t in kept)}
-    print(f"memory of a rank in GB: parameters {gb['student']:.2f}, gradients {gb['student']:.2f}, "
-          f"AdamW {2 * gb['student']:.2f}, teacher {gb['teacher']:.2f}, activations "
-          f"{sum(n for s, n in kept.items() if s not in weights):.2f} (float32; bf16: about half)")
-    per_epoch = len(train) // args.batch_size
-    total = args.epochs * per_epoch
-    print(f"steps: {total}, {per_epoch} an epoch" + " (a guess: no data are here yet)" * (not here))
-    for step in (0, total // 2, total - 1):
-        print(f"step {step}:", ", ".join(
-            f"{name} {value:.4g}" for name, value in schedules(args, step, total).items()))
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))        # place among those of this machine
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    if args.amp == "auto":
+        args.amp = "bf16" if cuda else "off"
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise ValueError(f"--device cuda: rank {local_rank} of this machine has no GPU, there are "
+                         f"{torch.cuda.device_count()}")
+    device = torch.device("cpu")
+    if cuda:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")    # TF32 for what bf16 leaves in float32
+        torch.backends.cudnn.benchmark = True         # shapes never change: try, then keep the best
+    elif world > 1:
+        torch.set_num_threads(max(1, os.cpu_count() // local_world))
+    if world > 1:
+        # gloo for the few numbers that live on the CPU, NCCL for all that lives on GPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    return rank, world, device
 
 
-# --------------------------------------------------------------------------------------------- run
+def largest_of_ranks(value, world):
+    """The largest int `value` of any rank.
 
-
-def save(path, content, older=None):
-    """Write text or a state beside `path`, flush to disk, rename: `path` is always whole; the one
-    it replaces becomes `older`.  If that fails both stay, and ValueError names `path`."""
-    part = Path(f"{path}.part")
-    try:
-        with data.named(path, "not written; what was there still is", "its folder is gone"):
-            with open(part, "wb") as file:
-                file.write(content.encode()) if isinstance(content, str) else torch.save(
-                    content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            if older and os.path.exists(path):
-                os.replace(path, older)
-            os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def newest(paths, say):
-    """First of the checkpoints `paths` that is whole, step and flags; the others are named."""
-    for path in filter(os.path.exists, paths):
-        try:
-            with zipfile.ZipFile(path) as file:             # torch.load looks at no checksums
-                if file.testzip():
-                    raise zipfile.BadZipFile
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            return path, state, state["step"], state["flags"]
-        except Exception as error:                          # torch.load raises half a dozen kinds
-            problem = f"{path}: not a whole checkpoint of a run ({type(error).__name__})"
-            say(problem)
-    raise ValueError(problem)
-
-
-def listen(worker=None):
-    """A list that SIGTERM and SIGINT fill, so that the run stops after its step; one more, later
-    than a second (torchrun repeats what a scheduler sends), ends the process at once.  Reading
-    processes call this too, and so leave it to the one they read for to end them."""
-    asked = []
-
-    def note(number, frame):
-        if asked and time.monotonic() - asked[0] > 1:
-            os._exit(128 + number)
-        if worker is None and not asked:
-            print("stopping after this step; once more ends at once", file=sys.stderr)
-        asked.append(time.monotonic())
-    signal.signal(signal.SIGTERM, note)
-    signal.signal(signal.SIGINT, note)
-    return asked
-
-
-def largest(value, world):
-    """The largest int `value` of any rank.  It travels from CPU to CPU (gloo): no GPU is waited
-    for, and a rank that has died is noticed at once, where NCCL would wait for minutes."""
+    It travels from CPU to CPU, so no GPU has to finish first, and the death of a rank is noticed.
+    """
     value = torch.tensor(value)
     if world > 1:
         dist.all_reduce(value, dist.ReduceOp.MAX)
     return int(value)
 
 
-def ahead(loader, device):
-    """The loader's batches (x, y, ...), x and y on `device`: to a GPU each is copied beside the
-    step before.  On the CPU they stay as they are."""
-    if device.type != "cuda":
-        yield from loader
-        return
-    side = torch.cuda.Stream(device)
-
-    def copies():
-        try:
-            for x, y, *rest in loader:
-                with torch.cuda.stream(side):
-                    moved = [v.to(device, non_blocking=True) for v in (x, y)]
-                yield moved, rest, side.record_event()
-        except Exception as error:               # of the next batch: this step shall still be done
-            yield None, error, None
-    # the second of a pair is on its way while the first is used
-    for (moved, rest, copied), _ in itertools.pairwise(itertools.chain(copies(), [None])):
-        if moved is None:
-            raise rest
-        here = torch.cuda.current_stream(device)
-        here.wait_event(copied)
-        for v in moved:
-            v.record_stream(here)                # its memory is not given away while `here` uses it
-        yield *moved, *rest
+signal_times = []            # when SIGTERM or SIGINT came; the run stops after the step it is in
 
 
-class Spare:
-    """Batches of `scenes` as (x, y, complaints): for a scene that cannot be read another one of
-    `train`, drawn by its key."""
+def note_signal(number, frame):
+    """First signal: stop after this step.  A second one, later than a second: end at once.
 
-    def __init__(self, scenes, train):
-        self.scenes, self.train = scenes, train
-
-    def __getitem__(self, keys):
-        rows, complaints = [], []
-        for i, seed in keys:
-            for other in (i, *np.random.default_rng([*seed, 1]).choice(self.train, 9)):
-                try:
-                    rows.append(self.scenes[int(other), seed])
-                    break
-                except ValueError as error:
-                    complaints.append(str(error))
-            else:
-                raise ValueError(complaints[-1])
-        return *(np.stack(v) for v in zip(*rows)), complaints
+    (torchrun sends on what a scheduler sends to all, so one wish may arrive as two signals.)
+    """
+    if signal_times and time.monotonic() - signal_times[0] > 1:
+        os._exit(128 + number)
+    if not signal_times:
+        print("stopping after this step; once more ends at once", file=sys.stderr)
+    signal_times.append(time.monotonic())
 
 
-def open_scenes(args):
-    """The scenes of --data or of the toy world, the numbers of those to train on, their folder."""
-    root, views = args.data or "toy", 1 if args.method == "pera" else 2
-    scenes = data.open_data(root, args.modality, args.labels, views)
+def catch_signals():
+    signal.signal(signal.SIGTERM, note_signal)
+    signal.signal(signal.SIGINT, note_signal)
+
+
+def ignore_signals(worker):
+    """For reading processes: the process that reads from them ends them."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def stop_requested(world):
+    """Has any rank got a signal?  The same answer on all ranks, so that they stop together."""
+    return largest_of_ranks(len(signal_times), world) > 0
+
+
+# ------------------------------------------------------------------------------------------- data
+
+
+def open_scenes(args, rank, world, say):
+    """-> (all scenes, numbers of those to train on).  Makes the toy world if there is no --data."""
+    root = args.data or "toy"
+    if not args.data and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        data.make_toy(root)
+    if world > 1:
+        dist.barrier()
+    views = 1 if args.method == "pera" else 2
+    scenes = data.open_data(root, args.sensor, args.labels, views)
     train = np.flatnonzero(~data.held_out(scenes.ids, args.holdout))
     if len(train) < args.batch_size:
         raise ValueError(f"--batch-size {args.batch_size} exceeds the {len(train)} training scenes")
-    return scenes, train, root
 
-
-def commit():
-    """Short git hash of this code, with + when files differ from it."""
-    folder = shlex.quote(str(Path(__file__).parent))
-    command = f"git -C {folder} describe --always --dirty=+ --exclude='*' 2> /dev/null"
-    return subprocess.getoutput(command) or "unknown"
-
-
-def main(argv=None, asked=()):
-    """asked: a list that fills when the run shall stop, as `listen` gives."""
-    args = parse(argv)
-
-    # --------------------------------------------------------------------- processes and device
-    world, rank, local, locals_ = (int(os.environ.get(name, alone)) for name, alone in (
-        ("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-    pera, micro_batch = args.method == "pera", args.batch_size // args.accum
-    cuda = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
-    args.amp = args.amp if args.amp != "auto" else "bf16" if cuda else "off"
-    ckpt, older = f"{args.out}/last.pt", f"{args.out}/last_1.pt"
-    there = os.path.exists(ckpt) or os.path.exists(older)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    args.resume |= there and attempt != "0"
-    for wrong, why in (
-            (cuda and local >= torch.cuda.device_count(),
-             f"--device cuda: no CUDA device for local rank {local}"),
-            (args.batch_size % (world * args.accum), f"--batch-size {args.batch_size} does not "
-             f"divide into {world} rank(s) x --accum {args.accum}"),
-            (micro_batch // (world if pera else 1) < 2, f"--batch-size {args.batch_size}: "
-             f"{args.method} needs at least 2 scenes at a time" + " on each rank" * pera),
-            (pera and (args.arch not in models.VITS or args.crops[0] < 1 or args.crops[1] < 0),
-             f"--method pera takes a ViT and at least one global crop, not --arch {args.arch} "
-             f"--crops {args.crops[0]} {args.crops[1]}"),
-            (pera and args.crops[1] and args.local_size > args.img_size,
-             f"--local-size {args.local_size}: exceeds --img-size {args.img_size}"),
-            (there and not args.resume and not args.dry_run, f"--out {args.out}: holds a run; "
-             f"--resume continues it, another --out keeps it"),
-            (args.resume and not there, f"--resume: no {ckpt}")):
-        if wrong:
-            raise ValueError(why)
-    for size in [args.img_size, args.local_size][:1 + (pera and args.crops[1] > 0)]:
-        h, w = models.check_grid(size, size, args.patch_size)     # and refuse ratios that cannot be
-        losses.disjoint_masks(1, h * w, *args.ratios) if pera else losses.block_mask(
-            1, (h, w), args.mask_ratio)
-    if args.dry_run:
-        return dry_run(args, world) if rank == 0 else None
-    if args.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError(f"--tensorboard: {error}; pip install tensorboard") from None
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if world > 1:
-        torch.cuda.set_device(device) if cuda else torch.set_num_threads(
-            max(1, os.cpu_count() // locals_))
-        store = next(dist.rendezvous("env://"))[0]   # restarted ranks shall not look for dead ones
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=rank,
-                                world_size=world, store=dist.PrefixStore(attempt, store))
-    say = tqdm.write if rank == 0 else lambda *_: None
-    facts = {"python": sys.version.split()[0], "torch": torch.__version__, "commit": commit(),
-             "world": world, "device": device.type}
-    say(f"{' '.join(sys.argv)}\n{json.dumps(vars(args))}\n"
-        + ", ".join(f"{name} {fact}" for name, fact in facts.items()))
-
-    # ------------------------------------------------------------------------------------- data
-    if not args.data and local == 0:
-        data.make_toy("toy")
-    if world > 1:
-        dist.barrier()
-    scenes, train, root = open_scenes(args)
-    n_images = sum(len(scenes.files[i]) for i in train)
+    images = sum(len(scenes.files[i]) for i in train)
     labelled = sum(int(scenes.labels[i].any(1).sum()) for i in train)
-    say(f"data: {root}: {len(train)} of {len(scenes)} scenes to train on ({n_images} images of "
-        f"{scenes.size} px, {labelled} labelled), the others held out"
-        + "; no labels: the soft term is 0" * (not labelled and args.soft_weight > 0))
-    if n_images * len(data.BANDS[args.modality]) * scenes.size ** 2 < args.cache * 1e9:
-        try:
-            scenes.preload(train, args.workers)
-            args.workers = 0
-        except ValueError:
-            if args.on_bad == "stop":
-                raise
-            say("bad files: nothing is kept in memory, each scene is read when its turn comes")
+    say(f"data: {root}: {len(train)} of {len(scenes)} scenes to train on ({images} images of "
+        f"{scenes.size} px, {labelled} labelled), the others held out")
+    if args.soft_weight > 0 and labelled == 0:
+        say("no labels: the soft term is 0")
 
-    # ----------------------------------------------------------------- model, optimiser, schedules
-    torch.manual_seed(args.seed)
-    net = networks(args, device, args.init and not args.resume, rank > 0)
-    student, teacher = net.student, net.teacher
-    if world > 1:
-        net.ddp = DistributedDataParallel(student, gradient_as_bucket_view=True)
-    decayed, plain = ([p for p in student.parameters() if p.requires_grad and (p.dim() > 1) == yes]
-                      for yes in (True, False))
-    more = {"betas": (0.9, 0.999), "eps": 2e-5} if pera else {"betas": (0.9, 0.95)}
-    optimiser = torch.optim.AdamW([{"params": decayed}, {"params": plain, "weight_decay": 0}],
-                                  fused=True, **more)
-    per_epoch = len(train) // args.batch_size
-    total = args.epochs * per_epoch
-    stop = min(total, args.max_steps or total)
-    millions = sum(p.numel() for p in student.parameters()) / 1e6
-    say(f"model: {args.arch}, student {millions:.1f} M parameters; {total} steps of "
-        f"{args.batch_size} scenes ({world} x {args.accum} x "
-        f"{args.batch_size // world // args.accum}), lr {args.lr:.2e}, amp {args.amp}")
+    bytes_in_memory = images * len(args.sensor.bands) * scenes.size**2
+    if bytes_in_memory < args.cache * 1e9:
+        scenes.preload(train, args.workers)
+        args.workers = 0                    # a copy in memory is faster than another process
+    return scenes, train
 
-    # ----------------------------------------------------------------------------------- resume
-    start, log = 0, Path(args.out, "log.jsonl")
-    content = {"data": [f"{scenes.ids[i]} ".encode() for i in train],
-               "labels": [scenes.labels[i].tobytes() for i in train]}
-    flags = {k: v for k, v in vars(args).items() if k not in FREE} | {
-        k: f"{len(v)} scenes, crc {zlib.crc32(b''.join(v)):08x}" for k, v in content.items()}
-    kept = {"student": student, "teacher": teacher, "centre": net.centre, "optimiser": optimiser}
-    if args.resume:
-        path, state, start, old = newest((ckpt, older), say)
-        changed = {k.replace("_", "-"): k for k in flags if old.get(k) != flags[k]}
-        for name in {*args.resume_with_changes} - {k.replace("_", "-") for k in flags}:
-            raise ValueError(f"--resume-with-changes {name}: no flag that a run would compare")
-        for name, k in changed.items():
-            if name not in args.resume_with_changes:
-                raise ValueError(f"--{name} {flags[k]}: the run in {args.out} has {old.get(k)}; "
-                                 f"to change it: --resume-with-changes {' '.join(changed)}")
+
+def batches(train, args, world, rank, start, stop):
+    """Yield the keys of this rank's micro-batches, from step `start` up to `stop`.
+
+    A key is (scene, seed of its seasons).  Step t of an epoch takes the t-th slice of the epoch's
+    permutation of `train`, whatever the number of ranks.
+    """
+    steps_per_epoch = len(train) // args.batch_size
+    for step in range(start, stop):
+        epoch, t = divmod(step, steps_per_epoch)
+        if t == 0 or step == start:
+            order = np.random.default_rng([args.seed, epoch]).permutation(train)
+        batch = order[t * args.batch_size:(t + 1) * args.batch_size]
+        for scenes in batch.reshape(args.accum, world, -1)[:, rank]:
+            yield [(int(i), (args.seed, epoch, int(i))) for i in scenes]
+
+
+class StepRandomness:
+    """The random draws of one micro-batch, the same whatever the number of ranks.
+
+    Every rank draws for the views of all ranks, and `ours` cuts this rank's part out.
+    """
+
+    def __init__(self, seed, step, micro, rank, world):
+        self.rank = rank
+        self.world = world
+        seed = int(np.random.SeedSequence([seed, step, micro]).generate_state(1)[0])
+        self.generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed + rank)                     # for drop path, which draws on its own
+
+    def ours(self, drawn, views):
+        """(views x world x B, ...), or a dict of such tensors -> (views x B, ...) of this rank."""
+        if isinstance(drawn, dict):
+            return {name: self.ours(value, views) for name, value in drawn.items()}
+        drawn = drawn.unflatten(0, (views, self.world, -1))
+        return drawn[:, self.rank].flatten(0, 1)
+
+
+# --------------------------------------------------------------------- networks and their schedules
+
+
+def networks(args, device, load_init=True, quiet=False):
+    """-> namespace of student, teacher, centre (PerA's, else None) and ddp (the student, for now).
+
+    The teacher starts as a copy of the student.  It has no predictor and guesses no pixels.
+    load_init: fill the student's backbone from --init; False: only its shapes are read there.
+    """
+    pera = args.method == "pera"
+    channels = len(args.sensor.bands)
+    registers = 0
+    layerscale = not pera                                # PerA's ViTs have none ...
+    if args.init:
+        weights = models.read_weights(args.init, in_chans=channels)
+        tensors = weights[0]
+        if "register_tokens" in tensors:
+            registers = tensors["register_tokens"].shape[1]
+        if "blocks.0.ls1.gamma" in tensors:
+            layerscale = True                            # ... but DINOv2's weights need theirs
+
+    def branch(drop_path, predict):
+        backbone = models.build(args.arch, channels, args.img_size, args.patch_size, registers,
+                                drop_path, layerscale)
+        if pera:
+            network = models.SparseBranch(backbone, args.prototypes, args.hidden, predict)
+        else:
+            network = models.Branch(backbone, args.hidden, predict)
+        return network.to(device, memory_format=torch.channels_last)     # convolutions like it
+
+    student = branch(args.drop_path, predict=True)
+    teacher = branch(0.0, predict=False).requires_grad_(False)
+    if args.init and load_init:
+        models.load_pretrained(student.backbone, args.init, args.adapt, quiet, weights,
+                               args.sensor.look)
+    teacher.load_state_dict(student.state_dict(), strict=False)      # the student has more heads
+    centre = losses.Centre(args.prototypes).to(device) if pera else None
+    return SimpleNamespace(student=student, teacher=teacher, centre=centre, ddp=student)
+
+
+def compile_networks(net, device, say):
+    """Compile both networks; without a compiler, or on an old GPU, say so and leave them."""
+    try:
+        torch.compile(lambda x: 2 * x)(torch.ones(2, device=device))     # can it be done here?
+        net.student.compile()
+        net.teacher.compile()
+    except Exception as error:
+        say(f"--compile: not here ({type(error).__name__}), the networks run as they are")
+
+
+def adamw(student, args):
+    """AdamW with weight decay on matrices only: not on norms, biases, single vectors."""
+    trained = [p for p in student.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() > 1]
+    vectors = [p for p in trained if p.dim() <= 1]
+    betas, eps = (0.9, 0.95), 1e-8
+    if args.method == "pera":
+        betas, eps = (0.9, 0.999), 2e-5                                      # [PerA builder.py]
+    return torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0}],
+                             betas=betas, eps=eps, fused=True)
+
+
+def schedule(step, total, start, end, warmup=0, first=0.0):
+    """Value at `step` of `total`: a line from `first` to `start` in `warmup` steps, then half a
+    cosine to `end`.  The line includes both its ends.  [PerA builder.py]"""
+    if step < warmup:
+        return first + (start - first) * step / max(1, warmup - 1)
+    progress = (step - warmup) / max(1, total - warmup)
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def schedules(args, step, total):
+    """What changes from step to step, by its name in the log."""
+    warmup = round(args.warmup * total)
+    now = {"lr": schedule(step, total, args.lr, FINAL_LR, warmup),
+           "weight_decay": schedule(step, total, *args.weight_decay),
+           "momentum": schedule(step, total, args.momentum, 1)}
+    if args.method == "pera":
+        first, last = args.teacher_tau
+        now["teacher_tau"] = schedule(step, total, last, last, round(TAU_WARMUP * total), first)
+    return now
+
+
+# ------------------------------------------------------------------------------- SoftCon, one step
+
+
+def autocast(args, device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16")
+
+
+def softcon_views(x, args, draws):
+    """Two seasons (B,2,C,H,W) uint8 -> a view of each and the patches that the student keeps.
+
+    Views (2B,C,h,w) in [0,1], all first seasons before all second ones; kept patches (2B,n).
+    """
+    total = 2 * len(x) * draws.world                              # views of all ranks
+    crops = data.draw_crops(total, draws.generator, args.crop_min)
+    light = data.draw_colours(total, args.sensor, draws.generator,
+                              p=0.0 if args.sensor.kind == "radar" else 0.8,   # no light in radar
+                              jitter=args.jitter, grey=args.grey)
+    grid = models.check_grid(args.img_size, args.img_size, args.patch_size)
+    keep = losses.block_mask(total, grid, args.mask_ratio, draws.generator)
+
+    seasons = x.transpose(0, 1).flatten(0, 1)                             # (2B,C,H,W)
+    views = data.crop(seasons, draws.ours(crops, 2), args.img_size)       # (2B,C,h,w)
+    views = data.colour(views, draws.ours(light, 2))
+    views = views.contiguous(memory_format=torch.channels_last)
+    return views, draws.ours(keep, 2).to(x.device)
+
+
+def softcon_step(net, x, y, args, draws, now):
+    """SoftCon's loss on one micro-batch, in both directions.
+
+    x (B,2,C,H,W) uint8: two seasons of each scene; y (B,2,L): their labels.
+    Returns the loss; its parts for the log; the student's embeddings (2B,256), on which the soft
+    term acts; the teacher's features (2B,D).
+    """
+    views, keep = softcon_views(x, args, draws)                           # (2B,C,h,w), (2B,n)
+    with autocast(args, x.device):
+        with torch.no_grad():
+            k, features = net.teacher(views)                              # (2B,256), (2B,D)
+        if args.arch in models.VITS:
+            q, _ = net.ddp(views, keep)                                   # (2B,256)
+        else:                                        # a ResNet cannot drop patches: grey there
+            q, _ = net.ddp(losses.blank_patches(views, keep, args.patch_size))
+
+    # keys and labels of all ranks: M = B x ranks
+    keys = losses.gather(k.unflatten(0, (2, -1)).transpose(0, 1))         # (M,2,256)
+    labels = losses.gather(y)                                             # (M,2,L)
+
+    # each season's queries meet the other season's keys
+    q1, q2 = q.chunk(2)                                                   # (B,256)
+    y1, y2 = y.unbind(1)                                                  # (B,L)
+    k1, k2 = keys.unbind(1)                                               # (M,256)
+    all_y1, all_y2 = labels.unbind(1)                                     # (M,L)
+    flags = args.tau, args.soft_weight, args.soft_form, args.soft_tau
+    loss1, hard1, soft1 = losses.softcon_loss(q1, k2, y1, all_y2, *flags, all_yq=all_y1)
+    loss2, hard2, soft2 = losses.softcon_loss(q2, k1, y2, all_y1, *flags, all_yq=all_y2)
+    parts = {"info_nce": (hard1 + hard2) / 2, "soft": (soft1 + soft2) / 2}
+    return (loss1 + loss2) / 2, parts, q, features
+
+
+# ---------------------------------------------------------------------------------- PerA, one step
+
+
+def aligned_pairs(x, args, draws, count, size, area_min, area_max):
+    """`count` crops of each image of x (B,C,H,W), each for the student and for the teacher.
+
+    Both see the same pixels in other colours.  Returns student's and teacher's view
+    (count B, C, size, size) in [0,1], and three sets of patches that have none in common: those
+    that the student sees (keep), must guess (guess), and that the teacher sees (others).
+    """
+    total = count * len(x) * draws.world                          # crops of all ranks
+    patches = (size // args.patch_size) ** 2
+    g = draws.generator
+    masks = losses.disjoint_masks(total, patches, *args.ratios, g)
+    crops = data.draw_crops(total, g, area_min, area_max)
+    student_light = data.draw_colours(total, args.sensor, g, p=0.8, jitter=args.jitter,
+                                      grey=0.8 * args.grey, blur=0)
+    teacher_light = data.draw_colours(total, args.sensor, g, p=0.1, jitter=args.jitter,
+                                      grey=0, blur=0)
+
+    pixels = data.crop(x.repeat(count, 1, 1, 1), draws.ours(crops, count), size)
+    student_view = data.colour(pixels, draws.ours(student_light, count))
+    teacher_view = data.colour(pixels, draws.ours(teacher_light, count))
+    keep, guess, others = [draws.ours(mask, count).to(x.device) for mask in masks]
+    return student_view, teacher_view, keep, guess, others
+
+
+def pera_step(net, x, y, args, draws, now):
+    """PerA's loss on one micro-batch.
+
+    x (B,1,C,H,W) uint8: an image of each scene; y (B,1,L): its labels; now["teacher_tau"].
+    Returns the loss; its parts for the log; the student's CLS features (crops B, D), on which the
+    soft term acts; the teacher's features of the first crop (B,D).
+    """
+    x = x[:, 0]                                                           # (B,C,H,W)
+    y = y[:, 0]                                                           # (B,L)
+    n_global, n_local = args.crops
+    pairs = [aligned_pairs(x, args, draws, n_global, args.img_size, args.crop_min, 1.0)]
+    if n_local:
+        pairs.append(aligned_pairs(x, args, draws, n_local, args.local_size, LOCAL_AREA_MIN,
+                                   args.crop_min))
+    # from a pair for each size to a list of student's views, of teacher's views, and so on
+    views, views_t, keep, guess, others = zip(*pairs)
+    view = views[0]                                      # only in global crops pixels are guessed
+    guess = guess[0]                                                      # (n_global B, m)
+
+    with autocast(args, x.device):
+        with torch.no_grad():
+            z_t, features_t, _ = net.teacher(views_t, others)             # (crops B, 384), (.., D)
+        z, features, pixels = net.ddp(views, keep, guess)                 # .. (n_global B, m, PPC)
+        W = net.student.cls_head.prototypes()                             # (K,384)
+        W_t = net.teacher.cls_head.prototypes()
+        dino, koleo = losses.pera_loss(z, z_t, [W, W_t], net.centre.value, now["teacher_tau"],
+                                       n_global + n_local, n_global, args.tau)
+
+    # [0,1] spans 4 standard deviations, so these are z-scores of the sensor
+    z_scores = 4 * losses.patchify(view - 0.5, args.patch_size)           # (n_global B, N, PPC)
+    pixel = losses.pixel_loss(pixels, z_scores, guess)
+    loss = dino + KOLEO_WEIGHT * koleo + PIXEL_WEIGHT * pixel                           # eq. (10)
+    parts = {"dino": dino, "koleo": koleo, "pixel": pixel}
+
+    # scores are linear in z_t, so the scores of the mean are the mean of the scores
+    net.centre.update(z_t.float().mean(0, keepdim=True) @ W_t.T)
+
+    # not in PerA: SoftCon's soft term on the CLS features of the global crops
+    if args.soft_weight:
+        parts["soft"] = soft_between_crops(features, features_t, y, args)
+        loss = loss + args.soft_weight * parts["soft"]
+    return loss, parts, features, features_t[:len(x)]
+
+
+def soft_between_crops(features, features_t, y, args):
+    """Mean over global crops of the soft term between the student's and the teacher's features.
+
+    features, features_t (crops B, D), global crops first; y (B,L).
+    """
+    n_global = args.crops[0]
+    B = len(y)
+    q = features[:n_global * B].chunk(n_global)                           # n_global x (B,D)
+    k = features_t[:n_global * B].unflatten(0, (n_global, B))             # (n_global,B,D)
+    keys = losses.gather(k.transpose(0, 1))                               # (M,n_global,D)
+    labels = losses.gather(y)                                             # (M,L)
+    terms = [losses.soft_contrastive(q[i], keys[:, i], y, labels, args.soft_form, args.soft_tau,
+                                     labels) for i in range(n_global)]
+    return sum(terms) / n_global
+
+
+STEPS = {"softcon": softcon_step, "pera": pera_step}
+
+# -------------------------------------------------------------------------------------------- log
+
+
+class Log:
+    """log.jsonl, the progress bar and TensorBoard: what a run says of itself.
+
+    Call start_step, waiting (around the loader), add (each micro-batch), write (at logged steps).
+    Numbers are those that were optimised, over all micro-batches and ranks.
+    """
+
+    def __init__(self, args, rank, world, start, total, steps_per_epoch, device):
+        self.args = args
+        self.rank = rank
+        self.world = world
+        self.warmup = round(args.warmup * total)
+        self.steps_per_epoch = steps_per_epoch
+        self.device = device
+        self.path = Path(args.out, "log.jsonl")
+        self.board = None
+        self.collapsed = 0                       # lines in a row that look like a collapse
+        self.last_step = start
+        self.last_time = time.perf_counter()
+        self.waited = 0.0
+        if rank == 0:
+            write_file(self.path, lines_until(self.path, start))
+            if args.tensorboard:
+                self.board = summary_writer()(args.out, purge_step=start + 1)
+
+    @contextmanager
+    def waiting(self):
+        """Times the loader, so that the log can say what share of the time a GPU stood idle."""
+        begin = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - begin
+
+    def start_step(self):
+        self.sums = 0
+        self.soft_share = None
+
+    def add(self, loss, parts):
+        """The loss and its parts of one micro-batch."""
+        self.names = ["loss", *parts]
+        numbers = torch.stack([loss, *parts.values()]).detach()
+        self.sums = self.sums + numbers / self.args.accum
+
+    def measure_soft_share(self, embeddings, loss, soft):
+        """How much of the gradient at the embeddings comes from the soft term; before backward."""
+        soft = self.args.soft_weight * soft
+        self.soft_share = losses.soft_share(embeddings, loss - soft, soft)
+
+    def write(self, step, now, norm, features):
+        """The line of `step` steps done.  All ranks must call it, since they average together."""
+        means = self.sums
+        if self.world > 1:
+            dist.all_reduce(means)
+            means = means / self.world
+        std, effective_rank = losses.collapse(features)
+        seconds = time.perf_counter() - self.last_time
+        images = self.args.batch_size * (step - self.last_step)
+        if self.args.method == "softcon":
+            images *= 2                                                    # two seasons a scene
+        line = {"step": step, "epoch": step / self.steps_per_epoch}
+        line |= dict(zip(self.names, means.tolist()))
+        line |= now
+        if self.soft_share is not None:
+            line["soft_share"] = self.soft_share
+        line |= {"gradient_norm": float(norm), "feature_std": std,
+                 "effective_rank": effective_rank, "images_per_s": images / seconds,
+                 "data_wait": self.waited / seconds, "peak_memory_gb": peak_memory_gb(self.device)}
+        line = {name: round(value, 6) for name, value in line.items()}
+        if self.rank == 0:
+            self.warn_of_collapse(step, std, effective_rank)
+            with data.file_errors(self.path, "not written"), open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            if self.board:
+                for name, value in line.items():
+                    self.board.add_scalar(name, value, step)
+                self.board.flush()
+        self.last_step = step
+        self.last_time = time.perf_counter()
+        self.waited = 0.0
+        return line
+
+    def warn_of_collapse(self, step, std, effective_rank):
+        """Say once that all scenes look alike, after ten lines in a row that show it."""
+        if step > self.warmup and (std < 0.05 or effective_rank < 2):
+            self.collapsed += 1
+        else:
+            self.collapsed = 0
+        if self.collapsed == 10:
+            tqdm.write(f"step {step}: the teacher's features collapse: std {std:.3f} of 1, "
+                       f"effective rank {effective_rank:.1f}; lower --lr, or raise --teacher-tau "
+                       f"or --batch-size")
+
+
+def lines_until(path, step):
+    """The log's lines up to `step`.  Later ones are of steps that a resumed run does again."""
+    if step == 0 or not path.exists():
+        return ""
+    kept = []
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            for name, part in kept.items():
-                part.load_state_dict(state[name])
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue                                     # cut off when the process was killed
+    return "".join(kept)
+
+
+def summary_writer():
+    """TensorBoard's writer, the one thing here that needs a package of its own."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(f"--tensorboard: {error}; pip install tensorboard") from None
+    return SummaryWriter
+
+
+def peak_memory_gb(device):
+    """The most memory that this process has held: on the GPU, or in all (0 if nobody says)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if os.path.exists("/proc/self/status"):
+        for line in open("/proc/self/status"):
+            if line.startswith("VmHWM:"):                            # "high water mark", in KiB
+                return int(line.split()[1]) * 1024 / 1e9
+    return 0.0
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+
+def write_file(path, content):
+    """Write text, or an object by torch.save, so that `path` is whole at any moment.
+
+    It is written beside its place, flushed to the disk, then renamed.  If that fails, what was
+    there stays, and ValueError names `path`.
+    """
+    part = Path(f"{path}.part")
+    try:
+        with data.file_errors(path, "not written; what was there still is", "its folder is gone"):
+            with open(part, "wb") as file:
+                if isinstance(content, str):
+                    file.write(content.encode())
+                else:
+                    torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def fingerprint(scenes, train):
+    """The list of training scenes and their labels, each as a count and a checksum."""
+    names = " ".join(scenes.ids[i] for i in train).encode()
+    labels = b"".join(scenes.labels[i].tobytes() for i in train)
+    return {"scenes": f"{len(train)} scenes, checksum {zlib.crc32(names):08x}",
+            "labels": f"checksum {zlib.crc32(labels):08x}"}
+
+
+def flags_that_must_stay(args):
+    return {name: value for name, value in plain_flags(args).items() if name not in MAY_CHANGE}
+
+
+def save_checkpoint(args, parts, teacher, step, world, content):
+    """last.pt to go on from, backbone.pt to use: the teacher's, under upstream names."""
+    write_file(f"{args.out}/backbone.pt", models.export_backbone(teacher.backbone))
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"step": step, "flags": flags_that_must_stay(args), "world": world, "data": content}
+    write_file(f"{args.out}/last.pt", state)
+
+
+def read_checkpoint(path):
+    """The dict in last.pt; one ValueError if it is damaged or no checkpoint of a run."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():                           # torch.load does not look at checksums
+                raise zipfile.BadZipFile("wrong checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["step"], state["flags"]
+    except Exception as error:                           # torch.load raises half a dozen kinds
+        raise ValueError(f"{path}: not a whole checkpoint of a run ({type(error).__name__}); move "
+                         f"it away to start anew") from None
+    return state
+
+
+def load_checkpoint(args, parts, world, content, say):
+    """Fill `parts` from OUT/last.pt -> the step to go on at, 0 if there is no checkpoint.
+
+    Flags that decide the numbers must be those of the run.  Other scenes or labels are said, and
+    the run goes on: a bad scene may have been taken out in the meantime.
+    """
+    path = f"{args.out}/last.pt"
+    if not os.path.exists(path):
+        say(f"--resume: no {path} yet, so the run starts")
+        return 0
+    state = read_checkpoint(path)
+    for name, value in flags_that_must_stay(args).items():
+        if state["flags"].get(name) != value:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: the run in {args.out} has "
+                             f"{state['flags'].get(name)}")
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(state[name])
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"{path}: {name} does not fit ({type(error).__name__})") from None
-        say(f"resumed {path} at step {start}" + ", changed: " * bool(changed) + ", ".join(changed))
-        if state.get("world", world) != world:
-            say(f"{world} ranks instead of {state['world']}: data, draws and schedules go on; not "
-                f"exact are the rounding of sums, drop path, and pera's KoLeo, which is per rank")
-    if largest(start, world) != start:
-        raise ValueError(f"--out {args.out}: ranks begin at different steps; it must be one folder")
+    say(f"resumed {path} at step {state['step']}")
+    for name, value in content.items():
+        if state.get("data", {}).get(name) != value:
+            say(f"other {name} than before: {value}, were {state.get('data', {}).get(name)}")
+    if state.get("world", world) != world:
+        say(f"{world} ranks instead of {state['world']}: data, draws and schedules go on; not "
+            f"exact are the rounding of sums, drop path, and pera's KoLeo, which is per rank")
+    return state["step"]
+
+
+def refuse_bad_step(args, step, loss, norm, scenes, train, rank):
+    """A gradient that is not finite: write down the scenes of its step, then ValueError."""
+    if rank == 0:
+        names = []
+        for batch in batches(train, args, 1, 0, step, step + 1):
+            names += [scenes.ids[i] for i, _ in batch]
+        write_file(f"{args.out}/bad_step.json", json.dumps({"step": step, "scenes": names}))
+    raise ValueError(f"step {step}: loss {loss:g}, gradient norm {norm:g}; stopped before the "
+                     f"weights changed, the last checkpoint is from before; the scenes: "
+                     f"{args.out}/bad_step.json")
+
+
+# ------------------------------------------------------------------------------------------- main
+
+
+def main(argv=None):
+    args = parse(argv)
+    refuse_impossible_flags(args)
+    rank, world, device = start_processes(args)
+    say = tqdm.write if rank == 0 else lambda text: None
+    say(describe_run(args, world, device))
+
+    # --------------------------------------------------------------------------------------- data
+    scenes, train = open_scenes(args, rank, world, say)
+    content = fingerprint(scenes, train)
+    steps_per_epoch = len(train) // args.batch_size
+    total = args.epochs * steps_per_epoch                    # what the schedules span
+    stop = min(total, args.max_steps or total)
+
+    # ---------------------------------------------------------------------- networks and optimiser
+    torch.manual_seed(args.seed)
+    net = networks(args, device, quiet=rank > 0)
+    if args.compile:
+        compile_networks(net, device, say)
+    if world > 1:
+        net.ddp = DistributedDataParallel(net.student, gradient_as_bucket_view=True)
+    optimiser = adamw(net.student, args)
+    millions = sum(p.numel() for p in net.student.parameters()) / 1e6
+    say(f"model: {args.arch}, student {millions:.1f} M parameters; {total} steps of "
+        f"{args.batch_size} scenes ({world} ranks x {args.accum} micro-batches), amp {args.amp}")
+
+    # ------------------------------------------------------------------------------------- resume
+    parts = {"student": net.student, "teacher": net.teacher, "optimiser": optimiser}
+    if net.centre is not None:
+        parts["centre"] = net.centre
+    start = load_checkpoint(args, parts, world, content, say) if args.resume else 0
+    if largest_of_ranks(start, world) != start:
+        raise ValueError(f"--out {args.out}: the ranks see different checkpoints; it must be one "
+                         f"folder for all")
     if rank == 0:
         os.makedirs(args.out, exist_ok=True)
-        if args.resume and path == older and os.path.exists(ckpt):
-            os.replace(ckpt, f"{ckpt}.damaged")               # it shall not become the older one
-        save(f"{args.out}/config.json", json.dumps({"flags": vars(args), **facts}, indent=1))
-        lines = log.read_text(errors="replace") if start and log.exists() else ""
-        lines = re.finditer(r'^{"step": (\d+), .*}\n', lines, re.M)          # a cut-off one is none
-        save(log, "".join(line[0] for line in lines if int(line[1]) <= start))
-        if args.tensorboard:
-            board = SummaryWriter(args.out, purge_step=start + 1)
+        write_file(f"{args.out}/config.json", json.dumps({
+            "flags": plain_flags(args), "sensor": dataclasses.asdict(args.sensor),
+            **versions(world, device)}, indent=1))
+    log = Log(args, rank, world, start, total, steps_per_epoch, device)
+    matrices, vectors = optimiser.param_groups               # loading a checkpoint makes new ones
 
-    # ------------------------------------------------------------------------------------- loop
-    loader = ahead(DataLoader(Spare(scenes, train) if args.on_bad == "skip" else scenes, None,
-                              sampler=batches(train, args, world, rank, start, stop),
-                              num_workers=args.workers, pin_memory=cuda, worker_init_fn=listen),
-                   device)
-    bar = tqdm(range(start, stop), args.method, stop, initial=start, disable=rank > 0)
-    clock, waited, since, low, skipped = time.perf_counter(), 0.0, start, 0, set()
-    bad = torch.zeros(3, device=device)         # the first step that is not finite, from 1, and why
+    # ----------------------------------------------------------------------------------- training
+    loader = iter(DataLoader(
+        scenes, batch_sampler=batches(train, args, world, rank, start, stop),
+        collate_fn=default_convert,                          # Scenes gives whole batches
+        num_workers=args.workers, worker_init_fn=ignore_signals,
+        pin_memory=device.type == "cuda"))
+    bar = tqdm(range(start, stop), args.method, initial=start, total=stop, disable=rank > 0)
+    stopped = False
     for step in bar:
-        values, means = schedules(args, step, total), 0
-        for group in optimiser.param_groups:
-            group["lr"] = values["lr"]
-        optimiser.param_groups[0]["weight_decay"] = values["weight_decay"]
-        logging, saving = ((step + 1) % often == 0 or step + 1 == stop
-                           for often in (args.log_every, args.save_every))
+        now = schedules(args, step, total)
+        matrices["lr"] = vectors["lr"] = now["lr"]
+        matrices["weight_decay"] = now["weight_decay"]
+        logged = (step + 1) % args.log_every == 0 or step + 1 == stop
 
-        # -- a step: loss, gradients, weights, teacher
+        # gradients, summed over --accum micro-batches
+        log.start_step()
         for micro in range(args.accum):
-            begin = time.perf_counter()
-            x, y, *complaints = next(loader)                     # (B,V,C,H,W) uint8, (B,V,L)
-            waited += time.perf_counter() - begin
-            for complaint in {*itertools.chain(*complaints)} - skipped:
-                tqdm.write(f"--on-bad skip: {complaint}")
-                skipped.add(complaint)
-            if len(skipped) > 0.01 * len(train):
-                raise ValueError(f"--on-bad skip: {len(skipped)} bad files are more than 1 % of "
-                                 f"{len(train)} scenes")
-            dice = Dice(args.seed, step, micro, rank, world)
+            with log.waiting():
+                x, y = next(loader)                          # (B,V,C,H,W) uint8, (B,V,L)
+            x = x.to(device, non_blocking=True)
+            y = y.to(device, non_blocking=True)
+            draws = StepRandomness(args.seed, step, micro, rank, world)
             net.ddp.require_backward_grad_sync = micro == args.accum - 1
-            loss, parts, q, features = STEPS[args.method](net, x, y, args, dice, values)
-            if logging and micro == 0 and "soft" in parts:
-                soft = args.soft_weight * parts["soft"]
-                values["soft_share"] = losses.soft_share(q, loss - soft, soft)
+            loss, terms, embeddings, features = STEPS[args.method](net, x, y, args, draws, now)
+            log.add(loss, terms)
+            if logged and micro == 0 and "soft" in terms:
+                log.measure_soft_share(embeddings, loss, terms["soft"])
             (loss / args.accum).backward()
-            means += torch.stack([loss, *parts.values()]).detach() / args.accum
-        if world > 1:
-            dist.all_reduce(means)
-            means /= world
-        norm = torch.nn.utils.get_total_norm([p.grad for p in decayed + plain])
-        this = torch.stack([torch.full_like(norm, step + 1), means[0], norm])
-        bad = torch.where((bad[0] > 0) | this.isfinite().all(), bad, this)
-        optimiser.found_inf = (bad[0] > 0).float()   # on the device: from there on no weight moves
-        stopping = largest(len(asked), world) and step + 1 < stop
-        if (logging or saving or stopping) and bad[0] > 0:
-            spoilt, why = int(bad[0]) - 1, "loss {:g}, gradient norm {:g}".format(*bad[1:])
-            keys = itertools.chain(*batches(train, args, 1, 0, spoilt, spoilt + 1))
-            if rank == 0:
-                save(f"{args.out}/bad_step.json", json.dumps({
-                    "step": spoilt, "why": why, "scenes": [scenes.ids[i] for i, _ in keys]}))
-            raise ValueError(f"step {spoilt}: {why}; stopped before the weights changed, the last "
-                             f"checkpoint is from before; the scenes: {args.out}/bad_step.json")
-        if args.clip:
-            torch.nn.utils.clip_grads_with_norm_(decayed + plain, args.clip, norm)
+
+        # a gradient that is not finite stops all ranks before a weight moves
+        norm = torch.nn.utils.clip_grad_norm_(
+            matrices["params"] + vectors["params"], args.clip or math.inf)
+        if not torch.isfinite(norm):
+            refuse_bad_step(args, step, loss, norm, scenes, train, rank)
+
+        # the student moves, the teacher follows
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        models.ema_update(teacher, student, values["momentum"])
+        models.ema_update(net.teacher, net.student, now["momentum"])                    # eq. (5)
 
-        # -- what is said and kept of it
-        if logging and rank == 0:
-            (std, eff), seconds = losses.collapse(features), time.perf_counter() - clock
-            low = (low + 1) * (step > round(args.warmup * total) and (std < 0.05 or eff < 2))
-            if low == 10:                                              # lines of the log in a row
-                say(f"step {step + 1}: the teacher's features collapse: std {std:.3f} of 1, "
-                    f"effective rank {eff:.1f}; lower --lr or raise --teacher-tau, --batch-size")
-            memory = (torch.cuda.max_memory_allocated() if cuda else
-                      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)     # KiB on Linux
-            row = {"step": step + 1, "epoch": (step + 1) / per_epoch,
-                   **dict(zip(("loss", *parts), means.tolist())), **values,
-                   "gradient_norm": float(norm), "feature_std": std, "effective_rank": eff,
-                   "images_per_s": scenes.views * args.batch_size * (step + 1 - since) / seconds,
-                   "data_wait": waited / seconds, "peak_memory_gb": memory / 1e9}
-            with data.named(log, "not written", "its folder is gone"), log.open("a") as file:
-                file.write(json.dumps({k: round(v, 6) for k, v in row.items()}) + "\n")
-            if args.tensorboard:
-                for name, value in row.items():
-                    board.add_scalar(name, value, step + 1)
-                board.flush()
-            bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['images_per_s']:.0f} images/s")
-            clock, waited, since = time.perf_counter(), 0.0, step + 1
-        if (saving or stopping) and rank == 0:
-            save(f"{args.out}/backbone.pt", models.export_backbone(teacher.backbone))
-            save(ckpt, {"step": step + 1, "flags": flags, "world": world}
-                 | {name: part.state_dict() for name, part in kept.items()}, older)
-        if stopping:
-            run = f"torchrun --nproc-per-node {locals_}" if world > 1 else "python"
-            say(f"stopped at step {step + 1}, saved; to go on:\n{run} "
-                f"{shlex.join([a for a in sys.argv if a != '--resume'])} --resume")
+        # what is written down
+        if logged:
+            line = log.write(step + 1, now, norm, features)
+            bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['images_per_s']:.0f} images/s")
+        stopped = stop_requested(world) and step + 1 < stop
+        if rank == 0 and (stopped or (step + 1) % args.save_every == 0 or step + 1 == stop):
+            save_checkpoint(args, parts, net.teacher, step + 1, world, content)
+        if stopped:
             break
+
+    # ------------------------------------------------------------------------------------ the end
+    if stopped:
+        say(f"stopped at step {step + 1}, saved; the same command with --resume goes on")
     else:
-        tree = os.path.isdir(f"{root}/{args.modality}")
         say(f"{args.out}: config.json log.jsonl last.pt backbone.pt at step {max(start, stop)}\n"
-            f"next: python probe.py --ckpt {args.out}/backbone.pt"
-            + (f" --data {root}" if tree else " --task ... --data ...  (labelled images: --help)"))
+            f"next: python probe.py --ckpt {args.out}/backbone.pt")
     if world > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     try:
-        main(asked=listen())
+        catch_signals()
+        main()
     except (ValueError, OSError) as error:
-        sys.exit(f"pretrain.py: error: {data.plainly(error)}")
+        sys.exit(f"pretrain.py: error: {data.error_message(error)}")
+    except torch.OutOfMemoryError:
+        sys.exit("pretrain.py: error: out of GPU memory; lower --batch-size, or raise --accum (the "
+                 "batch is then computed in parts), or lower --img-size or --crops")

@@ -1,22 +1,28 @@
-"""What did the backbone learn?  Frozen features, one linear head.  [reading time: 14 minutes]
+"""What did the backbone learn?  Frozen features, one linear head.
 
     python probe.py --ckpt runs/softcon_s1/backbone.pt                      toy world, multi-label
     python probe.py --ckpt backbone.pt --data DIR --task eurosat --seeds 5  EuroSAT, 10 classes
     python probe.py --ckpt a.pt b.pt --data DIR --task bigearthnet --lists train.csv test.csv
 
-Three rows, by the same head on the same test images: the checkpoint, its architecture with random
-weights, and the floor, mean and deviation of each band.  The backbone never trains: an image
-becomes a row of features, once.  The last line is a JSON object, values 0 to 1.
+The backbone never trains.  Each image becomes a row of features, once, and a small head learns to
+tell the labels from these rows.  The same kind of head is fitted to the features of the checkpoint;
+of "random", the same architecture with random weights; and to "stats", the mean and deviation of
+each band, which need no network.  All are tested on the same images, and a checkpoint is worth what
+it gains over the other two.  The last line of the output is a JSON object, values from 0 to 1.
 
-[1] Oquab et al. 2023, DINOv2, B.3: many linear heads    [2] Caron et al. 2021, DINO: neighbours
-[3] SSL4EO-S12, linear_BE_moco.py, linear_EU_moco.py; FG-MAE, linear_BE_s1_mae.py
+[1] Oquab et al. 2023, DINOv2, appendix B.3: many linear heads, one chosen on a validation part
+[2] Caron et al. 2021, DINO: weighted nearest neighbours
+[3] SSL4EO-S12, linear_BE_moco.py and linear_EU_moco.py; FG-MAE, linear_BE_s1_mae.py
 """
 import argparse
 import hashlib
 import json
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -30,455 +36,960 @@ import model as models
 
 # ---------------------------------------------------------------------------------------- features
 
-# a ViT's row: CLS of its last 4 blocks, mean patch token of the last; a head takes columns a*D:b*D
-FEATURES = {"cls": (3, 4), "cls+mean": (3, 5), "4cls": (0, 4), "4cls+mean": (0, 5), "mean": (4, 5)}
+# A ViT's row of features has five parts, each as wide as a token: the CLS tokens of its last four
+# blocks (parts 0 to 3) and the mean patch token of the last block (part 4).  A head sees the parts
+# from the first number up to, not including, the second.
+FEATURES = {
+    "cls": (3, 4),
+    "cls+mean": (3, 5),
+    "4cls": (0, 4),
+    "4cls+mean": (0, 5),
+    "mean": (4, 5),
+}
 
 
 def describe(net, x):
-    """(B,C,H,W) -> (B,5D) of a ViT, laid out as FEATURES says; pooled (B,D) of a ResNet."""
-    if not hasattr(net, "last_blocks"):
+    """Turn images x (B,C,H,W), float in [0,1], into rows of features.
+
+    A ViT gives (B,5D), laid out as FEATURES says; any other network its output (B,D).
+    """
+    if not isinstance(net, models.ViT):
         return net(x)
-    blocks = net.last_blocks(x, 4)
-    return torch.cat([cls for cls, _ in blocks] + [blocks[-1][1].mean(1)], 1)
+    blocks = net.last_blocks(x, 4)                             # 4 x (cls (B,D), patches (B,N,D))
+    parts = [cls for cls, _ in blocks]
+    last_patches = blocks[-1][1]                               # (B,N,D)
+    parts.append(last_patches.mean(1))                         # (B,D)
+    return torch.cat(parts, 1)                                 # (B,5D)
 
 
 def columns(net, feature):
-    """The slice of describe's row that a head on `feature` sees; of a ResNet's: all."""
-    width = net.embed_dim if hasattr(net, "last_blocks") else None
-    return slice(*(width * k for k in FEATURES[feature])) if width else slice(None)
+    """The columns of a row of features that a head on `feature` sees: of a ResNet's row, all."""
+    if not isinstance(net, models.ViT):
+        return slice(None)
+    first, end = FEATURES[feature]
+    return slice(first * net.embed_dim, end * net.embed_dim)
 
 
-class Floor(torch.nn.Module):
-    """(B,C,H,W) -> (B,2C): mean and deviation of each band, for which nobody needs a network."""
-    size = None
+class BandStatistics(torch.nn.Module):
+    """Mean and deviation of each band, for which nobody needs a network: (B,C,H,W) -> (B,2C)."""
+    size = None                                                # it takes images as they are
 
     def forward(self, x):
         return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1)
 
 
-def look(x, size=None, centre=1.0):
-    """uint8 (B,C,H,W) -> float (B,C,size,size) in [0,1]: the central share `centre` of each side,
-    resized unless size is None."""
-    rim = round(x.shape[-1] * (1 - centre) / 2)
-    x = x[..., rim:x.shape[-2] - rim, rim:x.shape[-1] - rim].float() / 255
+def central_view(x, size=None, centre=1.0):
+    """Cut out the centre of images and resize it.
+
+    x (B,C,H,W) uint8 -> (B,C,size,size) float in [0,1].  centre is the share of each side that
+    stays.  Without a size nothing is resized.
+    """
+    H, W = x.shape[-2:]
+    rim = round(W * (1 - centre) / 2)
+    x = x[..., rim:H - rim, rim:W - rim].float() / 255
     size = size or x.shape[-1]
     return F.interpolate(x, (size, size), mode="bilinear", antialias=True)
 
 
-def cached(folder, nets, images, view):
-    """A file for the features of each net, named by all that made them: code, images, weights."""
-    base = hashlib.sha256(f"{images.scenes.modality} {view}".encode())
-    paths = [images.scenes.files[i][s] for i, s in images.pairs]
-    for path in map(Path, [__file__, data.__file__, models.__file__, *paths]):
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            base.update(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns} ".encode())
+@torch.no_grad()
+def compute_features(nets, images, device, workers, centre, draw, area):
+    """Pass over `images` once, as `extract` describes it: {net: float16 (n,D or 5D)}."""
     for net in nets:
-        digest = base.copy()
+        net.eval().to(device)
+    rows = {net: [] for net in nets}
+    generator = torch.Generator().manual_seed(draw)
+    loader = DataLoader(images, 64, num_workers=workers)
+    for x, _, _ in tqdm(loader, f"features, draw {draw}", leave=False):
+        x = x.to(device)                                       # (B,C,H,W) uint8
+        if draw:
+            crops = data.draw_crops(len(x), generator, area)
+            crops["flip_y"] = torch.ones(len(x))               # [3] mirror sideways only
+        for net in nets:
+            if draw:
+                view = data.crop(x, crops, net.size or x.shape[-1])
+            else:
+                view = central_view(x, net.size, centre)
+            rows[net].append(describe(net, view).half().cpu().numpy())
+    return {net: np.concatenate(rows[net]) for net in nets}
+
+
+def extract(nets, images, device="cpu", workers=0, cache=None, centre=1.0, draw=0, area=1.0):
+    """Compute the features of `images` with each network: {net: float16 (n,D or 5D)}.
+
+    draw 0: a network sees the central share `centre` of each side of an image.
+    draw 1, 2, ...: it sees a random crop instead, mirrored sideways or not, that covers at least
+    the share `area` of the image, as in [3].  The number of the draw is its seed.
+    Each view is resized to net.size pixels a side, or keeps its size where that is None.
+    cache: a folder that keeps features, so that the next call reads them instead.
+    Raises ValueError for features that are not finite.
+    """
+    features = {}
+    paths = {}
+    if cache:
+        view = f"centre {centre}"
+        if draw:
+            view = f"draw {draw}, area {area}"
+        paths = cache_paths(cache, nets, images, view)
+    for net, path in paths.items():
+        if os.path.exists(path):
+            with data.file_errors(path, "not a file of features"):
+                features[net] = np.load(path)
+
+    missing = [net for net in nets if net not in features]
+    if missing:
+        computed = compute_features(missing, images, device, workers, centre, draw, area)
+        for net, rows in computed.items():
+            if not np.isfinite(rows).all():
+                raise ValueError("features are not finite: NaN in the weights, or beyond float16")
+            if cache:
+                save_features(paths[net], rows)
+        features.update(computed)
+    return {net: features[net] for net in nets}
+
+
+def cache_paths(folder, nets, images, view):
+    """Name a file for the features of each network: {net: path}.
+
+    The name is a hash of all that the features depend on: the code, the sensor, the images, the
+    view of them, the weights and the size.  Files count by name, size and time of the last change.
+    """
+    code = [__file__, data.__file__, models.__file__]
+    pixels = [images.scenes.files[i][s] for i, s in images.pairs]
+    common = hashlib.sha256(f"{images.scenes.sensor} {view}".encode())
+    for path in map(Path, code + pixels):
+        files = [path]
+        if path.is_dir():                                      # a product: a folder of bands
+            files = sorted(path.iterdir())
+        for file in files:
+            stat = file.stat()
+            common.update(f"{file} {stat.st_size} {stat.st_mtime_ns} ".encode())
+
+    paths = {}
+    for net in nets:
+        digest = common.copy()
         digest.update(f"{type(net)} {net.size}".encode())
         for name, weight in net.state_dict().items():
             digest.update(name.encode() + weight.cpu().numpy().tobytes())
-        yield f"{folder}/{digest.hexdigest()[:32]}.npy"
+        paths[net] = f"{folder}/{digest.hexdigest()[:32]}.npy"
+    return paths
 
 
-@torch.no_grad()
-def extract(nets, images, device="cpu", workers=0, cache=None, centre=1.0, draw=0, area=1.0):
-    """One pass over `images` -> {net: the rows that `describe` gives, float16 (n,D or 5D)}.
+def save_features(path, rows):
+    """Write features aside, flush, then rename, so that a file of the cache is always whole."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    aside = f"{path}.part{os.getpid()}"
+    with open(aside, "wb") as file:
+        np.save(file, rows)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
 
-    A net sees the central share `centre` of each side at net.size pixels (None: as they are); draw
-    1, 2, ...: instead a random crop of `area` or more of the image, mirrored or not, as [3].  What
-    the folder `cache` holds is not computed again; a kill leaves whole files there or none.
-    ValueError: features that are not finite.
+
+def describe_images(args, nets, scenes, splits):
+    """Compute the features of all images that some split trains or tests on.
+
+    Returns images, a list of n pairs (scene, season), and features, {net: (n,D or 5D)}.  Every
+    image comes once with its central view, then once more for each random crop of it.
     """
-    view = (draw, area) if draw else (centre,)
-    paths = dict(zip(nets, cached(cache, nets, images, view))) if cache else {}
-    out = {net: np.load(path) for net, path in paths.items() if os.path.exists(path)}
-    todo = {net: [] for net in nets if net not in out}
-    g = torch.Generator().manual_seed(draw)
-    loader = DataLoader(images, 64, num_workers=workers) if todo else ()
-    for x, _, _ in tqdm(loader, f"features, draw {draw}", leave=False):
-        x = x.to(device)                                                       # (B,C,H,W)
-        crops = data.draw_crops(len(x), g, area) | {"flip_y": torch.ones(len(x))}      # [3]
-        for net, rows in todo.items():
-            z = data.crop(x, crops, net.size or x.shape[-1]) if draw else look(x, net.size, centre)
-            rows.append(describe(net.eval().to(device), z).half().cpu().numpy())
-    for net, rows in todo.items():
-        out[net] = np.concatenate(rows)
-        if not np.isfinite(out[net]).all():
-            raise ValueError("features are not finite: NaN in the weights, or beyond float16")
-        if cache:
-            os.makedirs(cache, exist_ok=True)
-            with open(f"{paths[net]}.part{os.getpid()}", "wb") as file:
-                np.save(file, out[net])
-                os.fsync(file.fileno())
-            os.replace(file.name, paths[net])
-    return out
+    whole = set()
+    cropped = set()
+    for train, test in splits:
+        whole.update(train, test)
+        cropped.update(train)                                  # images are tested as they are
+    whole = sorted(whole)
+    cropped = sorted(cropped)
 
-
-@torch.no_grad()
-def show(folder, net, images):
-    """A PNG of each image: its colours beside the last patch tokens of a ViT, whose three principal
-    components over all these images are red, green and blue."""
-    import imagecodecs
-    x, _, _ = next(iter(DataLoader(images, len(images))))                      # (n,C,H,W)
-    tokens = net.eval().cpu().last_blocks(look(x, net.size), 1)[0][1].flatten(0, 1)     # (nN,D)
-    pca = tokens @ torch.linalg.eigh(tokens.T.cov())[1][:, [-1, -2, -3]]       # (nN,3)
-    low, high = torch.quantile(pca, torch.tensor([0.02, 0.98]), dim=0)
-    pca = ((pca - low) / (high - low)).clamp(0, 1).view(len(x), net.size // net.patch_size, -1, 3)
-    pca = F.interpolate(255 * pca.permute(0, 3, 1, 2), x.shape[-2:]).byte()    # (n,3,H,W)
-    both = torch.cat([x[:, data.COLOURS[images.scenes.modality]], pca], 3).permute(0, 2, 3, 1)
-    os.makedirs(folder, exist_ok=True)
-    for (i, s), picture in zip(images.pairs, both.contiguous().numpy()):
-        imagecodecs.imwrite(f"{folder}/{images.scenes.ids[i]}_{s}.png", picture)
+    passes = [extract(nets, data.Images(scenes, whole), args.device, args.workers, args.cache,
+                      centre=args.centre)]
+    for draw in range(1, args.draws + 1):
+        passes.append(extract(nets, data.Images(scenes, cropped), args.device, args.workers,
+                              args.cache, draw=draw, area=args.area))
+    features = {}
+    for net in nets:
+        features[net] = np.concatenate([part[net] for part in passes])
+    print(f"features: {len(whole)} images")
+    if args.draws:
+        print(f"features: {args.draws} random crops of each of the {len(cropped)} to train on")
+    return whole + args.draws * cropped, features
 
 
 # ------------------------------------------------------------------------------------------- heads
+#
+# A head takes x (n,D), features to train on; y (n,L), their labels, 0 or 1; x_test (m,D).  It gives
+# scores (m,L): the higher, the likelier the class.
 
-PENALTIES = np.logspace(-6, 2, 17)                            # on the mean loss of a training row
+HEADS = ["ridge", "logistic", "knn", "linear", "grid"]         # see `fit_head`
+FOLDS = 5                                                      # parts of the training rows
+RIDGE_PENALTIES = np.logspace(-6, 2, 17)
+LOGISTIC_PENALTIES = (1, 0.1, 0.01, 0.001, 0.0001)             # from strong to weak, see `logistic`
+RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]         # [1]
+GRID_FEATURES = ["cls", "cls+mean", "4cls", "4cls+mean"]                                      # [1]
+
+
+def standardise(x, x_test):
+    """Subtract the mean and divide by the deviation of each column of x, in float64."""
+    mean = x.mean(0, dtype=np.float64)
+    std = x.std(0, dtype=np.float64) + 1e-8                    # a constant column stays 0
+    return (x - mean) / std, (x_test - mean) / std
+
+
+def folds(scene):
+    """The fold of each row, 0 to 4, from its scene (n,): rows of one scene share a fold.
+
+    These are its seasons or random crops.  Apart, they would make a validation too easy.
+    """
+    _, number = np.unique(scene, return_inverse=True)          # 0, 1, 2, ... without gaps
+    return number % FOLDS
 
 
 def validated(fit, x, y, x_test, scene):
-    """Scores (m,L) of `fit` with the penalty of least squared error in 5-fold cross-validation, in
-    which the rows of a scene (n,), 0, 1, ..., stay together: its seasons or draws.
-    fit(x (n,D), y (n,L) multi-hot, x_test (m,D)) -> (penalties,m,L)."""
-    fold, errors = scene % 5, 0
+    """Choose a penalty by cross-validation on the training rows: scores (m,L) with the best one.
+
+    fit(x, y, x_test) gives scores (penalties,m,L).  The best penalty has the least squared error
+    on rows that were left out, one fold after the other.  scene (n,) is the scene of each row.
+    """
+    fold = folds(scene)
+    errors = 0
     for f in range(fold.max() + 1):
-        out = fold == f
-        errors += ((fit(x[~out], y[~out], x[out]) - y[out]) ** 2).sum((1, 2))
-    return fit(x, y, x_test)[np.argmin(errors)]
+        left_out = fold == f
+        scores = fit(x[~left_out], y[~left_out], x[left_out])  # (penalties,m,L)
+        errors += ((scores - y[left_out]) ** 2).sum((1, 2))    # (penalties,)
+    best = np.argmin(errors)
+    return fit(x, y, x_test)[best]
 
 
 def ridge(x, y, x_test):
-    """Linear maps of least squared error + penalty |W|^2 for all PENALTIES, closed form, float64:
-    one eigendecomposition serves all."""
-    (x, x_test), offset = standardise(x, x_test), y.mean(0)
-    wide = x.shape[1] > len(x)                         # then the smaller x x^T has all there is
-    values, vectors = np.linalg.eigh(x @ x.T if wide else x.T @ x)             # (D,), (D,D)
-    vectors = x.T @ vectors / np.sqrt(values.clip(1e-9 * values[-1])) if wide else vectors
-    left, right = x_test @ vectors, vectors.T @ (x.T @ (y - offset))           # (m,D), (D,L)
-    return np.stack([left / (values + p * len(x)) @ right + offset for p in PENALTIES])
+    """Fit linear maps by least squares, one for each penalty p: scores (penalties,m,L).
+
+    Each minimises the mean over rows of |x W - y|^2, plus p |W|^2, in closed form and float64.
+    One eigendecomposition of x^T x serves all penalties.
+    """
+    x, x_test = standardise(x, x_test)
+    offset = y.mean(0)                                         # (L,), what the intercept gives
+    n, D = x.shape
+    if D <= n:
+        values, vectors = np.linalg.eigh(x.T @ x)              # (D,), (D,D)
+    else:
+        # x x^T is the smaller matrix, and its eigenvalues are those of x^T x that are not 0
+        values, vectors = np.linalg.eigh(x @ x.T)              # (n,), (n,n)
+        vectors = x.T @ vectors / np.sqrt(values.clip(1e-9 * values[-1]))      # (D,n)
+    left = x_test @ vectors
+    right = vectors.T @ (x.T @ (y - offset))
+    scores = [left / (values + penalty * n) @ right + offset for penalty in RIDGE_PENALTIES]
+    return np.stack(scores)
 
 
-def logistic(x, y, x_test, multi):
-    """Probabilities by least log loss (softmax; multi: sigmoids) + penalty |W|^2 / 2, for penalties
-    from 1 down to 1e-4: LBFGS in float64, each from where the last ended."""
-    x, x_test, y = (torch.from_numpy(v).double() for v in (*standardise(x, x_test), y))
-    W, b = (torch.zeros(n, y.shape[1], dtype=y.dtype, requires_grad=True) for n in (x.shape[1], 1))
-    out = []
-    for penalty in PENALTIES[12:3:-2]:
+def logistic(x, y, x_test, multi_label):
+    """Fit logistic regressions, one for each penalty p: probabilities (penalties,m,L).
+
+    Each minimises the mean log loss of a row (softmax; multi-label: a sigmoid for each class, and
+    their sum) plus p / 2 |W|^2, by L-BFGS in float64.  It starts where the one before, of a larger
+    penalty, ended, which saves most of the iterations.
+    """
+    x, x_test = standardise(x, x_test)
+    x = torch.from_numpy(x)                                    # (n,D)
+    x_test = torch.from_numpy(x_test)                          # (m,D)
+    y = torch.from_numpy(y).double()                           # (n,L)
+    W = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, requires_grad=True)
+    b = torch.zeros(1, y.shape[1], dtype=torch.float64, requires_grad=True)
+    probabilities = []
+    for penalty in LOGISTIC_PENALTIES:
         optimiser = torch.optim.LBFGS([W, b], max_iter=200, tolerance_grad=1e-4,
                                       tolerance_change=1e-6, line_search_fn="strong_wolfe")
 
         def closure():
-            z = x @ W + b                                                      # (n,L)
-            loss = F.binary_cross_entropy_with_logits(z, y) * y.shape[1] if multi else (
-                F.cross_entropy(z, y))
+            logits = x @ W + b                                 # (n,L)
+            if multi_label:
+                loss = F.binary_cross_entropy_with_logits(logits, y) * y.shape[1]
+            else:
+                loss = F.cross_entropy(logits, y)
             loss = loss + penalty / 2 * W.square().sum()
             optimiser.zero_grad()
             loss.backward()
             return loss
+
         optimiser.step(closure)
-        z = (x_test @ W + b).detach()
-        out.append((z.sigmoid() if multi else z.softmax(1)).numpy())
-    return np.stack(out)
-
-
-def standardise(x, *others):
-    """Each (n,D) minus x's mean, over x's deviation, column by column, float64."""
-    mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64) + 1e-8
-    return [(v - mean) / std for v in (x, *others)]
+        logits = (x_test @ W + b).detach()
+        if multi_label:
+            probabilities.append(logits.sigmoid().numpy())
+        else:
+            probabilities.append(logits.softmax(1).numpy())
+    return np.stack(probabilities)
 
 
 def knn(x, y, x_test, k=20, tau=0.07):
-    """The k training rows most alike vote, each with exp(cosine / tau) [2] -> scores (m,L)."""
-    x, x_test, y = (torch.from_numpy(v).float() for v in (x, x_test, y))
-    near = [(rows @ F.normalize(x).T).topk(min(k, len(x)))                     # 2 x (m,k)
-            for rows in F.normalize(x_test).split(1024)]
-    return torch.cat([(((cosine - 1) / tau).exp()[..., None] * y[index]).sum(1)
-                      for cosine, index in near]).numpy()
+    """Let the k most similar training rows vote with exp(cosine / tau) [2]: scores (m,L)."""
+    x = F.normalize(torch.from_numpy(x).float())
+    y = torch.from_numpy(y).float()
+    x_test = F.normalize(torch.from_numpy(x_test).float())
+    scores = []
+    for rows in x_test.split(1024):
+        cosine, index = (rows @ x.T).topk(min(k, len(x)))      # (b,k), (b,k)
+        votes = ((cosine - 1) / tau).exp()                     # with -1 no vote exceeds 1
+        scores.append((votes[..., None] * y[index]).sum(1))    # (b,L)
+    return torch.cat(scores).numpy()
 
 
-def sgd(x, y, use, rates, multi, steps, seed=0, batch=128):
-    """H linear heads at once: x (n,D), y (n,L), use (H,D) 0 or 1, rates (H,) -> weights (D,H,L).
+def sgd(x, y, use, rates, multi_label, steps, seed=0, batch=128):
+    """Train H linear heads side by side by SGD and return their weights (D,H,L).
 
-    Head h sees features use[h], at rate rates[h] * batch / 256, momentum 0.9, cosine to 0, by the
-    loss of [1] or (multi) [3].  One product (B,D) x (D,HL) serves all; no gradient mixes heads.
+    x (n,D) and y (n,L) are the same for all.  Head h sees the columns where use[h] (H,D) is 1, and
+    learns at rates[h] * batch / 256, momentum 0.9, with a cosine down to 0.  The loss is the cross
+    entropy [1]; multi-label: the mean binary cross entropy over classes [3].
+
+    All heads share one matrix product, which is what makes 52 of them affordable.  The gradient is
+    written out, because that of one head has no part in another: each gets the weights that it
+    would get alone.
     """
-    g, (n, L), use = torch.Generator().manual_seed(seed), y.shape, use.T[..., None]   # (D,H,1)
-    W, momentum = 0.01 * torch.randn(x.shape[1], 1, L, generator=g) * use, 0
-    order = [torch.randperm(n, generator=g) for _ in range(steps * batch // n + 1)]
-    for step, rows in enumerate(torch.cat(order).split(batch)[:steps]):
-        z = (x[rows] @ W.flatten(1)).unflatten(1, W.shape[1:])                 # (B,H,L)
-        z = (z.sigmoid() if multi else z.softmax(2)) - y[rows, None]
-        z /= len(rows) * (L if multi else 1)                                   # d loss / d z
-        momentum = 0.9 * momentum + use * (x[rows].T @ z.flatten(1)).unflatten(1, z.shape[1:])
-        W = W - momentum * rates[:, None] * (batch / 512 * (1 + np.cos(np.pi * step / steps)))
+    n, D = x.shape
+    L = y.shape[1]
+    H = len(rates)
+    use = use.T[..., None]                                     # (D,H,1)
+    generator = torch.Generator().manual_seed(seed)
+    W = 0.01 * torch.randn(D, 1, L, generator=generator) * use                 # (D,H,L)
+    velocity = torch.zeros_like(W)
+    epochs = steps * batch // n + 1
+    order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])
+    for step, rows in enumerate(order.split(batch)[:steps]):
+        logits = (x[rows] @ W.flatten(1)).unflatten(1, (H, L))                 # (B,H,L)
+        if multi_label:
+            d_logits = (logits.sigmoid() - y[rows, None]) / (len(rows) * L)    # d loss / d logits
+        else:
+            d_logits = (logits.softmax(2) - y[rows, None]) / len(rows)
+        d_W = use * (x[rows].T @ d_logits.flatten(1)).unflatten(1, (H, L))     # (D,H,L)
+        velocity = 0.9 * velocity + d_W
+        decay = (1 + np.cos(np.pi * step / steps)) / 2         # from 1 to 0
+        W = W - velocity * rates[:, None] * (batch / 256 * decay)
     return W
 
 
-GRID = [(feature, rate) for feature in [*FEATURES][:4] for rate in (             # 4 x 13 [1]
-    *(a * 10.0 ** e for e in range(-5, -1) for a in (1, 2, 5)), 0.1)]
+def linear(x, y, x_test, scene, use, rates, metric, multi_label, steps, seed):
+    """Train H linear heads as `sgd` does and take the best one: its scores (m,L), index and value.
+
+    use (H,D) and rates (H,) describe the heads.  Several heads train on four fifths of the scenes,
+    and `metric` on the last fifth chooses: the test set has no say.  A single head has nothing to
+    choose, trains on all rows, and has the value None.
+    """
+    x, x_test = standardise(x, x_test)
+    x = F.pad(torch.from_numpy(x).float(), (0, 1), value=1)    # (n,D+1): a column of ones, the bias
+    x_test = F.pad(torch.from_numpy(x_test).float(), (0, 1), value=1)          # (m,D+1)
+    use = F.pad(use, (0, 1), value=1)                          # (H,D+1)
+    y = torch.from_numpy(y).float()                            # (n,L)
+    if len(rates) == 1:
+        W = sgd(x, y, use, rates, multi_label, steps, seed)    # (D+1,1,L)
+        return (x_test @ W[:, 0]).numpy(), 0, None
+
+    left_out = torch.from_numpy(folds(scene) == 0)
+    W = sgd(x[~left_out], y[~left_out], use, rates, multi_label, steps, seed)  # (D+1,H,L)
+    values = []
+    for head in W.unbind(1):
+        scores = x[left_out] @ head
+        values.append(float(metric(scores.numpy(), y[left_out].numpy())))
+    best = int(np.argmax(values))
+    return (x_test @ W[:, best]).numpy(), best, values[best]
 
 
-def linear(x, y, x_test, scene, multi, metric, heads, net, steps, seed):
-    """Of heads [(feature, rate), ...] on net's standardised features the best: scores (m,L),
-    [feature, rate, value].  Several train on 4 folds; the fifth, never the test set, chooses."""
-    use, rates = torch.zeros(len(heads), x.shape[1]), torch.tensor([rate for _, rate in heads])
-    for row, (feature, _) in zip(use, heads):
-        row[columns(net, feature)] = 1
-    x, x_test, y = (torch.from_numpy(v).float() for v in (*standardise(x, x_test), y))
-    x, x_test, use = (F.pad(v, (0, 1), value=1) for v in (x, x_test, use))     # the bias
-    out = torch.from_numpy((scene % 5 == 0) & (len(heads) > 1))
-    W = sgd(x[~out], y[~out], use, rates, multi, steps, seed)                  # (D+1,H,L)
-    values = [float(metric((x[out] @ w).numpy(), y[out].numpy())) for w in W.unbind(1) if out.any()]
-    best = int(np.argmax(values)) if values else 0
-    return (x_test @ W[:, best]).numpy(), [*heads[best], *values[best:best + 1]]
+def fit_sgd(args, task, net, x, y, x_test, scene, seed):
+    """Fit the head "linear" or the best of "grid": scores (m,L), [feature, rate, value if chosen].
+
+    x holds all features of the net.  A feature is chosen by a mask, not by cutting out columns, so
+    that the heads of the grid can train side by side.
+    """
+    if args.head == "linear":
+        heads = [(args.feature, args.lr)]
+    else:
+        features = GRID_FEATURES
+        if not isinstance(net, models.ViT):
+            features = ["cls"]                                 # any name: it selects all columns
+        heads = list(product(features, RATES))
+    use = torch.zeros(len(heads), x.shape[1])
+    for mask, (feature, _) in zip(use, heads):
+        mask[columns(net, feature)] = 1
+    rates = torch.tensor([rate for _, rate in heads])
+    metric = task.metrics[task.value]
+    scores, best, value = linear(x, y, x_test, scene, use, rates, metric, task.multi_label,
+                                 args.steps, seed)
+    choice = list(heads[best])
+    if value is not None:
+        choice.append(value)
+    return scores, choice
 
 
-# ------------------------------------------------------------------------------- metrics and splits
+def fit_head(args, task, net, x, y, x_test, scene, seed):
+    """Fit the head that --head names: scores (m,L) of the test rows, and what `fit_sgd` chose."""
+    if args.head in ("linear", "grid"):
+        return fit_sgd(args, task, net, x, y, x_test, scene, seed)
+    seen = columns(net, args.feature)
+    x = x[:, seen]
+    x_test = x_test[:, seen]
+    if args.head == "knn":
+        return knn(x, y, x_test), None
+    if args.head == "logistic":
+        fit = partial(logistic, multi_label=task.multi_label)
+        return validated(fit, x, y, x_test, scene), None
+    return validated(ridge, x, y, x_test, scene), None
+
+
+# ----------------------------------------------------------------------------------------- metrics
+#
+# A metric takes scores (n,L) and labels (n,L), 0 or 1, and gives a number from 0 to 1.
+
+
+def ranked_precision(scores, targets):
+    """Average precision of one ranking, scores (n,), targets (n,) bool with at least one positive.
+
+    It is the sum over thresholds of (recall_k - recall_(k-1)) precision_k, as scikit-learn defines
+    it.  Images of equal score share a threshold, so that their order does not matter.
+    """
+    order = np.argsort(scores)[::-1]                           # from high to low
+    scores = scores[order]
+    ends = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))          # end of each tie
+    hits = np.cumsum(targets[order])[ends]                     # positives at or above a threshold
+    gained_recall = np.diff(hits, prepend=0) / hits[-1]
+    return np.sum(gained_recall * hits / (ends + 1))           # hits / (ends + 1) is the precision
 
 
 def average_precision(scores, targets, average="micro"):
-    """sum_n (R_n - R_(n-1)) P_n over distinct thresholds, as scikit-learn defines it, of scores and
-    targets (N,L).  micro pools all entries; macro is the mean over classes with a positive (one
-    without has no recall; scikit-learn counts it as 0)."""
-    scores, targets = np.asarray(scores), np.asarray(targets).astype(bool)
-    values, shape = [], (-1, 1 if average == "micro" else scores.shape[1])
-    for s, t in zip(scores.reshape(shape).T, targets.reshape(shape).T):
-        if t.any():
-            order = np.argsort(-s, kind="stable")
-            last = np.flatnonzero(np.append(np.diff(s[order]) != 0, True))     # end of each tie
-            hits = np.cumsum(t[order])[last]
-            values.append(np.sum(np.diff(hits, prepend=0) / hits[-1] * hits / (last + 1)))
-    return float(np.mean(values)) if values else 0.0
+    """Average precision of scores (N,L), numbers of any type, against targets (N,L), 0 or 1.
 
-
-def bootstrap(metric, rows, y, draws):
-    """95 % intervals [low, high] of each row's metric and of its gain over the first row's, over
-    `draws` resamplings of the test images, the same for all; rows: scores (n,L)."""
-    picks = np.random.default_rng(0).integers(0, len(y), (draws, len(y)))
-    v = np.array([[metric(s[p], y[p]) for p in picks] for s in rows])
-    return [np.quantile(x, (0.025, 0.975), 1).T.round(5).tolist() for x in (v, v - v[0])]
-
-
-def split(scenes, task, seed, share, holdout, lists=None, replace=False):
-    """Images (scene, season) to train and to test the head on: two lists.
-
-    ssl4eo: labelled images of the scenes that pretraining held out, half of the scenes to train,
-    half to test: on its own training scenes a network remembers what it would not know of others.
-    lists: these two.  Of either, `share` of the training images are drawn (`replace`: as [3] do).
-    Otherwise `share` of each class to train, the others to test.  ValueError: nothing to train or
-    to test on, or a single class or scene to train on.
+    micro: one ranking of all N*L entries.  macro: the mean over the classes that have a positive;
+    scikit-learn counts the others as 0, though they have no recall.  0.0 if nothing is positive.
+    Raises ValueError for NaN scores, other shapes or another average.
     """
-    rng, train, test = np.random.default_rng(seed), [], []
-    if task == "ssl4eo":
-        out, half = (data.held_out(scenes.ids, fraction) for fraction in (holdout, holdout / 2))
-        known = [(i, s) for i, s in scenes.pairs(np.flatnonzero(out)) if scenes.labels[i][s].any()]
-        lists = [[image for image in known if half[image[0]] == side] for side in (False, True)]
-    if lists:
-        (train, test), n = lists, len(lists[0])
-        keep = rng.choice(n, int(share * n)) if replace else rng.permutation(n)[:round(share * n)]
-        train = [train[j] for j in sorted(keep)]
-    for members in () if lists else np.concatenate(scenes.labels).T:
-        order = [(i, 0) for i in rng.permutation(np.flatnonzero(members))]
-        cut = round(share * len(order))
-        train, test = train + order[:cut], test + order[cut:]
-    if not train or not test:
-        raise ValueError(f"split leaves {len(train)} training and {len(test)} test images")
-    classes = np.any([scenes.labels[i][s] for i, s in train], 0)
-    if classes.sum() < 2 or len({i for i, _ in train}) < 2:
-        raise ValueError(f"the {len(train)} training images are of a single class or scene")
+    scores = np.asarray(scores)
+    targets = np.asarray(targets).astype(bool)
+    if scores.shape != targets.shape:
+        raise ValueError(f"average precision: scores {scores.shape}, targets {targets.shape}")
+    if np.isnan(scores).any():
+        raise ValueError("average precision: some scores are NaN, which have no order")
+    if average == "micro":
+        rankings = [(scores.ravel(), targets.ravel())]
+    elif average == "macro":
+        rankings = zip(scores.T, targets.T)
+    else:
+        raise ValueError(f"average precision: {average!r} is neither micro nor macro")
+    values = [ranked_precision(s, t) for s, t in rankings if t.any()]
+    if not values:
+        return 0.0
+    return float(np.mean(values))
+
+
+def macro_average_precision(scores, targets):
+    return average_precision(scores, targets, "macro")
+
+
+def batch_average_precision(scores, targets):
+    """The mean of micro average precisions of batches of 256, as [3] publish: a biased number."""
+    values = []
+    for i in range(0, len(scores), 256):
+        values.append(average_precision(scores[i:i + 256], targets[i:i + 256]))
+    return np.mean(values)
+
+
+def accuracy(scores, targets):
+    return np.mean(scores.argmax(1) == targets.argmax(1))
+
+
+def bootstrap(metric, scores, targets, draws):
+    """Resample the test images `draws` times: {name: the metric of scores[name] on each (draws,)}.
+
+    All names see the same resamplings.  So their differences are paired: they vary less than each
+    value does, since an image that is hard for one is hard for the other.
+    """
+    n = len(targets)
+    picks = np.random.default_rng(0).integers(0, n, (draws, n))
+    values = {}
+    for name, own in scores.items():
+        values[name] = np.array([metric(own[pick], targets[pick]) for pick in picks])
+    return values
+
+
+def interval(values):
+    """[low, high], between which 95 % of the values lie."""
+    return np.quantile(values, (0.025, 0.975)).round(5).tolist()
+
+
+# ------------------------------------------------------------------------------------------ splits
+#
+# An image is a pair (scene, season).  A split is two lists of images: to train a head, to test it.
+
+
+def held_out_halves(scenes, holdout):
+    """Split the labelled images of the share `holdout` of scenes that pretraining never saw.
+
+    Half of these scenes train a head, half test it.  Pretraining's own scenes do neither: of them
+    a network remembers what it would not know of others.
+    """
+    held_out = data.held_out(scenes.ids, holdout)
+    to_test = data.held_out(scenes.ids, holdout / 2)           # a part of them: see data.held_out
+    train = []
+    test = []
+    for i, s in scenes.images_of(np.flatnonzero(held_out)):
+        if not scenes.labels[i][s].any():
+            continue
+        if to_test[i]:
+            test.append((i, s))
+        else:
+            train.append((i, s))
     return train, test
 
 
+def listed_images(args, scenes):
+    """Split as the files of --lists say, without what --exclude and --drop-unlabelled name."""
+    index = {name: i for i, name in enumerate(scenes.ids)}
+    if len(index) < len(scenes):
+        raise ValueError("--lists: names do not suffice, two images in --data have the same name")
+    excluded = set()
+    for path in args.exclude:
+        excluded.update(index[name] for name in data.read_names(path, index, skip=True))
+    if args.drop_unlabelled:
+        excluded.update(i for i, labels in enumerate(scenes.labels) if not labels.any())
+    split = []
+    for path in args.lists:
+        numbers = [index[name] for name in data.read_names(path, index, skip=args.skip_missing)]
+        split.append([(i, 0) for i in numbers if i not in excluded])
+    train, test = split
+    if set(train) & set(test):
+        raise ValueError("--lists: images that are in both")
+    return train, test
+
+
+def draw_share(images, share, rng, replace=False):
+    """Draw a share of the images, in their order.  replace: an image may come twice, as in [3]."""
+    n = len(images)
+    if replace:
+        drawn = rng.choice(n, int(share * n))
+    else:
+        drawn = rng.permutation(n)[:round(share * n)]
+    return [images[j] for j in sorted(drawn)]
+
+
+def class_shares(scenes, share, rng):
+    """Split each class by chance: `share` of its images to train a head, the others to test it."""
+    train = []
+    test = []
+    for members in np.concatenate(scenes.labels).T:            # (n,) each
+        order = [(i, 0) for i in rng.permutation(np.flatnonzero(members))]
+        cut = round(share * len(order))
+        train += order[:cut]
+        test += order[cut:]
+    return train, test
+
+
+def check_split(scenes, train, test):
+    """Raise ValueError if there is nothing to train or to test on, or nothing to tell apart."""
+    if not train or not test:
+        raise ValueError(f"split leaves {len(train)} training and {len(test)} test images")
+    classes = np.any([scenes.labels[i][s] for i, s in train], 0)               # (L,)
+    if classes.sum() < 2 or len({i for i, _ in train}) < 2:
+        raise ValueError(f"the {len(train)} training images are of a single class or scene")
+
+
+def choose_images(args, scenes, holdout, seeds):
+    """Choose what each seed trains and tests on: [(train, test), ...]."""
+    fixed = None                                               # the same for all seeds
+    if args.task == "ssl4eo":
+        fixed = held_out_halves(scenes, holdout)
+    elif args.lists:
+        fixed = listed_images(args, scenes)
+    share = args.train_frac
+    if share is None:
+        share = 1.0 if fixed else 0.7
+    splits = []
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        if fixed:
+            train, test = fixed
+            train = draw_share(train, share, rng, args.replace)
+        else:
+            train, test = class_shares(scenes, share, rng)
+        check_split(scenes, train, test)
+        splits.append((train, test))
+    return splits
+
+
+def rows_of_split(images, train, test, draws):
+    """Find the rows of features to train on and to test on, two lists of indices into `images`.
+
+    With draws, the random crops of an image train in its place.  It is tested as it is.
+    """
+    rows = {image: [] for image in images}
+    for j, image in enumerate(images):
+        rows[image].append(j)                                  # its central view comes first
+    training_rows = []
+    for image in train:
+        if draws:
+            training_rows += rows[image][1:]
+        else:
+            training_rows += rows[image]
+    test_rows = [rows[image][0] for image in test]
+    return training_rows, test_rows
+
+
+# ---------------------------------------------------------------------------------------- networks
+
+
 def run_flags(ckpt):
-    """What is asked of the run that left `ckpt`, where its config.json is and says so."""
+    """Read some flags of the run that left `ckpt` from the config.json beside it: {name: value}.
+
+    {} if there is no such file, as beside released weights.  ValueError if it is damaged.
+    """
     path = Path(ckpt).parent / "config.json"
+    if not path.exists():
+        return {}
     kinds = {"img_size": int, "holdout": float, "labels": str, "data": str, "modality": str}
     try:
-        flags = json.loads(data.read_text(path)).get("flags", {}) if path.exists() else {}
-        return {name: kind(flags[name]) for name, kind in kinds.items() if name in flags}
+        flags = json.loads(data.read_text(path)).get("flags", {})
+        known = {}
+        for name, kind in kinds.items():
+            if flags.get(name) is not None:
+                known[name] = kind(flags[name])
+        return known
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: not a run's config.json ({error})") from None
 
 
-# ------------------------------------------------------------------------------- tasks and flags
+def choose_sensor(args, run, net):
+    """Find the sensor: that of --modality, else the run's, else the first with net's channels."""
+    name = args.modality or run.get("modality")
+    if name:
+        return data.find_sensor(name)
+    for sensor in data.SENSORS.values():
+        if len(sensor.bands) == net.in_chans:
+            return sensor
+    raise ValueError(f"{args.ckpt[0]}: {net.in_chans} channels, no sensor has as many bands")
 
-MANY = {"micro_map": average_precision, "macro_map": partial(average_precision, average="macro")}
-ONE = {"accuracy": lambda s, t: np.mean(s.argmax(1) == t.argmax(1))}
-BIASED = {"mean_of_256s": lambda s, t: np.mean([                                # as published [3]
-    average_precision(s[i:i + 256], t[i:i + 256]) for i in range(0, len(s), 256)])}
-TASKS = {                # reader, modalities, metrics of scores and labels (n,L): the first chooses
-    "ssl4eo": (data.SSL4EO, data.PRODUCTS, MANY), "folder": (data.Folder, [*data.BANDS], ONE),
-    "bigearthnet": (data.BigEarthNet, ["s1", "s2a", "s2c"], MANY | BIASED),
-    "eurosat": (data.EuroSAT, ["s1", "s2c", "rgb"], ONE)}
-SWITCH = {"action": "store_true"}
-DEVICES = ["cpu", "cuda"][:1 + torch.cuda.is_available()]
-FLAGS = {                # name: default, help, (lowest, highest) or what argparse needs
-    "ckpt": (None, "of a run, or released; several: compare", {"required": True, "nargs": "+"}),
-    "task": ("ssl4eo", "what the labels are", {"choices": [*TASKS]}),
-    "data": (None, "folder; none: the toy world", {}),
-    "labels": (None, "SSL4EO-S12-ML json; none: ssl4eo_multilabel.json in --data", {}),
-    "modality": (None, "none: the run's, or by the channels", {"choices": [*data.BANDS]}),
-    "img-size": (None, "none: the run's config.json, the position table, or 224", (1, 4096)),
-    "lists": (None, "files of names to train on, to test on", {"nargs": 2}),
-    "exclude": ([], "lists to leave out of --lists: snow, cloud", {"nargs": "*"}),
-    "drop-unlabelled": (False, "leave out images of no class, too", SWITCH),
-    "skip-missing": (False, "go on without listed images that are absent", SWITCH),
-    "train-frac": (None, "share to train on; none: 1, folders 0.7 of each class", (1e-6, 1.0)),
-    "replace": (False, "draw that share with replacement, as published", SWITCH),
-    "head": ("ridge", "what is fitted", {"choices": "ridge logistic knn linear grid".split()}),
-    "feature": ("cls", "of a ViT; 4: last 4 blocks", {"choices": [*FEATURES]}),
-    "lr": (0.1, "of --head linear, for 256 rows", (0.0, 1e6)),
-    "steps": (12500, "of --head linear and grid, 128 rows each", (1, 10 ** 8)),
-    "holdout": (None, "share of scenes to use; none: the run's, or 0.1", (0.0, 1.0)),
-    "seeds": (1, "random backbones, and draws of the training part", (1, 1000)),
-    "seed": (0, "the first of them", (0, 2 ** 32)),
-    "cache": (None, "folder that keeps features", {}),
-    "centre": (1.0, "share of each side to look at; published: 0.875 = 224 / 256", (0.1, 1.0)),
-    "draws": (0, "train on so many random crops of an image instead, as published", (0, 1000)),
-    "area": (0.8, "their least share of the image; EuroSAT: 0.08", (0.01, 1.0)),
-    "show": (None, "folder for pictures of 8 test images: colours, PCA of a ViT's patches", {}),
-    "bootstrap": (200, "resamplings for 95 %% intervals; 0: none", (0, 10 ** 6)),
-    "classes": (False, "a line a class; accuracy: with confusions", SWITCH),
-    "device": (DEVICES[-1], "CUDA if there is one", {"choices": DEVICES}),
-    "workers": (2, "reading processes", (0, 1000))}
+
+def choose_holdout(args, runs):
+    """The share of scenes to probe on: --holdout, else the least that a run held out, else 0.1.
+
+    Raises ValueError if a run saw images, or their classes, that the probe would test on.
+    """
+    holdout = args.holdout
+    if holdout is None:
+        holdout = min(run.get("holdout", 0.1) for run in runs)
+    for path, run in zip(args.ckpt, runs):
+        if holdout > run.get("holdout", 1):
+            raise ValueError(f"--holdout {holdout}: {path} held out {run['holdout']}, saw the rest")
+        same_data = os.path.realpath(run.get("data", "")) == os.path.realpath(args.data or "")
+        if run.get("labels") == "classes" and same_data:
+            raise ValueError(f"{path}: was trained on the classes of all images in {args.data}")
+    return holdout
+
+
+def load_networks(args, task):
+    """Load the checkpoints, and find out from the runs that left them what to probe them on.
+
+    Returns [(name, network), ...], the sensor whose images they take, and the share of scenes that
+    none of the runs has seen.  Every network gets an attribute `size`: the side in pixels to which
+    its images are resized.
+    Raises ValueError if a checkpoint does not fit the sensor, or the sensor the task.
+    """
+    bands = 0                      # of a file with two networks, the one with as many is meant
+    if args.modality:
+        bands = len(data.find_sensor(args.modality).bands)
+    nets = [models.build_from(path, bands) for path in args.ckpt]
+    runs = [run_flags(path) for path in args.ckpt]
+    sensor = choose_sensor(args, runs[0], nets[0])
+    for path, net, run in zip(args.ckpt, nets, runs):
+        if net.in_chans != len(sensor.bands) or sensor.name not in task.modalities:
+            raise ValueError(f"{path}: {net.in_chans} channels, modality {sensor.name} has "
+                             f"{len(sensor.bands)}, {args.task} takes {' '.join(task.modalities)}")
+        net.size = args.img_size or run.get("img_size") or getattr(net, "img_size", 224)
+        held_out = run.get("holdout", "not known, no config.json beside it")
+        print(f"{path}: {type(net).__name__} {net.embed_dim}, {net.size} px, "
+              f"scenes held out: {held_out}")
+    names = args.ckpt
+    if len(nets) == 1:
+        names = ["checkpoint"]
+    return list(zip(names, nets)), sensor, choose_holdout(args, runs)
+
+
+def random_network(net, seed):
+    """Build the architecture of `net` anew, with random weights."""
+    torch.manual_seed(seed)
+    fresh = models.build(**net.spec)
+    fresh.size = net.size
+    return fresh
+
+
+# ------------------------------------------------------------------------------------------- tasks
+
+
+@dataclass
+class Task:
+    reader: Callable               # of data.py: reader(root, sensor=...) -> Scenes
+    modalities: list               # names of the sensors that it reads
+    multi_label: bool              # several classes an image, or exactly one
+    metrics: dict                  # name -> function of scores and labels
+    value: str                     # the metric that chooses heads and that the JSON line reports
+
+
+MULTI_LABEL = {"micro_map": average_precision, "macro_map": macro_average_precision}
+TASKS = {
+    "ssl4eo": Task(
+        reader=data.SSL4EO, modalities=["s1", "s2c", "s2a"],
+        multi_label=True, metrics=MULTI_LABEL, value="micro_map"),
+    "bigearthnet": Task(
+        reader=data.BigEarthNet, modalities=["s1", "s2a", "s2c"],
+        multi_label=True, metrics=MULTI_LABEL | {"mean_of_256s": batch_average_precision},
+        value="micro_map"),
+    "eurosat": Task(
+        reader=data.EuroSAT, modalities=["s1", "s2c", "rgb"],
+        multi_label=False, metrics={"accuracy": accuracy}, value="accuracy"),
+    "folder": Task(
+        reader=data.Folder, modalities=list(data.SENSORS),
+        multi_label=False, metrics={"accuracy": accuracy}, value="accuracy"),
+}
+
+
+def open_scenes(args, task, sensor):
+    """Open the images of the task in --data, or in the toy world, which is made if need be."""
+    root = args.data or data.make_toy("toy")
+    if args.task == "ssl4eo":
+        labels = args.labels or f"{root}/ssl4eo_multilabel.json"
+        scenes = task.reader(root, sensor=sensor, labels=labels)
+    else:
+        scenes = task.reader(root, sensor=sensor)
+    print(f"{args.task} {root}: {len(scenes)} scenes, {sensor.name}, {len(scenes.classes)} classes")
+    return scenes
+
+
+# ------------------------------------------------------------------------------------------- flags
+
+RANGES = {                         # of each flag that is a number: the least and the largest value
+    "img_size": (1, 4096),
+    "train_frac": (1e-6, 1.0),
+    "lr": (0.0, 1e6),
+    "steps": (1, 10 ** 8),
+    "holdout": (0.0, 1.0),
+    "seeds": (1, 1000),
+    "seed": (0, 2 ** 32),
+    "centre": (0.1, 1.0),
+    "draws": (0, 1000),
+    "area": (0.01, 1.0),
+    "bootstrap": (0, 10 ** 6),
+    "workers": (0, 1000),
+}
+
+
+def parse(argv=None):
+    """Read the flags.  ValueError, or argparse's own error, names one that is unfit."""
+    parser = argparse.ArgumentParser(description="Probe frozen features", allow_abbrev=False)
+
+    flag = parser.add_argument_group("network").add_argument
+    flag("--ckpt", nargs="+", required=True, help="of a run, or released; several are compared")
+    flag("--img-size", type=int, help="pixels a side; else the run's, the position table's, or 224")
+
+    flag = parser.add_argument_group("images and labels").add_argument
+    flag("--task", choices=list(TASKS), default="ssl4eo", help="what the labels are (%(default)s)")
+    flag("--data", help="folder of the images; else the toy world")
+    flag("--modality", help="a sensor; else the run's, or the one with as many bands")
+    flag("--labels", help="SSL4EO-S12-ML json; else ssl4eo_multilabel.json in --data")
+    flag("--holdout", type=float, help="ssl4eo: share of scenes to use; else the run's, or 0.1")
+
+    flag = parser.add_argument_group("which images train the head").add_argument
+    flag("--lists", nargs=2, metavar="FILE", help="names to train on, names to test on")
+    flag("--exclude", nargs="*", default=[], metavar="FILE", help="names to leave out: snow, cloud")
+    flag("--drop-unlabelled", action="store_true", help="leave out listed images of no class")
+    flag("--skip-missing", action="store_true", help="go on without listed images that are absent")
+    flag("--train-frac", type=float, help="share to train on; else 1, or 0.7 of each class")
+    flag("--replace", action="store_true", help="draw that share with replacement, as published")
+    flag("--seeds", type=int, default=1, help="random networks, draws of the share (%(default)s)")
+    flag("--seed", type=int, default=0, help="the first of these seeds (%(default)s)")
+
+    flag = parser.add_argument_group("views").add_argument
+    flag("--centre", type=float, default=1.0, help="share of each side that is seen (%(default)s)")
+    flag("--draws", type=int, default=0, help="train on so many random crops of an image instead")
+    flag("--area", type=float, default=0.8, help="least share of an image in a crop (%(default)s)")
+
+    flag = parser.add_argument_group("head").add_argument
+    flag("--head", choices=HEADS, default="ridge", help="what is fitted (%(default)s)")
+    flag("--feature", choices=list(FEATURES), default="cls", help="of a ViT (%(default)s)")
+    flag("--lr", type=float, default=0.1, help="of linear, for a batch of 256 (%(default)s)")
+    flag("--steps", type=int, default=12500, help="of linear and grid, 128 rows each (%(default)s)")
+
+    flag = parser.add_argument_group("report").add_argument
+    flag("--bootstrap", type=int, default=200, help="resamplings for intervals (%(default)s)")
+    flag("--classes", action="store_true", help="print a line for each class")
+
+    flag = parser.add_argument_group("machine").add_argument
+    flag("--cache", help="folder that keeps features for the next probe")
+    flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(%(default)s)")
+    flag("--workers", type=int, default=2, help="processes that read images (%(default)s)")
+
+    args = parser.parse_args(argv)
+    check_flags(args)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return args
+
+
+def check_flags(args):
+    """Raise ValueError for a value out of its range and for flags that do not go together."""
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {value}: must lie in {low} to {high}")
+    if args.task == "bigearthnet" and not args.lists:
+        raise ValueError("--lists: bigearthnet needs two, names to train on and names to test on")
+    if args.task == "ssl4eo" and args.lists:
+        raise ValueError("--lists: ssl4eo tests on scenes held out, it takes no lists")
+    if args.task != "ssl4eo" and not args.data:
+        raise ValueError(f"--task {args.task}: needs --data")
+    if len(set(args.ckpt)) < len(args.ckpt):
+        raise ValueError("--ckpt: a file twice")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no CUDA device")
+
+
+# ------------------------------------------------------------------------------------------ report
+
+
+def mean(values):
+    return round(float(np.mean(values)), 5)
+
+
+def deviation(values):
+    """The sample deviation of the values of several seeds; 0 of a single one."""
+    if len(values) == 1:
+        return 0.0
+    return round(float(np.std(values, ddof=1)), 5)
+
+
+def print_table(table, chosen):
+    """Print a line for each row: mean ± deviation of each metric, and the heads that were chosen.
+
+    table[name][metric] and chosen[name] are lists with an entry for each seed.
+    """
+    width = max(12, *map(len, table))
+    print("".ljust(width), *[f"{metric:>17}" for metric in table["stats"]])
+    for name, row in table.items():
+        cells = []
+        for values in row.values():
+            cell = f"{np.mean(values):.4f}"
+            if len(values) > 1:
+                cell += f" ± {deviation(values):.4f}"
+            cells.append(f"{cell:>17}")
+        print(f"{name:{width}}", *cells, *chosen[name])
+
+
+def compare(samples):
+    """Intervals [low, high] of each row, and of what the first row gains over each other row.
+
+    samples: {name: the metric on each resampling (draws,)}, as `bootstrap` gives it.
+    """
+    first = next(iter(samples))
+    intervals = {}
+    gains = {}
+    for name, values in samples.items():
+        intervals[name] = interval(values)
+        if name != first:
+            gains[name] = interval(samples[first] - values)
+    return intervals, gains
+
+
+def print_intervals(table, metric, intervals, gains):
+    """Print the last seed's values with their intervals, then the first row's gains with theirs."""
+    last = {name: row[metric][-1] for name, row in table.items()}
+    first = next(iter(last))
+    width = max(12, *map(len, last))
+    print(f"{metric} of the last seed [95 % of bootstraps]")
+    for name, (low, high) in intervals.items():
+        print(f"{name:{width}} {last[name]:.3f} [{low:.3f}, {high:.3f}]")
+    for name, (low, high) in gains.items():
+        print(f"{first} - {name}: {last[first] - last[name]:+.3f} [{low:.3f}, {high:.3f}]")
+
+
+def print_classes(classes, scores, targets, multi_label):
+    """Print a line for each class: its test images, and how they fared.
+
+    That is the class's average precision; with one class an image, how often each class was called.
+    """
+    for k, name in enumerate(classes):
+        members = targets[:, k] > 0
+        if multi_label:
+            result = round(average_precision(scores[:, k], members), 4)
+        else:
+            calls = np.bincount(scores[members].argmax(1), minlength=len(classes))
+            result = f"called {calls}"
+        print(f"{name[:40]:40} {members.sum():6} {result}")
+
+
+# -------------------------------------------------------------------------------------------- main
 
 
 def main(argv=None):
-    """A probe -> the JSON object of its last line.  ValueError, OSError: flags or files unfit."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, (default, text, kind) in FLAGS.items():
-        kind = {"type": type(kind[1])} if isinstance(kind, tuple) else kind
-        text += f" ({default})" * bool(default)
-        parser.add_argument(f"--{name}", default=default, help=text, **kind)
-    args = parser.parse_args(argv)
-    for name, (_, _, kind) in FLAGS.items():
-        value = getattr(args, name.replace("-", "_"))
-        if isinstance(kind, tuple) and value is not None and not kind[0] <= value <= kind[1]:
-            parser.error(f"--{name} {value}: must lie in {kind[0]} to {kind[1]}")
-    if args.task == "bigearthnet" and not args.lists or args.task == "ssl4eo" and args.lists:
-        raise ValueError("--lists: bigearthnet needs two, ssl4eo tests on scenes held out")
-    if args.task != "ssl4eo" and not args.data:
-        raise ValueError(f"--task {args.task}: needs --data")
-    if len({*args.ckpt}) < len(args.ckpt):
-        raise ValueError("--ckpt: a file twice")
-    reader, modalities, metrics = TASKS[args.task]
-    multi, (key, metric) = metrics is not ONE, next(iter(metrics.items()))
+    """Probe as the flags say and return the JSON object of the last line.
 
-    # ------------------------------------------------ networks: the checkpoints, random ones, floor
-    nets = [models.build_from(path, len(data.BANDS.get(args.modality, ()))) for path in args.ckpt]
-    runs = [run_flags(path) for path in args.ckpt]
-    modality = args.modality or runs[0].get("modality") or {
-        len(b): m for m, b in data.BANDS.items()}.get(nets[0].in_chans)
-    holdout = min(r.get("holdout", 0.1) for r in runs) if args.holdout is None else args.holdout
-    for path, net, run in zip(args.ckpt, nets, runs):
-        bands = len(data.BANDS.get(modality, ()))
-        if net.in_chans != bands or modality not in modalities:
-            raise ValueError(f"{path}: {net.in_chans} channels, modality {modality} has {bands}, "
-                             f"{args.task} takes {' '.join(modalities)}")
-        if holdout > run.get("holdout", 1):
-            raise ValueError(f"--holdout {holdout}: {path} held out {run['holdout']}, saw the rest")
-        folders = {os.path.realpath(folder or "") for folder in (run.get("data"), args.data)}
-        if run.get("labels") == "classes" and len(folders) == 1:
-            raise ValueError(f"{path}: was trained on the classes of all images in {args.data}")
-        net.size = args.img_size or run.get("img_size") or getattr(net, "img_size", 224)
-        print(f"{path}: {type(net).__name__} {net.embed_dim}, {net.size} px, scenes held out: "
-              f"{run.get('holdout', 'not known, no config.json beside it')}")
-    if args.show and not hasattr(nets[0], "last_blocks"):
-        raise ValueError("--show: a ResNet has no patch tokens")
-    seeds, n = range(args.seed, args.seed + args.seeds), len(nets)
-    for seed in seeds:
-        torch.manual_seed(seed)
-        nets.append(models.build(**nets[0].spec))
-        nets[-1].size = nets[0].size
-    nets.append(Floor())
+    Raises ValueError or OSError, with one line that names it, for a flag or a file that is unfit.
+    """
+    args = parse(argv)
+    task = TASKS[args.task]
+    seeds = range(args.seed, args.seed + args.seeds)
+
+    # ------------------------------------------------------------------------------------ networks
+    checkpoints, sensor, holdout = load_networks(args, task)   # [(name, network), ...]
+    first, first_net = checkpoints[0]
+    randoms = [random_network(first_net, seed) for seed in seeds]
+    stats = BandStatistics()
 
     # ----------------------------------------------------------------- images to train and test on
-    root, lists = args.data or data.make_toy("toy"), None
-    labels = {"labels": args.labels or f"{root}/ssl4eo_multilabel.json"}
-    scenes = reader(root, modality=modality, **labels if args.task == "ssl4eo" else {})
-    if args.lists:
-        index = {name: i for i, name in enumerate(scenes.ids)}
-        leave = {index[name] for path in args.exclude for name in data.listed(path, index, True)}
-        leave |= {i for i, y in enumerate(scenes.labels) if args.drop_unlabelled and not y.any()}
-        lists = [[(index[name], 0) for name in data.listed(path, index, args.skip_missing)
-                  if index[name] not in leave] for path in args.lists]
-        if len(index) < len(scenes) or {*lists[0]} & {*lists[1]}:
-            raise ValueError("--lists: images that are in both, or two of one name in --data")
-    share = args.train_frac or (0.7 if not lists and args.task != "ssl4eo" else 1.0)
-    splits = [split(scenes, args.task, seed, share, holdout, lists, args.replace) for seed in seeds]
-    print(f"{args.task} {root}: {len(scenes)} scenes, {modality}, {len(scenes.classes)} classes")
+    scenes = open_scenes(args, task, sensor)
+    splits = choose_images(args, scenes, holdout, seeds)       # [(train, test), ...]
 
-    # ----------------------------------------------------------------------------- rows of features
-    drawn = sorted({image for train, _ in splits for image in train})
-    whole = sorted({image for sides in splits for side in sides for image in side})
-    shown, rows = whole + args.draws * drawn, {}                               # n images
-    for j, image in enumerate(shown):
-        rows.setdefault(image, []).append(j)                     # of the image itself, of its draws
-    scene, y = np.array([i for i, _ in shown]), np.stack([scenes.labels[i][s] for i, s in shown])
-    done = [extract(nets, data.Images(scenes, drawn if draw else whole), args.device, args.workers,
-                    args.cache, args.centre, draw, args.area) for draw in range(args.draws + 1)]
-    features = {net: np.concatenate([views[net] for views in done]) for net in nets}   # (n,F) each
-    print(f"features: {len(whole)} images"
-          + f", {args.draws} draws of the {len(drawn)} to train on" * (args.draws > 0))
-    if args.show:
-        last = {i: (i, s) for i, s in splits[0][1]}              # an image of each test scene
-        show(args.show, nets[0], data.Images(scenes, [*last.values()][:8]))
+    # ------------------------------------------------------------------------------------ features
+    nets = [net for _, net in checkpoints] + randoms + [stats]
+    images, features = describe_images(args, nets, scenes, splits)             # n, {net: (n,F)}
+    scene = np.array([i for i, _ in images])                                   # (n,)
+    labels = np.stack([scenes.labels[i][s] for i, s in images])                # (n,L)
 
-    # -------------------------------------------------------------------------- a head for each row
-    names = [*(["checkpoint"] if n == 1 else args.ckpt), "random", "stats"]
-    table = {name: {m: [] for m in metrics} for name in names}
-    chosen, scores = {name: [] for name in names}, {}
-    fits = {"ridge": ridge, "logistic": partial(logistic, multi=multi)}
-    for k, (seed, images) in enumerate(zip(seeds, splits)):
-        train = [j for image in images[0] for j in rows[image][args.draws > 0:]]
-        test = [rows[image][0] for image in images[1]]
-        place = np.unique(scene[train], return_inverse=True)[1]
-        for name, net in zip(names, [*nets[:n], nets[n + k], nets[-1]]):
-            grid = GRID if hasattr(net, "last_blocks") else GRID[:13]
-            heads = {"linear": [(args.feature, args.lr)], "grid": grid}.get(args.head)
-            x = features[net] if heads else features[net][:, columns(net, args.feature)]
-            given = x[train], y[train], x[test], place
-            if heads:
-                scores[name], best = linear(*given, multi, metric, heads, net, args.steps, seed)
-                chosen[name].append(best)
-            elif args.head == "knn":
-                scores[name] = knn(*given[:3])
-            else:
-                scores[name] = validated(fits[args.head], *given)
-            for m, function in metrics.items():
-                table[name][m].append(round(float(function(scores[name], y[test])), 5))
-    empty, width = int((~y[test].any(0)).sum()), max(12, *map(len, names))
-    print(f"{len(images[0])} training, {len(test)} test images ({empty} classes have none: not in "
-          f"macro), {args.seeds} seed(s): mean ± deviation\n{'':{width}}",
-          *(f"{m:>17}" for m in metrics))
-    spread = partial(np.std, ddof=len(seeds) > 1)
-    for name, row in table.items():
-        cells = (f"{np.mean(v):.4f}" + f" ± {spread(v):.4f}" * (len(v) > 1) for v in row.values())
-        print(f"{name:{width}}", *(f"{c:>17}" for c in cells), *chosen[name])     # see `linear`
+    # ------------------------------------------------------------- a head for each seed and network
+    table = {}                                                 # table[name][metric]: a value a seed
+    chosen = {}
+    for name in [name for name, _ in checkpoints] + ["random", "stats"]:
+        table[name] = {metric: [] for metric in task.metrics}
+        chosen[name] = []
+    for seed, random, (train, test) in zip(seeds, randoms, splits):
+        train_rows, test_rows = rows_of_split(images, train, test, args.draws)
+        y_test = labels[test_rows]
+        scores = {}
+        for name, net in [*checkpoints, ("random", random), ("stats", stats)]:
+            x = features[net]
+            scores[name], choice = fit_head(args, task, net, x[train_rows], labels[train_rows],
+                                            x[test_rows], scene[train_rows], seed)
+            if choice:
+                chosen[name].append(choice)
+            for metric, function in task.metrics.items():
+                value = float(function(scores[name], y_test))
+                table[name][metric].append(round(value, 5))
 
-    # ------------------------------------------- intervals and classes of the last seed, and JSON
-    value, *_, random, stats = (round(float(np.mean(row[key])), 5) for row in table.values())
-    out = {"task": args.task, "metric": key, "n_train": len(images[0]), "n_test": len(test),
-           "value": value, "random": random, "stats": stats, "seeds": args.seeds, "head": args.head,
-           "std": round(float(spread(table[names[0]][key])), 5), "chosen": chosen, "all": table,
-           "empty_classes": empty, "ckpt": args.ckpt[0] if n == 1 else args.ckpt}
+    # ----------------------------------------------------------------------------------- the table
+    empty = int((~y_test.any(0)).sum())
+    print(f"{len(train)} training, {len(test)} test images ({empty} classes have none: not in "
+          f"macro), {args.seeds} seed(s): mean ± deviation")
+    print_table(table, chosen)
+    report = {
+        "task": args.task, "metric": task.value, "n_train": len(train), "n_test": len(test),
+        "value": mean(table[first][task.value]), "random": mean(table["random"][task.value]),
+        "stats": mean(table["stats"][task.value]), "seeds": args.seeds, "head": args.head,
+        "std": deviation(table[first][task.value]), "chosen": chosen, "all": table,
+        "empty_classes": empty, "ckpt": args.ckpt}
+
+    # ------------------------------------------------------ intervals and classes of the last seed
     if args.bootstrap:
-        own, gain = bootstrap(metric, scores.values(), y[test], args.bootstrap)
-        for name, a, b in zip(names, own, gain):
-            gained = f", minus {names[0]}: {b}" * (name != names[0])
-            print(f"{name:{width}} {key}, 95 % of bootstraps: {a}{gained}")
-        out |= {"interval": dict(zip(names, own)), "difference": dict(zip(names, gain))}
-    for k, name in enumerate(scenes.classes if args.classes else ()):             # of the first row
-        mine, s = y[test][:, k] > 0, scores[names[0]]
-        print(f"{name[:40]:40} {mine.sum():6}", round(average_precision(s[:, k], mine), 4) if multi
-              else f"called {np.bincount(s[mine].argmax(1), minlength=s.shape[1])}")
-    print(json.dumps(out))
-    return out
+        samples = bootstrap(task.metrics[task.value], scores, y_test, args.bootstrap)
+        report["interval"], report["gain"] = compare(samples)
+        print_intervals(table, task.value, report["interval"], report["gain"])
+    if args.classes:
+        print_classes(scenes.classes, scores[first], y_test, task.multi_label)
+    print(json.dumps(report))
+    return report
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"probe.py: error: {data.plainly(error)}")
+        sys.exit(f"probe.py: error: {data.error_message(error)}")

@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: the repository on the path, one small toy world, one small run."""
+"""Fixtures shared by the tests: the repository on the path, one small toy world, flags of a run."""
 import os
 import sys
 from pathlib import Path
@@ -7,12 +7,14 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+FOLDERS = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "lab")]
+sys.path[:0] = FOLDERS
+os.environ["PYTHONPATH"] = os.pathsep.join(FOLDERS)            # for the scripts that tests start
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 import data  # noqa: E402
 
+# a short training run of a small network
 SMALL = ["--img-size", "24", "--patch-size", "6", "--hidden", "32", "--batch-size", "8", "--epochs",
          "4", "--log-every", "1", "--save-every", "100", "--workers", "0"]
 

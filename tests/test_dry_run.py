@@ -1,4 +1,7 @@
-"""Claims about --dry-run: it shows the real step, counts right, and leaves nothing behind."""
+"""Claims about tests/lab/dry_run.py: it shows the real step, counts right, leaves nothing behind."""
+import contextlib
+import functools
+import io
 import os
 import re
 import subprocess
@@ -8,184 +11,273 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import pretrain
 from conftest import ROOT, SMALL
+from lab import dry_run
 
 PERA = ["--method", "pera", "--arch", "vit_tiny", *SMALL, "--local-size", "12", "--crops", "2", "3",
         "--prototypes", "64", "--soft-weight", "0.1"]
 
 
-def said(capsys, *flags):
-    pretrain.main([*flags, "--dry-run"])
-    return capsys.readouterr().out
+def printed(*flags):
+    """What a dry run prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        dry_run.main(list(flags))
+    return out.getvalue()
 
 
-def shown(text, function):
-    """{tensor: shapes} that the lines of `function` make, from its first call on."""
+printed_once = functools.cache(printed)                   # for tests that look at the same dry run
+
+
+def depth(line):
+    return len(line) - len(line.lstrip())
+
+
+def tensors(text, function):
+    """{name: [shape, ...]} of the tensors that the lines of a function make, in its first call."""
     lines = text.splitlines()
-    start = next(i for i, x in enumerate(lines) if re.search(rf" in (\S+\.)?{function}:$", x))
-    found, indent = {}, len(lines[start]) - len(lines[start].lstrip())
-    for i, x in enumerate(lines[start:]):
-        depth = len(x) - len(x.lstrip())
-        if depth < indent:
+    start = 0
+    while not re.search(rf" in (\S+\.)?{function}:$", lines[start]):
+        start += 1
+    found = {}
+    for i in range(start, len(lines)):
+        line = lines[i]
+        next_function = i > start and re.search(r" in \S+:$", line)
+        if depth(line) < depth(lines[start]):
             break
-        if depth == indent and not (i and re.search(r" in \S+:$", x)):
-            for name, shape in re.findall(r"(\S+) \(([\d,]*)\)", re.split("  +", x.strip())[0]):
-                found.setdefault(name, []).append(tuple(map(int, filter(None, shape.split(",")))))
+        if depth(line) == depth(lines[start]) and not next_function:
+            made = re.split("  +", line.strip())[0]
+            for name, numbers in re.findall(r"(\S+) \(([\d,]*)\)", made):
+                shape = tuple(int(n) for n in numbers.split(",") if n)
+                found.setdefault(name, []).append(shape)
     return found
 
 
-def test_softcon_with_a_vit_shows_every_tensor_of_its_step(toy, capsys):
+def number(pattern, text):
+    return float(re.search(pattern, text)[1])
+
+
+# ---------------------------------------------------------------------------------- what it shows
+
+
+def test_softcon_with_a_vit_shows_every_tensor_of_its_step(toy):
     """24 px, patches of 6: 16 patches, of which 30 %, 5, are masked."""
-    out = said(capsys, "--modality", "s2c", "--data", toy, "--arch", "vit_tiny", *SMALL)
-    step = shown(out, "softcon_step")
+    out = printed("--modality", "s2c", "--data", toy, "--arch", "vit_tiny", *SMALL)
+    step = tensors(out, "softcon_step")
     assert step["x"] == [(8, 2, 13, 24, 24)] and step["y"] == [(8, 2, 9)]
     assert step["keep"] == [(16, 11)] and (16, 13, 24, 24) in step["views"]
     assert step["k"] == step["q"] == [(16, 256)] and step["features"] == [(16, 192)]
-    assert step["k1"] == step["q1"] == [(8, 256)] and step["loss"] == [()]
-    assert shown(out, "info_nce")["logits"] == [(8, 8)]
-    assert shown(out, "soft_contrastive")["s"] == [(8, 8)]
-    assert "qkv (16,17,576)" in out and "qkv (16,12,576)" in out           # all tokens; those kept
-    assert "z (16,256)" in out and "# (2B,256)" in out                    # and the lines themselves
+    assert step["k1"] == step["q1"] == [(8, 256)] and step["loss1"] == [()]
+    assert tensors(out, "info_nce")["logits"] == [(8, 8)]
+    assert tensors(out, "soft_contrastive")["s"] == [(8, 8)]
+    assert "qkv (16,17,576)" in out and "qkv (16,12,576)" in out     # all tokens; those that stay
+    assert "z (16,256)" in out and "# (2B,256)" in out               # and the lines themselves
     assert "student: parameters in millions" in out and ", predictor 0.0" in out
     assert "tokens of a view, CLS included: teacher 17, student 12\n" in out
 
 
-def test_softcon_with_a_resnet_shows_the_greyed_views_and_no_tokens(toy, capsys):
-    out = said(capsys, "--modality", "s1", "--data", toy, "--arch", "resnet18", *SMALL)
-    assert shown(out, "softcon_step")["masked"] == [(16, 2, 24, 24)]
+def test_softcon_with_a_resnet_shows_the_greyed_views_and_no_tokens(toy):
+    out = printed("--modality", "s1", "--data", toy, "--arch", "resnet18", *SMALL)
+    assert tensors(out, "blank_patches")["x"] == [(16, 2, 24, 24)]
     assert re.search(r"x \(16,2,24,24\) +in ResNet.forward:$", out, re.M)
-    assert re.search(r"x \(16,64,6,6\) +in Block.forward:$", out, re.M)
-    assert "tokens of a view, CLS included: none" in out and "backbone 11.17, projector 0.03" in out
+    assert re.search(r"x \(16,64,6,6\) +in \w*Block.forward:$", out, re.M)
+    assert "tokens of a view, CLS included: none" in out
+    assert "backbone 11.17, projector 0.03" in out
 
 
-def test_pera_shows_crops_three_sets_of_patches_and_tokens_before_and_after_the_middle(
-        toy, capsys):
-    out = said(capsys, "--modality", "s1", "--data", toy, *PERA)
-    masks = shown(out, "pairs")
-    assert (masks["masks[0]"][-1], masks["masks[1]"][-1], masks["masks[2]"][-1]) == (
-        (16, 3), (16, 3), (16, 10))                                           # 2 global crops of 8
-    step = shown(out, "pera_step")
-    assert step["z"] == step["z_t"] == [(40, 384)] and step["cls"] == [(40, 192)]
-    assert step["guess"] == [(16, 3, 72)] and step["matrices[0]"] == [(64, 384)]
-    one = shown(out, "one")                                              # a crop and its scores
-    assert one["z"] == [(8, 384)] and one["s"] == [(8, 64)]
-    assert "asked (16,3,192)" in out and "soft_contrastive" in out
+def test_pera_shows_crops_sets_of_patches_and_tokens_before_and_after_the_middle(toy):
+    out = printed_once("--modality", "s1", "--data", toy, *PERA)
+    pairs = tensors(out, "aligned_pairs")                            # 2 global crops of 8 images
+    assert [pairs[name][0] for name in ("keep", "guess", "others")] == [(16, 3), (16, 3), (16, 10)]
+    step = tensors(out, "pera_step")
+    assert step["z"] == step["z_t"] == [(40, 384)] and step["features"] == [(40, 192)]
+    assert step["pixels"] == [(16, 3, 72)] and step["W"] == [(64, 384)]
+    assert "(8,384)" in out and "(8,64)" in out                      # a crop and its scores
+    assert "(16,3,192)" in out and "in soft_contrastive:" in out
     assert re.search("^student: .*, cls_head .*, pred_head ", out, re.M)
     assert "included: teacher 11 and 3, student 4 and 2, student 7 and 2\n" in out
 
 
-@pytest.mark.parametrize("flags, text", [
-    (["--method", "pera"], "teacher 119 and 23, student 40 and 8, student 79 and 8"),
-    ([], "teacher 257, student 180"), (["--arch", "resnet50"], "(512,2048,7,7)")])
-def test_the_full_presets_are_quick_and_allocate_next_to_nothing(flags, text, tmp_path):
-    (tmp_path / "a").mkdir()
-    tifffile.imwrite(tmp_path / "a" / "0.tif", np.zeros((264, 264, 3), np.uint8))
-    for i in range(1, 300):
-        os.link(tmp_path / "a" / "0.tif", tmp_path / "a" / f"{i}.tif")
-    code = ("import pretrain, resource, sys\npretrain.main(sys.argv[1:])\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-    done = subprocess.run([sys.executable, "-c", code, "--modality", "rgb", "--data",
-                           str(tmp_path), *flags, "--dry-run"], capture_output=True, text=True,
-                          timeout=600, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.splitlines()[-1]) < 1e6                                # kilobytes
-    assert text in done.stdout and ("(131072,384)" in done.stdout) == ("pera" in flags)
+def test_preset_and_flags_stand_on_top(toy):
+    flags = ["--modality", "s1", "--data", toy, *PERA]
+    out = printed_once(*flags)
+    top = " ".join(out[:out.index("parameters in millions")].split())
+    assert "pera, full" in top and "batch_size 8 instead of 192" in top
+    for name, value in vars(pretrain.parse(flags)).items():
+        if name != "sensor":
+            assert f"{name} {value}" in top
 
 
-def test_parameters_operations_and_memory_are_those_of_a_real_step(toy, capsys):
+# -------------------------------------------------------------------------------- what it counts
+
+
+def real_step(flags, x):
+    """A namespace of networks and a function that computes SoftCon's loss on real numbers."""
+    args = pretrain.parse(flags)
+    args.amp = "off"
+    net = pretrain.networks(args, torch.device("cpu"))
+    draws = pretrain.StepRandomness(0, 0, 0, 0, 1)
+    y = torch.ones(len(x), 2, 9)
+    return net, lambda: pretrain.softcon_step(net, x, y, args, draws, {})[0]
+
+
+BIG_BATCH = ["--modality", "s2c", "--arch", "resnet18", *SMALL, "--batch-size", "32"]
+
+
+def test_parameters_operations_and_memory_are_those_of_a_real_step(toy):
     """Operations against a count on real numbers; memory against the networks themselves."""
-    flags = ["--modality", "s2c", "--data", toy, "--arch", "resnet18", *SMALL]
-    out = said(capsys, *flags)
-    args = pretrain.parse(flags)
-    args.amp, net = "off", pretrain.networks(args, "cpu")
-    x = torch.randint(256, (8, 2, 13, 24, 24), dtype=torch.uint8)
-    with pretrain.FlopCounterMode(display=False) as counter:
-        pretrain.softcon_step(net, x, torch.ones(8, 2, 9), args, pretrain.Dice(0, 0, 0, 0, 1),
-                              {})[0].backward()
-    flops = re.search(r"operations: (\S+) TFLOP a micro-batch of 8 scenes, (\S+) TFLOP", out)
+    flags = [*BIG_BATCH, "--data", toy]
+    out = printed_once(*flags)
+    net, loss = real_step(flags, torch.randint(256, (32, 2, 13, 24, 24), dtype=torch.uint8))
+    with FlopCounterMode(display=False) as counter:
+        loss().backward()
+    flops = re.search(r"operations: (\S+) TFLOP a micro-batch of 32 scenes, (\S+) TFLOP", out)
     assert flops[1] == flops[2] == f"{counter.get_total_flops() / 1e12:.4g}"
-    n, m = (sum(p.numel() for p in side.parameters()) for side in (net.student, net.teacher))
-    assert f"student: parameters in millions {n / 1e6:.2f}, backbone" in out
-    assert (f"parameters {4e-9 * n:.2f}, gradients {4e-9 * n:.2f}, AdamW {8e-9 * n:.2f}, teacher "
-            f"{4e-9 * m:.2f}, activations") in out
-    half = said(capsys, *flags, "--accum", "2")
-    small, whole = (re.search(r"operations: (\S+) TFLOP.*, (\S+) TFLOP", half)[i] for i in (1, 2))
-    assert abs(2 * float(small) / float(whole) - 1) < 1e-3
+    student = sum(p.numel() for p in net.student.parameters())
+    teacher = sum(p.numel() for p in net.teacher.parameters())
+    assert f"student: parameters in millions {student / 1e6:.2f}, backbone" in out
+    assert (f"parameters {4e-9 * student:.2f}, gradients {4e-9 * student:.2f}, "
+            f"AdamW {8e-9 * student:.2f}, teacher {4e-9 * teacher:.2f}, activations") in out
 
 
-def test_attention_is_counted_among_the_operations(capsys):
+def test_two_micro_batches_have_the_operations_of_one_batch(toy):
+    out = printed("--modality", "s1", "--data", toy, "--arch", "resnet18", *SMALL,
+                  "--accum", "2")
+    part, whole = re.search(r"operations: (\S+) TFLOP.*, (\S+) TFLOP", out).groups()
+    assert abs(2 * float(part) / float(whole) - 1) < 1e-3
+
+
+def test_attention_is_counted_among_the_operations(tmp_path, monkeypatch):
     """A ViT's count is at least what its matrix products alone take, for teacher and student."""
-    out = said(capsys, "--modality", "s1", "--arch", "vit_tiny", *SMALL, "--img-size", "96")
-    flops = float(re.search(r"operations: (\S+) TFLOP", out)[1]) * 1e12
-    n, kept, d, images = 257, 180, 192, 16
-    block = {t: 24 * t * d * d + 4 * t * t * d for t in (n, kept)}         # 12 D^2 weights, q k, a v
-    want = images * 12 * (block[n] + 3 * block[kept])
-    assert 0.97 < flops / want < 1.06                                      # embedding, heads, loss
+    monkeypatch.chdir(tmp_path)
+    out = printed("--modality", "s1", "--arch", "vit_tiny", *SMALL, "--img-size", "96")
+    flops = number(r"operations: (\S+) TFLOP", out) * 1e12
+    D = 192
+    images = 16
+
+    def block(tokens):
+        weights = 12 * D * D                                # of qkv, projection and both MLP layers
+        return 2 * tokens * weights + 4 * tokens * tokens * D        # and q k, attention v
+    # the teacher sees 257 tokens, the student 180; backward costs twice what forward does
+    expected = images * 12 * (block(257) + 3 * block(180))
+    assert 0.97 < flops / expected < 1.06                            # embedding, heads, loss
 
 
-def test_activations_are_what_autograd_keeps(toy, capsys):
+def test_activations_are_what_autograd_keeps(toy):
     """Against the unique storages kept by the same step on real numbers."""
-    flags = ["--modality", "s2c", "--data", toy, "--arch", "resnet18", *SMALL, "--batch-size", "32"]
-    out = said(capsys, *flags)
-    args = pretrain.parse(flags)
-    args.amp, net, kept = "off", pretrain.networks(args, "cpu"), {}
+    flags = [*BIG_BATCH, "--data", toy]
+    out = printed_once(*flags)
+    net, loss = real_step(flags, torch.randint(256, (32, 2, 13, 24, 24), dtype=torch.uint8))
     weights = {p.data_ptr() for side in (net.student, net.teacher) for p in side.parameters()}
+    sizes = {}
 
-    def keep(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-    x = torch.randint(256, (32, 2, 13, 24, 24), dtype=torch.uint8)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = pretrain.softcon_step(net, x, torch.ones(32, 2, 9), args,
-                                     pretrain.Dice(0, 0, 0, 0, 1), {})[0]
-    want = sum(v for k, v in kept.items() if k not in weights) / 1e9
-    assert loss.requires_grad
-    assert abs(float(re.search(r"activations ([\d.]+)", out)[1]) - want) < 0.006 + 0.1 * want
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        assert loss().requires_grad
+    expected = sum(sizes.values()) / 1e9
+    assert abs(number(r"activations ([\d.]+)", out) - expected) < 0.006 + 0.1 * expected
 
 
-def test_schedules_are_shown_at_start_middle_and_end_and_steps_when_data_are_known(toy, capsys):
-    out = said(capsys, "--modality", "s1", "--data", toy, *PERA)
-    n = int((~data.held_out([f"{i:07d}" for i in range(60)], 0.1)).sum())
-    total = 4 * (n // 8)
-    assert f"steps: {total}, {n // 8} an epoch\n" in out
-    rows = {int(a): dict(x.split() for x in b.split(", "))
-            for a, b in re.findall(r"^step (\d+): (.*)$", out, re.M)}
+def test_schedules_are_shown_at_start_middle_and_end_and_steps_when_data_are_known(toy):
+    flags = ["--modality", "s1", "--data", toy, *PERA]
+    out = printed_once(*flags)
+    train = (~data.held_out([f"{i:07d}" for i in range(60)], 0.1)).sum()
+    total = 4 * (train // 8)
+    assert f"steps: {total}, {train // 8} an epoch\n" in out
+    rows = {}
+    for step, values in re.findall(r"^step (\d+): (.*)$", out, re.M):
+        rows[int(step)] = dict(value.split() for value in values.split(", "))
     assert list(rows) == [0, total // 2, total - 1]
-    assert rows[0]["lr"] == "0" and rows[0]["teacher_tau"] == "0.03" and (
-        rows[0]["weight_decay"], rows[0]["momentum"]) == ("0.04", "0.992")
+    assert rows[0]["lr"] == "0" and rows[0]["teacher_tau"] == "0.03"
+    assert rows[0]["weight_decay"] == "0.04" and rows[0]["momentum"] == "0.992"
     for step, row in rows.items():
-        assert row == {k: f"{v:.4g}" for k, v in pretrain.schedules(pretrain.parse(
-            ["--modality", "s1", "--data", toy, *PERA]), step, total).items()}
+        now = pretrain.schedules(pretrain.parse(flags), step, total)
+        assert row == {name: f"{value:.4g}" for name, value in now.items()}
 
 
-@pytest.mark.parametrize("flags", [["--modality", "s1"], ["--modality", "s2c", "--method", "pera"]])
-def test_it_ends_with_0_writes_nothing_and_wants_no_data(flags, tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "pretrain.py"), *flags, "--dry-run"],
-                          cwd=tmp_path, capture_output=True, text=True)
+# ---------------------------------------------------------------------------------- what it leaves
+
+# Runs the dry runs of three full-size presets in one process, which says in the end how much
+# memory it ever had: VmHWM is its own, where ru_maxrss would count the process that started it.
+FULL_SIZE = """
+import re, sys
+from lab import dry_run
+for flags in (["--method", "pera"], [], ["--arch", "resnet50"]):
+    dry_run.main(["--modality", "rgb", "--data", sys.argv[1], *flags])
+    print("=====")
+print(re.search(r"VmHWM: *(\\d+) kB", open("/proc/self/status").read().replace("\\t", " "))[1])
+"""
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory):
+    """What the full-size presets print, and the most memory that all took, in kilobytes."""
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "a").mkdir()
+    tifffile.imwrite(folder / "a" / "0.tif", np.zeros((264, 264, 3), np.uint8))
+    for i in range(1, 300):
+        os.link(folder / "a" / "0.tif", folder / "a" / f"{i}.tif")
+    done = subprocess.run([sys.executable, "-c", FULL_SIZE, str(folder)], capture_output=True,
+                          text=True, cwd=ROOT, timeout=600)
+    assert done.returncode == 0, done.stderr
+    *texts, memory = done.stdout.split("=====\n")
+    return texts, int(memory)
+
+
+@pytest.mark.parametrize("number, shown", [
+    (0, "teacher 119 and 23, student 40 and 8, student 79 and 8"),
+    (0, "(131072,384)"),
+    (1, "teacher 257, student 180"),
+    (2, "(512,2048,7,7)")])
+def test_the_full_presets_show_their_tokens_prototypes_and_maps(full_size, number, shown):
+    texts, _ = full_size
+    assert shown in texts[number]
+
+
+def test_the_full_presets_allocate_next_to_nothing(full_size):
+    """PerA's student and teacher alone have 1.2 GB of weights."""
+    _, kilobytes = full_size
+    assert kilobytes < 1e6
+
+
+def test_it_ends_with_0_writes_nothing_and_wants_no_data(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "lab" / "dry_run.py"),
+                           "--modality", "s1"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr and not os.listdir(tmp_path)
     assert "an epoch (a guess: no data are here yet)" in done.stdout
-    assert not sys.gettrace()
 
 
-def test_only_the_first_rank_speaks_and_of_its_own_share(toy, tmp_path):
-    done = subprocess.run([
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        str(ROOT / "pretrain.py"), "--modality", "s1", "--data", toy, "--arch", "vit_tiny", *SMALL,
-        "--dry-run"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and not os.listdir(tmp_path)
-    assert done.stdout.count("x (4,2,2,24,24)") == 2 and done.stdout.count("in softcon_step:") == 1
-    small, whole = re.search(r"operations: (\S+) TFLOP.*, (\S+) TFLOP", done.stdout).groups()
-    assert abs(2 * float(small) / float(whole) - 1) < 1e-3
+def test_the_process_is_as_before(tmp_path, monkeypatch):
+    """Nothing is traced afterwards, nothing written, and autocast is the training's own."""
+    monkeypatch.chdir(tmp_path)
+    before = sys.gettrace(), pretrain.autocast
+    printed("--modality", "s2c", "--method", "pera", "--prototypes", "64", "--crops", "1", "0")
+    assert (sys.gettrace(), pretrain.autocast) == before and not os.listdir(tmp_path)
 
 
-def test_what_cannot_run_is_refused_as_ever_and_a_run_that_exists_does_not_matter(
-        toy, tmp_path, capsys):
+def test_only_the_first_rank_prints_and_of_its_own_share(toy, monkeypatch):
+    flags = ["--modality", "s1", "--data", toy, "--arch", "vit_tiny", *SMALL]
+    monkeypatch.setenv("WORLD_SIZE", "2")                            # as torchrun does
+    monkeypatch.setenv("RANK", "1")
+    assert printed(*flags) == ""
+    monkeypatch.setenv("RANK", "0")
+    out = printed(*flags)
+    assert tensors(out, "softcon_step")["x"] == [(4, 2, 2, 24, 24)]
+    part, whole = re.search(r"operations: (\S+) TFLOP.*, (\S+) TFLOP", out).groups()
+    assert abs(2 * float(part) / float(whole) - 1) < 1e-3
+
+
+def test_what_cannot_run_is_refused_and_a_run_that_exists_does_not_matter(toy, tmp_path):
     flags = ["--modality", "s1", "--data", toy, "--arch", "resnet18", *SMALL]
     with pytest.raises(ValueError, match="25 x 25 is not divisible"):
-        said(capsys, *flags, "--img-size", "25")
+        printed(*flags, "--img-size", "25")
     (tmp_path / "last.pt").write_bytes(b"a run")
-    assert "in softcon_step:" in said(capsys, *flags, "--out", str(tmp_path))
+    assert "in softcon_step:" in printed(*flags, "--out", str(tmp_path))
     assert os.listdir(tmp_path) == ["last.pt"]

@@ -1,5 +1,5 @@
-"""A short run of fuzz.py: broken files and nonsense flags end in one clear line or are read."""
-from fuzz import fuzz
+"""A short run of tests/lab/fuzz.py."""
+from lab.fuzz import fuzz
 
 
 def test_broken_files_and_nonsense_flags_are_refused_in_one_line_or_read_as_what_they_say():

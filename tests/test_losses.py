@@ -7,15 +7,22 @@ import torch
 import losses
 
 torch.manual_seed(0)
-N, M, D, C = 7, 11, 5, 9
+N, M, D, L = 7, 11, 5, 9               # queries, keys, width, label classes
 
 
 def example(seed=0, n=N, m=M):
-    g = torch.Generator().manual_seed(seed)
-    q, k = torch.randn(n, D, generator=g).double(), torch.randn(m, D, generator=g).double()
-    yq, yk = (torch.rand(r, C, generator=g) < 0.3 for r in (n, m))
-    yq[2], yk[4] = False, False                                    # unlabelled
+    """Random q (n,D), k (m,D) in float64 and their labels, of which one row each is empty."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(n, D, generator=generator).double()
+    k = torch.randn(m, D, generator=generator).double()
+    yq = torch.rand(n, L, generator=generator) < 0.3
+    yk = torch.rand(m, L, generator=generator) < 0.3
+    yq[2] = False                                                  # unlabelled
+    yk[4] = False
     return q, k, yq.to(torch.uint8), yk.to(torch.uint8)
+
+
+# -------------------------------------------------------------------------- the double loops
 
 
 def cos(a, b):
@@ -23,29 +30,47 @@ def cos(a, b):
 
 
 def similarity(a, b):
-    both, na, nb = int((a & b).sum()), int(a.sum()), int(b.sum())
-    return both / math.sqrt(na * nb) if na and nb else 0.0
+    shared = int((a & b).sum())
+    size = int(a.sum()) * int(b.sum())
+    if size == 0:
+        return 0.0
+    return shared / math.sqrt(size)
+
+
+def cross_entropy_of_row(s, z):
+    """s, z: {key: label similarity}, {key: logit}."""
+    total = sum(s.values())
+    if total == 0:
+        return 0.0
+    normaliser = math.log(sum(math.exp(v) for v in z.values()))
+    return -sum(s[j] / total * (z[j] - normaliser) for j in s)
+
+
+def binary_cross_entropy_of_row(s, z):
+    loss = 0.0
+    for j in s:
+        p = 1 / (1 + math.exp(-z[j]))
+        loss -= s[j] * math.log(p) + (1 - s[j]) * math.log(1 - p)
+    return loss
 
 
 def soft_reference(q, k, yq, yk, form, tau):
-    total, rows = 0.0, 0
+    rows = [i for i in range(len(q)) if yq[i].sum()]
     columns = [j for j in range(len(k)) if yk[j].sum()]
-    for i in range(len(q)):
-        if not yq[i].sum():
-            continue
-        rows += 1
+    total = 0.0
+    for i in rows:
         s = {j: similarity(yq[i], yk[j]) for j in columns}
         z = {j: cos(q[i], k[j]) / tau for j in columns}
         if form == "ce":
-            if sum(s.values()) == 0:
-                continue
-            normaliser = math.log(sum(math.exp(v) for v in z.values()))
-            total -= sum(s[j] / sum(s.values()) * (z[j] - normaliser) for j in columns)
+            total += cross_entropy_of_row(s, z)
+        elif form == "bce":
+            total += binary_cross_entropy_of_row(s, z)
         else:
-            p = {j: 1 / (1 + math.exp(-z[j])) for j in columns}
-            row = -sum(s[j] * math.log(p[j]) + (1 - s[j]) * math.log(1 - p[j]) for j in columns)
-            total += row / len(columns) if form == "bce_mean" else row
-    return total / rows
+            total += binary_cross_entropy_of_row(s, z) / len(columns)
+    return total / len(rows)
+
+
+# ------------------------------------------------------------------------------------ SoftCon
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -58,9 +83,11 @@ def test_label_similarity_is_shared_classes_over_root_of_sizes(seed):
 
 
 def test_single_labels_reduce_the_soft_target_to_class_equality():
-    a, b = torch.randint(C, (20,)), torch.randint(C, (30,))
-    eye = torch.eye(C)
-    assert torch.equal(losses.label_similarity(eye[a], eye[b]), (a[:, None] == b).float())
+    a = torch.randint(L, (20,))
+    b = torch.randint(L, (30,))
+    one_hot = torch.eye(L)
+    s = losses.label_similarity(one_hot[a], one_hot[b])
+    assert torch.equal(s, (a[:, None] == b).float())
 
 
 @pytest.mark.parametrize("offset", [0, 3])
@@ -69,7 +96,7 @@ def test_info_nce_equals_a_double_loop(offset):
     want = 0.0
     for i in range(N):
         z = [cos(q[i], k[j]) / 0.2 for j in range(M)]
-        want -= (z[i + offset] - math.log(sum(map(math.exp, z)))) / N
+        want -= (z[i + offset] - math.log(sum(math.exp(v) for v in z))) / N
     assert abs(float(losses.info_nce(q, k, 0.2, offset)) - want) < 1e-12
 
 
@@ -88,18 +115,35 @@ def test_soft_term_equals_a_double_loop(form, tau):
         assert abs(value - soft_reference(q, k, yq, yk, form, tau)) < 1e-6
 
 
+@pytest.mark.parametrize("form", losses.SOFT_TAU)
+@pytest.mark.parametrize("labelled", [range(M), [5], []])
+def test_the_average_over_parts_of_the_queries_is_the_soft_term_of_all(form, labelled):
+    """all_yq says how many rows have labels in all, however unevenly the parts hold them."""
+    q, k, yq, yk = example(n=M)
+    for i in range(M):
+        if i not in labelled:
+            yq[i] = 0
+    whole = losses.soft_contrastive(q, k, yq, yk, form)
+    parts = [losses.soft_contrastive(q[i:i + 1], k, yq[i:i + 1], yk, form, None, yq)
+             for i in range(M)]
+    assert torch.allclose(torch.stack(parts).mean(), whole, atol=1e-6)
+
+
 def test_softcon_loss_is_info_nce_plus_weight_times_soft():
     q, k, yq, yk = example(n=M)
     loss, hard, soft = losses.softcon_loss(q, k, yq, yk, 0.2, 0.7, "bce", 0.5)
     want = losses.info_nce(q, k, 0.2) + 0.7 * losses.soft_contrastive(q, k, yq, yk, "bce", 0.5)
-    assert abs(float(loss - want)) < 1e-12 and abs(float(hard + 0.7 * soft - loss)) < 1e-12
+    assert abs(float(loss - want)) < 1e-12
+    assert abs(float(hard + 0.7 * soft - loss)) < 1e-12
 
 
 @pytest.mark.parametrize("form", losses.SOFT_TAU)
 def test_unlabelled_rows_and_columns_leave_the_soft_term_and_stay_in_info_nce(form):
     q, k, yq, yk = example()
-    other_q, other_k = q.clone(), k.clone()
-    other_q[2], other_k[4] = -q[2], -k[4]
+    other_q = q.clone()
+    other_q[2] = -q[2]
+    other_k = k.clone()
+    other_k[4] = -k[4]
     for new_q, new_k in ((other_q, k), (q, other_k)):
         assert torch.equal(losses.soft_contrastive(q, k, yq, yk, form),
                            losses.soft_contrastive(new_q, new_k, yq, yk, form))
@@ -110,27 +154,34 @@ def test_unlabelled_rows_and_columns_leave_the_soft_term_and_stay_in_info_nce(fo
 def test_without_any_label_the_soft_term_is_zero_and_has_a_zero_gradient(form):
     q, k, yq, yk = example()
     q.requires_grad_()
-    for a, b in ((yq * 0, yk), (yq, yk * 0), (yq * 0, yk * 0)):
+    none_q = torch.zeros_like(yq)
+    none_k = torch.zeros_like(yk)
+    for a, b in ((none_q, yk), (yq, none_k), (none_q, none_k)):
         value = losses.soft_contrastive(q, k, a, b, form)
-        assert float(value.detach()) == 0 and not torch.autograd.grad(value, q)[0].any()
+        gradient, = torch.autograd.grad(value, q)
+        assert float(value.detach()) == 0
+        assert not gradient.any()
 
 
 def test_the_soft_diagonal_is_what_the_two_seasons_say():
-    y1, y2 = torch.tensor([[1, 1, 0], [0, 0, 1]]), torch.tensor([[1, 0, 0], [1, 1, 0]])
-    assert torch.allclose(losses.label_similarity(y1, y2).diagonal(), torch.tensor([0.5 ** 0.5, 0]))
+    y1 = torch.tensor([[1, 1, 0], [0, 0, 1]])
+    y2 = torch.tensor([[1, 0, 0], [1, 1, 0]])
+    diagonal = losses.label_similarity(y1, y2).diagonal()
+    assert torch.allclose(diagonal, torch.tensor([0.5 ** 0.5, 0]))
 
 
 def test_permuting_the_batch_changes_nothing():
     q, k, yq, yk = example(n=M)
     p = torch.randperm(M)
-    a = losses.softcon_loss(q, k, yq, yk)
-    b = losses.softcon_loss(q[p], k[p], yq[p], yk[p])
-    assert all(torch.allclose(u, v, atol=1e-10) for u, v in zip(a, b))
+    before = losses.softcon_loss(q, k, yq, yk)
+    after = losses.softcon_loss(q[p], k[p], yq[p], yk[p])
+    for a, b in zip(before, after):
+        assert torch.allclose(a, b, atol=1e-10)
 
 
 def test_identical_labels_pull_every_pair_alike():
     q, k, _, _ = example()
-    value = losses.soft_contrastive(q, k, torch.ones(N, C), torch.ones(M, C), "ce", 0.2)
+    value = losses.soft_contrastive(q, k, torch.ones(N, L), torch.ones(M, L), "ce", 0.2)
     log_p = (losses.cosine(q, k) / 0.2).log_softmax(1)
     assert torch.allclose(value, -log_p.mean(), atol=1e-6)
 
@@ -140,16 +191,21 @@ def test_one_key_is_refused():
         losses.info_nce(torch.ones(1, D), torch.ones(1, D), 0.2)
 
 
+# -------------------------------------------------------------------------------------- masks
+
+
 @pytest.mark.parametrize("grid", [(16, 16), (8, 8), (7, 5), (2, 3)])
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.6])
 def test_block_mask_keeps_the_exact_number_sorted_distinct_and_reproducible(grid, ratio):
-    g = torch.Generator().manual_seed(3)
-    keep = losses.block_mask(50, grid, ratio, g)
+    generator = torch.Generator().manual_seed(3)
+    keep = losses.block_mask(50, grid, ratio, generator)
     n = grid[0] * grid[1]
-    assert keep.shape == (50, n - round(ratio * n)) and keep.min() >= 0 and keep.max() < n
+    assert keep.shape == (50, n - round(ratio * n))
+    assert keep.min() >= 0 and keep.max() < n
     assert (keep.diff(dim=1) > 0).all()
-    assert torch.equal(keep, losses.block_mask(50, grid, ratio, g.manual_seed(3)))
-    assert ratio == 0 or (keep != keep[0]).any()
+    assert torch.equal(keep, losses.block_mask(50, grid, ratio, generator.manual_seed(3)))
+    if ratio > 0:
+        assert (keep != keep[0]).any()
 
 
 def test_block_mask_is_made_of_blocks():
@@ -169,9 +225,13 @@ def test_block_mask_refuses_to_mask_everything():
 def test_blank_patches_greys_the_masked_cells_and_leaves_the_others():
     x = torch.rand(1, 2, 4, 4)
     y = losses.blank_patches(x, torch.tensor([[0, 3]]), 2)
-    assert torch.equal(y[..., :2, :2], x[..., :2, :2]) and torch.equal(
-        y[..., 2:, 2:], x[..., 2:, 2:])
-    assert (y[..., :2, 2:] == 0.5).all() and (y[..., 2:, :2] == 0.5).all()
+    assert torch.equal(y[..., :2, :2], x[..., :2, :2])
+    assert torch.equal(y[..., 2:, 2:], x[..., 2:, 2:])
+    assert (y[..., :2, 2:] == 0.5).all()
+    assert (y[..., 2:, :2] == 0.5).all()
+
+
+# ------------------------------------------------------------------------------- what the log says
 
 
 def test_collapse_tells_constant_from_spread_features():

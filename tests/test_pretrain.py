@@ -1,5 +1,4 @@
 """Claims about pretrain.py: schedules, order of the data, files, exact resume, refusals."""
-import contextlib
 import json
 import os
 import re
@@ -14,7 +13,7 @@ import torch
 
 import pretrain
 from conftest import ROOT, SMALL
-from kill import equal
+from lab.kill import equal
 
 
 def run(toy, out, *flags, modality="s1"):
@@ -45,111 +44,27 @@ def test_every_epoch_visits_each_scene_at_most_once_and_ranks_share_the_batches(
 
 def test_ranks_share_what_is_drawn_and_every_step_draws_anew():
     drawn = {"a": torch.arange(12.0), "b": torch.arange(24).view(12, 2)}           # 2 views x 6
-    halves = [pretrain.Dice(0, 5, 0, r, 2).ours(drawn, 2) for r in (0, 1)]
+    halves = [pretrain.StepRandomness(0, 5, 0, rank, 2).ours(drawn, 2) for rank in (0, 1)]
     assert halves[1]["a"].tolist() == [3, 4, 5, 9, 10, 11]
     for name, whole in drawn.items():
-        both = torch.cat([h[name].unflatten(0, (2, 3)) for h in halves], 1).flatten(0, 1)
+        both = torch.cat([half[name].unflatten(0, (2, 3)) for half in halves], 1).flatten(0, 1)
         assert torch.equal(both, whole)
-    first = [torch.rand(3, generator=pretrain.Dice(0, step, micro, r, 2).generator).tolist()
-             for step, micro, r in ((5, 0, 0), (5, 0, 1), (6, 0, 0), (5, 1, 0))]
-    assert first[0] == first[1] and first[0] != first[2] and first[0] != first[3]
 
-
-def batches_then(events, n, failing=None):
-    """n batches of (x, y, complaints), noted in `events` when they are read."""
-    for i in range(n):
-        events.append(f"read {i}")
-        if i == failing:
-            raise ValueError("a bad file")
-        yield Copied(events, i), Copied(events, i, False), [f"complaint {i}"]
-
-
-class Copied:
-    """Stands in for a tensor and notes what is done to it."""
-
-    def __init__(self, events, i, noting=True):
-        self.events, self.i, self.noting = events, i, noting
-
-    def note(self, what):
-        self.events.extend([f"{what} {self.i}"] * self.noting)
-        return self
-
-    def to(self, device, non_blocking):
-        assert device.type == "cuda" and non_blocking
-        return self.note(f"copy on {STREAMS[-1]}")
-
-    def record_stream(self, stream):
-        self.note(f"kept for {stream}")
-
-
-STREAMS = ["main"]
-
-
-@pytest.fixture
-def streams(monkeypatch):
-    """torch.cuda's streams and events, as far as `ahead` needs them, without a GPU."""
-    class Stream(str):
-        def __new__(cls, device=None, name="side"):
-            return str.__new__(cls, name)
-
-        def record_event(self):
-            return f"event of {self}"
-
-        def wait_event(self, event):
-            self.waited.append(f"{self} waits for {event}")
-
-    @contextlib.contextmanager
-    def stream(which):
-        STREAMS.append(which)
-        yield
-        STREAMS.pop()
-    Stream.waited = []
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(name=STREAMS[-1]))
-    return Stream
-
-
-def test_on_a_gpu_each_batch_is_copied_beside_the_step_before_it(streams):
-    events, out = [], []
-    for x, y, complaints in pretrain.ahead(batches_then(events, 3), torch.device("cuda", 0)):
-        assert STREAMS == ["main"] and complaints == [f"complaint {x.i}"] and y.i == x.i
-        events.append(f"step {x.i}")
-        out.append(x.i)
-    assert out == [0, 1, 2] and streams.waited == ["main waits for event of side"] * 3
-    assert events == [
-        "read 0", "copy on side 0", "read 1", "copy on side 1", "kept for main 0", "step 0",
-        "read 2", "copy on side 2", "kept for main 1", "step 1", "kept for main 2", "step 2"]
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("failing", [0, 2])
-def test_what_the_loader_raises_surfaces_in_its_own_step(streams, device, failing):
-    seen = []
-    with pytest.raises(ValueError, match="a bad file"):
-        for x, *_ in pretrain.ahead(batches_then([], 4, failing), torch.device(device)):
-            seen.append(x.i)
-    assert seen == list(range(failing))
-
-
-def test_on_the_cpu_batches_pass_as_they_are_one_at_a_time():
-    events, cpu = [], torch.device("cpu")
-    stream = pretrain.ahead(batches_then(events, 2), cpu)
-    first = next(stream)
-    assert events == ["read 0"] and first[0].i == 0 and len(list(stream)) == 1
-    assert not list(pretrain.ahead([], cpu))
-    batch = (torch.ones(2), torch.zeros(2))
-    assert all(a is b for a, b in zip(next(pretrain.ahead([batch], cpu)), batch))
+    def first_draw(step, micro, rank):
+        return torch.rand(3, generator=pretrain.StepRandomness(0, step, micro, rank, 2).generator)
+    assert torch.equal(first_draw(5, 0, 0), first_draw(5, 0, 1))
+    assert not torch.equal(first_draw(5, 0, 0), first_draw(6, 0, 0))
+    assert not torch.equal(first_draw(5, 0, 0), first_draw(5, 1, 0))
 
 
 def test_data_wait_is_the_time_the_loader_took(toy, tmp_path, monkeypatch):
     scenes = pretrain.data.Scenes
-    real = scenes.__getitem__
+    real = scenes.__getitems__
 
-    def slow(self, key):
+    def slow(self, keys):
         time.sleep(0.5)
-        return real(self, key)
-    monkeypatch.setattr(scenes, "__getitem__", slow)
+        return real(self, keys)
+    monkeypatch.setattr(scenes, "__getitems__", slow)
     run(toy, tmp_path / "r", "--max-steps", 2)
     for row in map(json.loads, (tmp_path / "r" / "log.jsonl").read_text().splitlines()):
         assert row["data_wait"] * 16 / row["images_per_s"] > 0.5               # 16 images a step
@@ -257,7 +172,6 @@ def test_without_labels_info_nce_alone_is_trained(toy, tmp_path, capsys):
     (["--labels", "/nowhere.json"], "/nowhere.json: no such file"),
     (["--init", "/nowhere.pth"], "/nowhere.pth: No such file"),
     (["--mask-ratio", "1"], "mask ratio 1.0 leaves no patch"),
-    (["--resume"], "--resume: no .*last.pt"),
 ])
 def test_bad_flags_are_named_and_leave_nothing_behind(toy, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message) as error:
@@ -270,13 +184,34 @@ def test_bad_flags_are_named_and_leave_nothing_behind(toy, tmp_path, flags, mess
     (["--ratios", "0.2", "0.2", "0.6"], "--ratios: has no effect on --method softcon"),
     (["--prototypes=64"], "--prototypes: has no effect on --method softcon"),
     (["--method", "pera", "--mask-ratio", "0.3"], "--mask-ratio: has no effect on --method pera"),
-    (["--holdout", "1.5"], "--holdout 1.5: must lie in 0 to 0.99"),
-    (["--weight-decay", "0.1", "-1"], "--weight-decay .*-1.*: must lie in 0 to"),
-    (["--method", "pera", "--teacher-tau", "0", "0"], "--teacher-tau .*: must lie in 0.0001 to")])
+    (["--method", "pera", "--mask", "0.7"], "unrecognized arguments: --mask 0.7"),
+    (["--holdout", "1.5"], "--holdout: 1.5 must lie in 0 to 0.99"),
+    (["--epochs", "many"], "--epochs: 'many' is no int"),
+    (["--lr", "nan"], "--lr: nan must lie in 0 to"),
+    (["--weight-decay", "0.1", "-1"], "--weight-decay: -1 must lie in 0 to"),
+    (["--method", "pera", "--teacher-tau", "0", "0"], "--teacher-tau: 0 must lie in 0.0001 to")])
 def test_flags_of_the_other_method_and_out_of_range_are_refused(flags, message, capsys):
     with pytest.raises(SystemExit):
         pretrain.parse(["--modality", "s1", *flags])
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_value_given_wins_over_the_presets_and_the_first_output_says_so(capsys):
+    args = pretrain.parse(["--modality", "s1", "--epochs", "3"])
+    assert args.epochs == 3 and args.lr == pretrain.PRESETS["softcon", "toy"]["lr"]
+    said = pretrain.describe_run(args, 1, torch.device("cpu"))
+    assert "preset: softcon, toy; changed: epochs 3 instead of 28\n" in said
+    args = pretrain.parse(["--modality", "rgb", "--method", "pera", "--data", "x"])
+    for name, value in pretrain.PRESETS["pera", "full"].items():
+        assert getattr(args, name) == value
+    assert "preset: pera, full; changed: nothing\n" in pretrain.describe_run(
+        args, 1, torch.device("cpu"))
+
+
+def test_resume_starts_a_run_that_has_no_checkpoint_yet(toy, tmp_path, capsys):
+    a = run(toy, tmp_path / "a", "--max-steps", 2, "--resume")
+    assert "--resume: no " in capsys.readouterr().out
+    assert equal(a, run(toy, tmp_path / "b", "--max-steps", 2))
 
 
 def test_fewer_scenes_than_ranks_is_named(toy, tmp_path, monkeypatch):

@@ -1,0 +1,69 @@
+"""Claims about tests/lab/results: the page is made of the lines, and a line can be repeated."""
+import re
+
+import pytest
+
+from lab import study, tables
+
+
+def test_the_results_page_is_what_the_study_script_makes_of_the_lines():
+    assert (study.RESULTS / "README.md").read_text() == tables.page()
+
+
+def test_the_readmes_table_has_its_eight_rows_and_no_empty_cell():
+    header, _, *rows = study.readme_table().splitlines()
+    assert len(rows) == 8
+    for row in rows:
+        assert row.count("|") == header.count("|") and "not run" not in row
+
+
+@pytest.mark.parametrize("file", sorted(study.RESULTS.glob("*.jsonl")), ids=lambda f: f.stem)
+def test_a_line_names_what_it_takes_to_repeat_its_run(file):
+    runs = study.all_runs()
+    for line in study.read_lines(file.stem):
+        assert re.fullmatch(r"[0-9a-f]{7,}\+?", line["commit"])
+        assert line["torch"] and line["device"]
+        assert line["flags"].startswith(" ".join(runs[line["key"]].flags))
+
+
+def test_every_run_has_a_key_of_its_study_and_a_seed():
+    for key in study.all_runs():
+        assert re.fullmatch(r"[a-z]+/[^/]+/(s1|s2c|rgb)/\d", key)
+
+
+def line(key, *micro):
+    return {"key": key, "probes": [{"all": {"checkpoint": {"micro_map": micro}}}]}
+
+
+def test_equal_values_of_different_splits_all_count_and_repeated_ones_count_once(monkeypatch):
+    lines = [line("eurosat/a/s2c/0", .8, .9, .8), line("eurosat/b/s2c/0", .8, .8, .8)]
+    monkeypatch.setattr(tables, "read_lines", lambda study: lines)
+    assert tables.values("eurosat/a", "s2c", "micro_map") == [.8, .9, .8]
+    assert tables.values("eurosat/b", "s2c", "micro_map") == [.8]
+
+
+def test_gains_pair_runs_by_their_seed(monkeypatch):
+    lines = {"long": [line("long/+ soft/s1/2", .7), line("long/+ soft/s1/0", .5),
+                      line("long/InfoNCE/s1/0", .4), line("long/InfoNCE/s1/1", .9),
+                      line("long/InfoNCE/s1/2", .5)]}
+    monkeypatch.setattr(tables, "read_lines", lambda study: lines.get(study, []))
+    text = tables.gains_section()
+    assert "| soft term over InfoNCE | 28 | yes | s1 | +0.150 | 0.050 | 2 |" in text
+    assert "| soft term over InfoNCE | 28 | yes | s2c | not run | not run | 0 |" in text
+
+
+def test_chips_are_divided_by_class_without_overlap(tmp_path):
+    """Of 10 chips a class 70 % are to pretrain on and fit the head; of the other kind 30, 30, 40."""
+    for name in ("Forest", "River"):
+        (tmp_path / "chips" / name).mkdir(parents=True)
+        for n in range(10):
+            (tmp_path / "chips" / name / f"{name}_{n}.tif").touch()
+    for share, sizes in ((70, (14, 14, 6)), (30, (6, 6, 8))):
+        folder = tmp_path / f"s2c_{share}_1"
+        study.make_chips(tmp_path / "chips", folder)
+        train = {path.name for path in (folder / "train").glob("*/*")}
+        fit = set((folder / "fit.txt").read_text().split())
+        test = set((folder / "test.txt").read_text().split())
+        assert (len(train), len(fit), len(test)) == sizes
+        assert not (train | fit) & test and (fit == train) == (share == 70)
+        assert len(list((folder / "all").glob("*/*"))) == 20
