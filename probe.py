@@ -236,7 +236,7 @@ def standardise(x, x_test):
 def folds(scene):
     """The fold of each row, 0 to 4, from its scene (n,): rows of one scene share a fold.
 
-    These are its seasons or random crops.  Apart, they would make a validation too easy.
+    These are its seasons or its random crops.  In two folds they would make validation too easy.
     """
     _, number = np.unique(scene, return_inverse=True)          # 0, 1, 2, ... without gaps
     return number % FOLDS
@@ -284,7 +284,7 @@ def logistic(x, y, x_test, multi_label):
 
     Each minimises the mean log loss of a row (softmax; multi-label: a sigmoid for each class, and
     their sum) plus p / 2 |W|^2, by L-BFGS in float64.  It starts where the one before, of a larger
-    penalty, ended, which saves most of the iterations.
+    penalty, ended, which saves iterations.
     """
     x, x_test = standardise(x, x_test)
     x = torch.from_numpy(x)                                    # (n,D)
@@ -337,9 +337,9 @@ def sgd(x, y, use, rates, multi_label, steps, seed=0, batch=128):
     learns at rates[h] * batch / 256, momentum 0.9, with a cosine down to 0.  The loss is the cross
     entropy [1]; multi-label: the mean binary cross entropy over classes [3].
 
-    All heads share one matrix product, which is what makes 52 of them affordable.  The gradient is
-    written out, because that of one head has no part in another: each gets the weights that it
-    would get alone.
+    One matrix product serves all heads, which makes the 52 of [1] affordable.  The gradient is
+    written out by hand.  That of a head depends on its own weights only, so that each head ends
+    with the weights that it would have if it trained alone.
     """
     n, D = x.shape
     L = y.shape[1]
@@ -479,7 +479,7 @@ def macro_average_precision(scores, targets):
 
 
 def batch_average_precision(scores, targets):
-    """The mean of micro average precisions of batches of 256, as [3] publish: a biased number."""
+    """The mean of micro average precisions of batches of 256 images: biased, but published [3]."""
     values = []
     for i in range(0, len(scores), 256):
         values.append(average_precision(scores[i:i + 256], targets[i:i + 256]))
@@ -517,11 +517,11 @@ def interval(values):
 def held_out_halves(scenes, holdout):
     """Split the labelled images of the share `holdout` of scenes that pretraining never saw.
 
-    Half of these scenes train a head, half test it.  Pretraining's own scenes do neither: of them
-    a network remembers what it would not know of others.
+    Half of these scenes train a head, half test it.  The scenes of pretraining do neither: the
+    network may have learnt them by heart.
     """
     held_out = data.held_out(scenes.ids, holdout)
-    to_test = data.held_out(scenes.ids, holdout / 2)           # a part of them: see data.held_out
+    to_test = data.held_out(scenes.ids, holdout / 2)           # a subset: the same hash decides
     train = []
     test = []
     for i, s in scenes.images_of(np.flatnonzero(held_out)):
@@ -685,7 +685,7 @@ def load_networks(args, task):
     its images are resized.
     Raises ValueError if a checkpoint does not fit the sensor, or the sensor the task.
     """
-    bands = 0                      # of a file with two networks, the one with as many is meant
+    bands = 0                      # of the network to take if a file holds two, as DeCUR's do
     if args.modality:
         bands = len(data.find_sensor(args.modality).bands)
     nets = [models.build_from(path, bands) for path in args.ckpt]
