@@ -294,7 +294,7 @@ def compute_features(nets, images, device, workers, view, profile):
     rows = {net: [] for net in nets}
     generator = torch.Generator().manual_seed(view.draw)
     loader = DataLoader(images, 64, num_workers=workers)
-    for x, _, _ in tqdm(loader, f"features, draw {view.draw}", leave=False):
+    for x, _, _ in tqdm(loader, f"features, {view}", leave=False):
         x = x.to(device)                                       # (B,C,H,W) uint8
         if profile.clip:
             x = clip_quantiles(x)
@@ -560,13 +560,15 @@ def chosen_logistic(train, validation, x_test, metric, multi_label):
     mean is 1 / (C n).  The best C on the validation part is fitted again with that part.
     """
     n = len(train.y)
-    fit = partial(logistic, multi_label=multi_label, accuracy=1e-6, iterations=1000)
-    scores = fit(train.x[0], train.y, validation.x[0], penalties=1 / (COSTS * n))
+    fit = partial(logistic, multi_label=multi_label, accuracy=1e-7)
+    # weak penalties end after 100 iterations, not at the minimum: they start near it, and far from
+    # it the value changes little
+    scores = fit(train.x[0], train.y, validation.x[0], penalties=1 / (COSTS * n), iterations=100)
     values = [float(metric(s, validation.y)) for s in scores]
     best = int(np.argmax(values))
     x = np.concatenate([train.x[0], validation.x[0]])
     y = np.concatenate([train.y, validation.y])
-    scores = fit(x, y, x_test, penalties=[1 / (COSTS[best] * len(x))])
+    scores = fit(x, y, x_test, penalties=[1 / (COSTS[best] * len(x))], iterations=1000)
     return scores[0], [float(f"{COSTS[best]:.3g}"), values[best]]
 
 
@@ -643,7 +645,7 @@ def learning_rate(protocol, task, net):
     return protocol.lr[kind]
 
 
-def sgd(x, y, use, rates, multi_label, steps=GRID_STEPS, seed=0, batch=128):
+def sgd(x, y, use, rates, multi_label, steps, seed=0, batch=128):
     """Train H linear heads side by side by SGD and return their weights (D,H,L).
 
     x (n,D) and y (n,L) are the same for all.  Head h sees the columns where use[h] (H,D) is 1, and
@@ -676,7 +678,7 @@ def sgd(x, y, use, rates, multi_label, steps=GRID_STEPS, seed=0, batch=128):
     return W
 
 
-def grid(x, y, x_test, scene, use, rates, metric, multi_label, seed, steps=GRID_STEPS):
+def grid(x, y, x_test, scene, use, rates, metric, multi_label, seed, steps):
     """Train H linear heads as `sgd` does and take the best one: its scores (m,L), index and value.
 
     use (H,D) and rates (H,) describe the heads.  They train on four fifths of the scenes, and
@@ -697,7 +699,7 @@ def grid(x, y, x_test, scene, use, rates, metric, multi_label, seed, steps=GRID_
     return (x_test @ W[:, best]).numpy(), best, values[best]
 
 
-def fit_grid(net, train, x_test, metric, multi_label, seed):
+def fit_grid(net, train, x_test, metric, multi_label, seed, steps=GRID_STEPS):
     """Fit the best head of DINOv2's grid: scores (m,L), [feature, rate, value that chose it].
 
     A feature is chosen by a mask, not by cutting out columns, so that all heads can train side by
@@ -713,7 +715,7 @@ def fit_grid(net, train, x_test, metric, multi_label, seed):
         mask[columns(net, feature)] = 1
     rates = torch.tensor([rate for _, rate in heads])
     scores, best, value = grid(x, train.y, x_test, train.scene, use, rates, metric, multi_label,
-                               seed)
+                               seed, steps)
     return scores, [*heads[best], value]
 
 
@@ -1382,7 +1384,7 @@ def draw_curve(path, rows, metric, title):
     for name in names:
         means[name] = [float(np.mean(row["all"][name][metric])) for row in rows]
     low = math.floor(10 * min(map(min, means.values()))) / 10  # the axis ends at tenths
-    high = math.ceil(10 * max(map(max, means.values()))) / 10
+    high = max(math.ceil(10 * max(map(max, means.values()))) / 10, low + 0.1)
     counts = [row["n_train"] for row in rows]
     decades = math.log10(max(counts) / min(counts)) or 1.0
 
