@@ -82,7 +82,7 @@ PROTOCOLS = {
     "knn": Protocol(
         source="DINO [2]: 20 neighbours vote with exp(cosine / 0.07)",
         head="knn", features=ANY_FEATURE),
-    # two rows of four features by 13 rates; the network sees whole images, in [1] random crops
+    # the network sees whole images, in [1] random crops; SGD runs on standardised features
     "dinov2": Protocol(
         source="DINOv2 B.3 [1]: 52 linear heads by SGD, the best on a fifth of the training part",
         head="grid", features=["grid"]),
@@ -99,7 +99,7 @@ PROTOCOLS = {
         clip_radar=True, eurosat_scale=True, shares=(0.6, 0.2, 0.2),
         epochs=50, batch=64, weight_decay=1e-4, lr={"one label": 0.1, "multi-label": 1.0}),
     "torchgeo-bench": Protocol(
-        source="torchgeo-bench [5]: logistic regression, 40 penalties, refit with the validation part",
+        source="torchgeo-bench [5]: logistic regression, C by a validation part, then refit with it",
         head="chosen logistic", features=["mean"], size=224, zscore=True,
         shares=(0.6, 0.2, 0.2), validation=True),
 }
@@ -829,8 +829,8 @@ def interval(values):
 
 # ------------------------------------------------------------------------------------------ splits
 #
-# An image is a pair (scene, season).  A split is three lists of images: to train a head, to validate
-# its choice (often empty), to test it.
+# An image is a pair (scene, season).  A split is three lists of images: to train a head,
+# to validate a choice (often empty), to test it.
 
 
 def held_out_halves(scenes, holdout):

@@ -27,8 +27,9 @@ from lab import study, tables  # noqa: E402
 RGB = ["--task", "eurosat", "--data", "eurosat_rgb", "--ckpt", "vit_tiny_in1k.pth",
        "--split", "2000", "1000", "1000", "--img-size", "64"]
 MS = ["--task", "eurosat", "--data", "eurosat_ms", "--ckpt", "vit_tiny_s2c.pth",
-      "--seeds", "3", "--img-size", "64"]
-TOY = ["--ckpt", "runs/softcon_s1/backbone.pt", "--seeds", "3"]
+      "--img-size", "64"]
+THREE = ["--seeds", "3"]
+TOY = ["--ckpt", "runs/softcon_s1/backbone.pt"]
 CURVE = ["--train-frac", "0.01", "0.05", "0.1", "1"]
 
 RUNS = {
@@ -36,11 +37,11 @@ RUNS = {
     "rgb torchgeo-bench-knn": [*RGB, "--protocol", "torchgeo-bench-knn"],
     "rgb copernicus-bench": [*RGB, "--protocol", "copernicus-bench"],
     "rgb ridge": [*RGB, "--protocol", "ridge"],
-    "ms torchgeo-bench": [*MS, "--protocol", "torchgeo-bench"],
-    "ms torchgeo-bench-knn": [*MS, "--protocol", "torchgeo-bench-knn"],
+    "ms torchgeo-bench": [*MS, *THREE, "--protocol", "torchgeo-bench"],
+    "ms torchgeo-bench-knn": [*MS, *THREE, "--protocol", "torchgeo-bench-knn"],
     "ms copernicus-bench": [*MS, "--protocol", "copernicus-bench"],
     "ms ridge": [*MS, "--protocol", "ridge", "--layers"],
-    "toy ridge": [*TOY, "--protocol", "ridge", *CURVE],
+    "toy ridge": [*TOY, *THREE, "--protocol", "ridge", *CURVE],
 }
 
 
@@ -69,6 +70,68 @@ def run(name):
         file.write(json.dumps(line) + "\n")
 
 
+# ------------------------------------------------------------------------------------------ page
+
+
+def cell(values):
+    """mean ± deviation of the values of the seeds."""
+    if len(set(values)) == 1:
+        return f"{values[0]:.3f}"
+    return f"{probe.mean(values):.3f} ± {probe.deviation(values):.3f}"
+
+
+def value_rows(lines):
+    """A row for each run: what was measured, on how many images, and the three values."""
+    rows = []
+    for line in lines:
+        values = [cell(line["all"][name][line["metric"]])
+                  for name in ("checkpoint", "random", "stats")]
+        rows.append([line["name"], line["metric"], line["n_train"], line["n_test"],
+                     line["img_size"], line["seeds"], *values])
+    return rows
+
+
+def curve_rows(line):
+    """A row for each share of the training images."""
+    rows = []
+    for row in line["curve"]:
+        values = [cell(row["all"][name][line["metric"]])
+                  for name in ("checkpoint", "random", "stats")]
+        rows.append([f"{row['train_frac']:g}", row["n_train"], *values])
+    return rows
+
+
+def run_rows(lines):
+    """A row for each run: what it takes to repeat it."""
+    rows = []
+    for line in lines:
+        rows.append([line["name"], f"`{line['command']}`", line["commit"],
+                     f"{line['device']}, {line['threads']} thread", line["torch"],
+                     line["minutes"]])
+    return rows
+
+
+def page():
+    """The text of results/probing.md."""
+    lines = tables.read_lines("probing")
+    lines.sort(key=lambda line: list(RUNS).index(line["name"]))
+    values = ["run", "metric", "train", "test", "pixels", "seeds", "checkpoint", "random", "stats"]
+    parts = ["# Probes by protocol", INTRODUCTION, "## Values",
+             tables.markdown(values, value_rows(lines)), REMARKS]
+    for line in lines:
+        if "curve" in line:
+            header = ["share", "images", "checkpoint", "random", "stats"]
+            parts += [f"## Labels against {line['metric']}: {line['name']}",
+                      tables.markdown(header, curve_rows(line))]
+        if "layers" in line:
+            layers = [[k + 1, f"{value:.3f}"] for k, value in enumerate(line["layers"])]
+            parts += [f"## Blocks of the checkpoint, last seed: {line['name']}",
+                      tables.markdown(["block", line["metric"]], layers)]
+    header = ["run", "command", "commit", "device", "torch", "minutes"]
+    parts += ["## Commands", tables.markdown(header, run_rows(lines))]
+    return "\n\n".join(parts) + "\n"
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,6 +143,8 @@ def main(argv=None):
         for name in args.names or RUNS:
             if name not in done:
                 run(name)
+    else:
+        (tables.RESULTS / "probing.md").write_text(page())
 
 
 if __name__ == "__main__":
