@@ -560,15 +560,16 @@ def chosen_logistic(train, validation, x_test, metric, multi_label):
     mean is 1 / (C n).  The best C on the validation part is fitted again with that part.
     """
     n = len(train.y)
-    fit = partial(logistic, multi_label=multi_label, accuracy=1e-7)
-    # weak penalties end after 100 iterations, not at the minimum: they start near it, and far from
-    # it the value changes little
-    scores = fit(train.x[0], train.y, validation.x[0], penalties=1 / (COSTS * n), iterations=100)
+    fit = partial(logistic, multi_label=multi_label)
+    # a rough fit is enough to choose: each starts where the one before ended
+    scores = fit(train.x[0], train.y, validation.x[0], penalties=1 / (COSTS * n), accuracy=1e-5,
+                 iterations=100)
     values = [float(metric(s, validation.y)) for s in scores]
     best = int(np.argmax(values))
     x = np.concatenate([train.x[0], validation.x[0]])
     y = np.concatenate([train.y, validation.y])
-    scores = fit(x, y, x_test, penalties=[1 / (COSTS[best] * len(x))], iterations=1000)
+    scores = fit(x, y, x_test, penalties=[1 / (COSTS[best] * len(x))], accuracy=1e-7,
+                 iterations=1000)
     return scores[0], [float(f"{COSTS[best]:.3g}"), values[best]]
 
 
@@ -1398,7 +1399,7 @@ def draw_curve(path, rows, metric, title):
              'font-family="Helvetica, Arial, sans-serif" font-size="12">',
              '<rect width="640" height="340" fill="white"/>',
              f'<text x="60" y="28" font-size="14" font-weight="bold">{escape(title)}</text>',
-             f'<text x="250" y="324" text-anchor="middle">training images, {metric}</text>']
+             '<text x="250" y="324" text-anchor="middle">training images</text>']
     for tick in np.arange(round(10 * low), round(10 * high) + 1) / 10:
         lines.append(f'<path d="M60 {y_of(tick):.1f}H440" stroke="#cccccc"/>'
                      f'<text x="52" y="{y_of(tick) + 4:.1f}" text-anchor="end">{tick:.1f}</text>')
@@ -1479,7 +1480,8 @@ def main(argv=None):
         report["curve"] = rows
         print_curve(rows, value)
     if args.out:
-        draw_curve(args.out, rows, value, f"{args.task}, protocol {args.protocol}")
+        title = f"{value} on {args.task}, protocol {args.protocol}"
+        draw_curve(args.out, rows, value, title)
 
     # ---------------------------------------------- intervals, classes and blocks of the last seed
     if args.bootstrap:

@@ -234,7 +234,7 @@ def test_the_c_with_the_best_validation_value_is_fitted_again_on_both_parts():
     train = rows(x[:100], y[:100])
     validation = rows(x[100:150], y[100:150])
     scores, (C, value) = probe.chosen_logistic(train, validation, x[150:], probe.accuracy, False)
-    fits = probe.logistic(x[:100], y[:100], x[100:150], False, 1 / (probe.COSTS * 100), 1e-7, 100)
+    fits = probe.logistic(x[:100], y[:100], x[100:150], False, 1 / (probe.COSTS * 100), 1e-5, 100)
     values = [probe.accuracy(p, y[100:150]) for p in fits]
     best = int(np.argmax(values))
     assert value == values[best] and np.isclose(C, probe.COSTS[best], rtol=1e-2)

@@ -3,7 +3,9 @@ import re
 
 import pytest
 
-from lab import study, tables
+from lab import probing, study, tables
+
+PROBES = study.RESULTS / "probing.jsonl"               # its lines are of probes alone
 
 
 def test_the_results_page_is_what_the_study_script_makes_of_the_lines():
@@ -17,7 +19,15 @@ def test_the_readmes_table_has_its_eight_rows_and_no_empty_cell():
         assert row.count("|") == header.count("|") and "not run" not in row
 
 
-@pytest.mark.parametrize("file", sorted(study.RESULTS.glob("*.jsonl")), ids=lambda f: f.stem)
+def test_the_page_of_probes_is_made_of_its_lines_and_each_can_be_repeated():
+    assert (study.RESULTS / "probing.md").read_text() == probing.page()
+    for line in study.read_lines("probing"):
+        assert re.fullmatch(r"[0-9a-f]{7,}", line["commit"])
+        assert line["command"].startswith(f"python probe.py {' '.join(probing.RUNS[line['name']])}")
+
+
+@pytest.mark.parametrize("file", sorted(set(study.RESULTS.glob("*.jsonl")) - {PROBES}),
+                         ids=lambda f: f.stem)
 def test_a_line_names_what_it_takes_to_repeat_its_run(file):
     runs = study.all_runs()
     for line in study.read_lines(file.stem):
