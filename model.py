@@ -540,38 +540,38 @@ class SparseBranch(nn.Module):
             self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, backbone.embed_dim))
             self.pred_head = PrototypeHead(backbone.embed_dim, values, hidden)
 
-    def forward(self, crops, keep, learn=None):
+    def forward(self, crops, keep, unseen=None):
         """Runs all crops at once.
 
         crops: [(b,C,H,W), ...], one tensor for each size, the global crops first.
         keep: [(b,n), ...], the indices of the patches to see of each crop.
-        learn: (b,m), the indices of the patches to guess of the global crops, or None.
+        unseen: (b,m), the indices of the patches to guess of the global crops, or None.
         Returns the embeddings (sum of b, 384), the CLS features (sum of b, D) and the guesses
-        (b,m,PPC), which are None if learn is.
+        (b,m,PPC), which are None if unseen is.
         """
         net = self.backbone
         middle = len(net.blocks) // 2
         x, groups = pack([net.embed(crop, seen) for crop, seen in zip(crops, keep)])     # (T, D)
         for i, block in enumerate(net.blocks):
-            if i == middle and learn is not None:
+            if i == middle and unseen is not None:
                 h, w = check_grid(*crops[0].shape[2:], net.patch_size)
-                x, groups = self.add_mask_tokens(x, groups, net.positions(h, w), learn)
+                x, groups = self.add_mask_tokens(x, groups, net.positions(h, w), unseen)
             x = block(x, groups)
         outputs = unpack(net.norm(x), groups)                            # [(b, 1+R+n, D), ...]
         cls = torch.cat([y[:, 0] for y in outputs])                      # (sum of b, D)
         guess = None
-        if learn is not None:
-            masked = outputs[0][:, -learn.shape[1]:]                     # (b, m, D)
+        if unseen is not None:
+            masked = outputs[0][:, -unseen.shape[1]:]                     # (b, m, D)
             guess = self.pred_head(masked) @ self.pred_head.prototypes().T        # (b, m, PPC)
         return self.cls_head(cls), cls, guess
 
-    def add_mask_tokens(self, x, groups, table, learn):
-        """Appends mask tokens at the positions learn (b,m) to the sequences of the first group.
+    def add_mask_tokens(self, x, groups, table, unseen):
+        """Appends mask tokens at the positions unseen (b,m) to the sequences of the first group.
 
         They stand behind the other tokens, which is as good as any place, since attention knows
         no order. Returns the packed tokens and their groups.
         """
-        tokens = self.mask_token + take(table[:, 1:], learn)             # (b, m, D)
+        tokens = self.mask_token + take(table[:, 1:], unseen)             # (b, m, D)
         sequences = unpack(x, groups)
         sequences[0] = torch.cat([sequences[0], tokens.to(x.dtype)], 1)  # (b, 1+R+n+m, D)
         return pack(sequences)

@@ -6,7 +6,7 @@
 
 SoftCon [1]: the student sees two seasons of a scene with some blocks masked.  For each season it
 must find the teacher's embedding of the other season among those of all scenes of the batch.  How
-similar it may be to the others follows from the scenes' land-cover labels.
+similar it shall be to each of them follows from the scenes' land-cover labels.
 
 PerA [2]: student and teacher see the same crops of one image, in other colours and through masks
 that have no patch in common.  The student must choose the teacher's prototypes, and guess the
@@ -19,7 +19,7 @@ resumed run repeats the undisturbed one, and W ranks together see what one rank 
 [1] Wang, Albrecht, Zhu 2024, Multi-label guided soft contrastive learning
 [2] Shen et al. 2026, PerA, and its repository SathShen/PerA
 
-Read main() first, then the step of one method.  Equations are numbered as in the README.
+The loop is main(), at the end of the file.  Equations are numbered as in the README.
 """
 import argparse
 import dataclasses
@@ -51,7 +51,7 @@ import model as models
 # ---------------------------------------------------------------------------------------- presets
 
 # The values of one method on one kind of data: "toy" without --data, "full" with it.  Each value
-# has a flag of its own that changes it.  Where they come from: README, "Where it is ours".
+# has a flag of its own that changes it.  The README's table says where each comes from.
 PRESETS = {
     ("softcon", "toy"): dict(
         arch="resnet18", img_size=32, patch_size=4, hidden=512, drop_path=0.0,
@@ -77,8 +77,8 @@ PRESETS = {
 }
 
 # Flags that mean nothing to the other method, and are refused there.
-ONLY = {"softcon": ["mask_ratio"],
-        "pera": ["crops", "local_size", "prototypes", "teacher_tau", "ratios"]}
+METHOD_FLAGS = {"softcon": ["mask_ratio"],
+                "pera": ["crops", "local_size", "prototypes", "teacher_tau", "ratios"]}
 
 # Flags that a resumed run may change.  All others decide the numbers, so they must stay.
 MAY_CHANGE = ["data", "labels", "max_steps", "out", "resume", "save_every", "log_every",
@@ -133,14 +133,16 @@ flag("--crop-min", type=number(float, 0.01, 1),
 flag("--crops", type=natural, nargs=2, metavar=("GLOBAL", "LOCAL"), help="pera: crops of an image")
 flag("--local-size", type=natural, help="pera: side of a local crop in pixels")
 flag("--jitter", type=share,
-     help="strength of brightness and contrast; on radar, pera only: offset of up to 5 x this dB")
+     help="change of brightness and contrast, at most this; radar: none with softcon, with pera an "
+          "offset of up to 5 times this in dB")
 flag("--grey", type=share, help="share of views turned grey; pera: 0.8 of it, student only")
 flag("--cache", type=amount, default=4.0, metavar="GB",
      help="keep the decoded images in memory if they take at most this, per rank (%(default)s)")
 flag("--workers", type=natural, default=2, help="reading processes per rank (%(default)s)")
 
 flag = parser.add_argument_group("model").add_argument
-flag("--method", default="softcon", choices=["softcon", "pera"], help="(%(default)s)")
+flag("--method", default="softcon", choices=["softcon", "pera"],
+     help="what to minimise (%(default)s)")
 flag("--arch", choices=[*models.RESNETS, *models.VITS], help="backbone; pera needs a ViT")
 flag("--patch-size", type=positive, help="of a ViT; with a ResNet: the cell of SoftCon's mask")
 flag("--hidden", type=positive, help="width of the heads' hidden layers")
@@ -159,10 +161,12 @@ flag("--teacher-tau", type=temperature, nargs=2, metavar=("FIRST", "LAST"),
 flag("--soft-weight", type=amount, help="weight of the soft label term; see soft_share in the log")
 flag("--soft-form", default="bce", choices=list(losses.SOFT_TAU),
      help="formula of the soft term, see losses.soft_contrastive (%(default)s)")
-flag("--soft-tau", type=temperature, help=f"temperature of the soft term {losses.SOFT_TAU}")
+flag("--soft-tau", type=temperature,
+     help="temperature of the soft term (default: 0.2; 1.0 with --soft-form bce_mean)")
 flag("--mask-ratio", type=share, help="softcon: share of the student's patches that are masked")
-flag("--ratios", type=share, nargs=3, metavar=("STUDENT", "GUESS", "TEACHER"),
-     help="pera: shares of the patches that the student sees, must guess, that the teacher sees")
+flag("--ratios", type=share, nargs=3, metavar=("STUDENT", "UNSEEN", "TEACHER"),
+     help="pera: shares of the patches that the student sees, that neither sees and the student "
+          "must guess, and that the teacher sees")
 
 flag = parser.add_argument_group("optimisation").add_argument
 flag("--epochs", type=positive, help="passes over the scenes")
@@ -204,7 +208,7 @@ def parse(argv=None):
     args.sensor is the data.Sensor that --modality names.  Wrong flags end the program with a line.
     """
     args = parser.parse_args(argv)
-    for method, names in ONLY.items():
+    for method, names in METHOD_FLAGS.items():
         for name in names:
             if method == args.method:
                 continue
@@ -328,7 +332,7 @@ def start_processes(args):
     elif world > 1:
         torch.set_num_threads(max(1, os.cpu_count() // local_world))
     if world > 1:
-        # gloo for the few numbers that live on the CPU, NCCL for all that lives on GPUs
+        # gloo for tensors on the CPU (the first step, the wish to stop), NCCL for those on GPUs
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     return rank, world, device
 
@@ -446,7 +450,8 @@ class StepRandomness:
 
 
 def networks(args, device, load_init=True, quiet=False):
-    """-> namespace of student, teacher, centre (PerA's, else None) and ddp (the student, for now).
+    """-> namespace of student, teacher, centre (PerA's, else None) and ddp: the student, which main
+    wraps if there are several ranks.
 
     The teacher starts as a copy of the student.  It has no predictor and guesses no pixels.
     load_init: fill the student's backbone from --init; False: only its shapes are read there.
@@ -454,14 +459,14 @@ def networks(args, device, load_init=True, quiet=False):
     pera = args.method == "pera"
     channels = len(args.sensor.bands)
     registers = 0
-    layerscale = not pera                                # PerA's ViTs have none ...
+    layerscale = not pera                                # PerA's ViTs have no LayerScale
     if args.init:
         weights = models.read_weights(args.init, in_chans=channels)
         tensors = weights[0]
         if "register_tokens" in tensors:
             registers = tensors["register_tokens"].shape[1]
         if "blocks.0.ls1.gamma" in tensors:
-            layerscale = True                            # ... but DINOv2's weights need theirs
+            layerscale = True                            # but DINOv2's weights need it
 
     def branch(drop_path, predict):
         backbone = models.build(args.arch, channels, args.img_size, args.patch_size, registers,
@@ -504,11 +509,18 @@ def adamw(student, args):
                              betas=betas, eps=eps, fused=True)
 
 
-def schedule(step, total, start, end, warmup=0, first=0.0):
-    """Value at `step` of `total`: a line from `first` to `start` in `warmup` steps, then half a
-    cosine to `end`.  The line includes both its ends.  [PerA builder.py]"""
+def linear(step, steps, first, last):
+    """Value at `step` of a line from first to last in `steps` steps, both included, then last."""
+    if step >= steps:
+        return last
+    return first + (last - first) * step / max(1, steps - 1)
+
+
+def schedule(step, total, start, end, warmup=0):
+    """Value at `step` of `total`: a line from 0 to `start` in `warmup` steps, then half a cosine to
+    `end`.  So the very first step has the value 0 if there is a warm-up.  [PerA builder.py]"""
     if step < warmup:
-        return first + (start - first) * step / max(1, warmup - 1)
+        return linear(step, warmup, 0.0, start)
     progress = (step - warmup) / max(1, total - warmup)
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
@@ -520,8 +532,7 @@ def schedules(args, step, total):
            "weight_decay": schedule(step, total, *args.weight_decay),
            "momentum": schedule(step, total, args.momentum, 1)}
     if args.method == "pera":
-        first, last = args.teacher_tau
-        now["teacher_tau"] = schedule(step, total, last, last, round(TAU_WARMUP * total), first)
+        now["teacher_tau"] = linear(step, round(TAU_WARMUP * total), *args.teacher_tau)
     return now
 
 
@@ -577,9 +588,9 @@ def softcon_step(net, x, y, args, draws, now):
     y1, y2 = y.unbind(1)                                                  # (B,L)
     k1, k2 = keys.unbind(1)                                               # (M,256)
     all_y1, all_y2 = labels.unbind(1)                                     # (M,L)
-    flags = args.tau, args.soft_weight, args.soft_form, args.soft_tau
-    loss1, hard1, soft1 = losses.softcon_loss(q1, k2, y1, all_y2, *flags, all_yq=all_y1)
-    loss2, hard2, soft2 = losses.softcon_loss(q2, k1, y2, all_y1, *flags, all_yq=all_y2)
+    flags = dict(tau=args.tau, weight=args.soft_weight, form=args.soft_form, soft_tau=args.soft_tau)
+    loss1, hard1, soft1 = losses.softcon_loss(q1, k2, y1, all_y2, all_yq=all_y1, **flags)
+    loss2, hard2, soft2 = losses.softcon_loss(q2, k1, y2, all_y1, all_yq=all_y2, **flags)
     parts = {"info_nce": (hard1 + hard2) / 2, "soft": (soft1 + soft2) / 2}
     return (loss1 + loss2) / 2, parts, q, features
 
@@ -592,7 +603,9 @@ def aligned_pairs(x, args, draws, count, size, area_min, area_max):
 
     Both see the same pixels in other colours.  Returns student's and teacher's view
     (count B, C, size, size) in [0,1], and three sets of patches that have none in common: those
-    that the student sees (keep), must guess (guess), and that the teacher sees (others).
+    that the student sees (keep), that neither sees and the student must guess (unseen), and that
+    the teacher sees (others).  How often and how much colours change is as released.
+    [PerA augmentation.py]
     """
     total = count * len(x) * draws.world                          # crops of all ranks
     patches = (size // args.patch_size) ** 2
@@ -607,8 +620,8 @@ def aligned_pairs(x, args, draws, count, size, area_min, area_max):
     pixels = data.crop(x.repeat(count, 1, 1, 1), draws.ours(crops, count), size)
     student_view = data.colour(pixels, draws.ours(student_light, count))
     teacher_view = data.colour(pixels, draws.ours(teacher_light, count))
-    keep, guess, others = [draws.ours(mask, count).to(x.device) for mask in masks]
-    return student_view, teacher_view, keep, guess, others
+    keep, unseen, others = [draws.ours(mask, count).to(x.device) for mask in masks]
+    return student_view, teacher_view, keep, unseen, others
 
 
 def pera_step(net, x, y, args, draws, now):
@@ -626,27 +639,27 @@ def pera_step(net, x, y, args, draws, now):
         pairs.append(aligned_pairs(x, args, draws, n_local, args.local_size, LOCAL_AREA_MIN,
                                    args.crop_min))
     # from a pair for each size to a list of student's views, of teacher's views, and so on
-    views, views_t, keep, guess, others = zip(*pairs)
+    views, views_t, keep, unseen, others = zip(*pairs)
     view = views[0]                                      # only in global crops pixels are guessed
-    guess = guess[0]                                                      # (n_global B, m)
+    unseen = unseen[0]                                                    # (n_global B, m)
 
     with autocast(args, x.device):
         with torch.no_grad():
             z_t, features_t, _ = net.teacher(views_t, others)             # (crops B, 384), (.., D)
-        z, features, pixels = net.ddp(views, keep, guess)                 # .. (n_global B, m, PPC)
-        W = net.student.cls_head.prototypes()                             # (K,384)
-        W_t = net.teacher.cls_head.prototypes()
-        dino, koleo = losses.pera_loss(z, z_t, [W, W_t], net.centre.value, now["teacher_tau"],
-                                       n_global + n_local, n_global, args.tau)
+        z, features, guess = net.ddp(views, keep, unseen)                 # .. (n_global B, m, PPC)
+        prototypes = net.student.cls_head.prototypes()                    # (K,384)
+        prototypes_t = net.teacher.cls_head.prototypes()
+        dino, koleo = losses.pera_loss(z, z_t, [prototypes, prototypes_t], net.centre.value,
+                                       now["teacher_tau"], n_global + n_local, n_global, args.tau)
 
-    # [0,1] spans 4 standard deviations, so these are z-scores of the sensor
-    z_scores = 4 * losses.patchify(view - 0.5, args.patch_size)           # (n_global B, N, PPC)
-    pixel = losses.pixel_loss(pixels, z_scores, guess)
+    # From [0,1] to [-2,2]: z-scores of the sensor (but for rgb), as [0,1] spans 4 deviations.
+    target = 4 * losses.patchify(view - 0.5, args.patch_size)             # (n_global B, N, PPC)
+    pixel = losses.pixel_loss(guess, target, unseen)
     loss = dino + KOLEO_WEIGHT * koleo + PIXEL_WEIGHT * pixel                           # eq. (10)
     parts = {"dino": dino, "koleo": koleo, "pixel": pixel}
 
     # scores are linear in z_t, so the scores of the mean are the mean of the scores
-    net.centre.update(z_t.float().mean(0, keepdim=True) @ W_t.T)
+    net.centre.update(z_t.float().mean(0, keepdim=True) @ prototypes_t.T)
 
     # not in PerA: SoftCon's soft term on the CLS features of the global crops
     if args.soft_weight:
@@ -724,7 +737,7 @@ class Log:
         self.soft_share = losses.soft_share(embeddings, loss - soft, soft)
 
     def write(self, step, now, norm, features):
-        """The line of `step` steps done.  All ranks must call it, since they average together."""
+        """Write the line after `step` steps.  All ranks must call it, as they average together."""
         means = self.sums
         if self.world > 1:
             dist.all_reduce(means)

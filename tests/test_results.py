@@ -53,7 +53,7 @@ def test_gains_pair_runs_by_their_seed(monkeypatch):
 
 
 def test_chips_are_divided_by_class_without_overlap(tmp_path):
-    """Of 10 chips a class 70 % are to pretrain on and fit the head; of the other kind 30, 30, 40."""
+    """Of 10 chips a class: 7 to pretrain on and fit the head, 3 to test; or 3, 3 and 4."""
     for name in ("Forest", "River"):
         (tmp_path / "chips" / name).mkdir(parents=True)
         for n in range(10):

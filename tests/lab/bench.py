@@ -113,7 +113,7 @@ def memory_peak():
 class AllTokens:
     """PerA's student or teacher made to compute every patch from the first block on.
 
-    Hidden patches are mask tokens from the start, and pixels are guessed from those in `learn`.
+    Hidden patches are mask tokens from the start, and pixels are guessed from those in `unseen`.
     """
 
     def __init__(self, branch):
@@ -134,10 +134,10 @@ class AllTokens:
         patches = torch.where(visible, tokens[:, first:], masks)
         return torch.cat([tokens[:, :first], patches], 1)
 
-    def __call__(self, crops, keep, learn=None):
+    def __call__(self, crops, keep, unseen=None):
         branch = self.branch
         net = branch.backbone
-        student = learn is not None
+        student = unseen is not None
         tokens = [self.tokens(x, seen, student) for x, seen in zip(crops, keep)]
         x, groups = models.pack(tokens)
         for block in net.blocks:
@@ -146,7 +146,7 @@ class AllTokens:
         cls = torch.cat([x[:, 0] for x in outputs])
         guess = None
         if student:
-            patches = models.take(outputs[0][:, 1 + net.registers:], learn)
+            patches = models.take(outputs[0][:, 1 + net.registers:], unseen)
             guess = branch.pred_head(patches) @ branch.pred_head.prototypes().T
         return branch.cls_head(cls), cls, guess
 
