@@ -101,6 +101,7 @@ class BatchNorm(nn.BatchNorm2d):
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world == 1 or not self.training:
             return super().forward(x)
+        # channels last; that H and W change places as well, no mean notices
         rows = x.transpose(1, -1).to(self.running_mean.dtype)            # (B, ..., C)
         dims = tuple(range(x.dim() - 1))                                 # all but the last
         count = x.numel() // x.shape[1] * world                          # values a channel
@@ -368,7 +369,7 @@ class ViT(nn.Module):
         if registers:
             self.register_tokens = nn.Parameter(torch.randn(1, registers, dim) * 1e-6)
         if layerscale:
-            # never used here, since hidden patches are dropped; all of DINOv2's files have it
+            # all of DINOv2's files have this token; here masked patches are dropped instead
             self.mask_token = nn.Parameter(torch.zeros(1, dim), requires_grad=False)
         # a dictionary, because the weights are called patch_embed.proj in DINOv2
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_chans, dim, patch_size, patch_size)})
@@ -468,9 +469,10 @@ def head(widths):
     whose batch norm has neither scale nor shift.
     """
     layers = []
-    for d_in, d_out in zip(widths, widths[1:]):
+    for d_in, d_out in zip(widths[:-2], widths[1:-1]):
         layers += [nn.Linear(d_in, d_out, bias=False), BatchNorm(d_out), nn.ReLU()]
-    layers[-2:] = [BatchNorm(widths[-1], affine=False)]                  # in place of BN and ReLU
+    layers.append(nn.Linear(widths[-2], widths[-1], bias=False))
+    layers.append(BatchNorm(widths[-1], affine=False))
     return nn.Sequential(*layers)
 
 
@@ -501,7 +503,8 @@ class PrototypeHead(nn.Module):
 
     forward returns the embeddings (n, 384) and prototypes() the matrix (out, 384). The caller
     multiplies them, since all n x out products may be too many to hold at once. Row k of the
-    matrix is g_k v_k / |v_k|, and g_k is trained from 1 on.
+    matrix is g_k v_k / |v_k|, and g_k is trained from 1 on. The head that guesses pixels has the
+    same form: there a product is no score but the value of one pixel.
     """
 
     def __init__(self, dim, out, hidden, bottleneck=384):
@@ -561,7 +564,7 @@ class SparseBranch(nn.Module):
         cls = torch.cat([y[:, 0] for y in outputs])                      # (sum of b, D)
         guess = None
         if unseen is not None:
-            masked = outputs[0][:, -unseen.shape[1]:]                     # (b, m, D)
+            masked = outputs[0][:, -unseen.shape[1]:]                    # (b, m, D)
             guess = self.pred_head(masked) @ self.pred_head.prototypes().T        # (b, m, PPC)
         return self.cls_head(cls), cls, guess
 
@@ -571,7 +574,7 @@ class SparseBranch(nn.Module):
         They stand behind the other tokens, which is as good as any place, since attention knows
         no order. Returns the packed tokens and their groups.
         """
-        tokens = self.mask_token + take(table[:, 1:], unseen)             # (b, m, D)
+        tokens = self.mask_token + take(table[:, 1:], unseen)            # (b, m, D)
         sequences = unpack(x, groups)
         sequences[0] = torch.cat([sequences[0], tokens.to(x.dtype)], 1)  # (b, 1+R+n+m, D)
         return pack(sequences)

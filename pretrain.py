@@ -31,7 +31,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -862,9 +861,7 @@ def save_checkpoint(args, parts, teacher, step, world, content):
 def read_checkpoint(path):
     """The dict in last.pt; one ValueError if it is damaged or no checkpoint of a run."""
     try:
-        with zipfile.ZipFile(path) as file:
-            if file.testzip():                           # torch.load does not look at checksums
-                raise zipfile.BadZipFile("wrong checksum")
+        models.check_archive(path)                       # torch.load does not look at checksums
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["step"], state["flags"]
     except Exception as error:                           # torch.load raises half a dozen kinds
