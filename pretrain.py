@@ -331,8 +331,13 @@ def start_processes(args):
     elif world > 1:
         torch.set_num_threads(max(1, os.cpu_count() // local_world))
     if world > 1:
-        # gloo for tensors on the CPU (the first step, the wish to stop), NCCL for those on GPUs
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        # gloo for tensors on the CPU (the first step, the wish to stop), NCCL for those on GPUs.
+        # When torchrun restarts all ranks since one has died, its store still holds the addresses
+        # of the dead.  A prefix for each attempt hides them.
+        store, _, _ = next(dist.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=rank,
+                                world_size=world, store=dist.PrefixStore(attempt, store))
     return rank, world, device
 
 

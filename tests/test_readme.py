@@ -114,7 +114,7 @@ def test_the_python_that_uses_a_backbone_runs(tmp_path, monkeypatch):
     assert 0 < names["x"].min() and names["x"].max() < 1
 
 
-@pytest.mark.parametrize("script", ["pretrain.py", "probe.py", "data.py", "model.py"])
+@pytest.mark.parametrize("script", ["pretrain.py", "probe.py", "data.py"])
 def test_help_explains_and_holds_no_format_leftovers(script):
     said = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True,
                           text=True, check=True).stdout
