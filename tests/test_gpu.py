@@ -1,4 +1,4 @@
-"""Claims about tests/lab/gpu.py: its small mode goes through all rows, and a bad row is reported."""
+"""Claims about tests/lab/gpu.py: its small mode goes through all rows; a bad row is reported."""
 import json
 import sys
 
