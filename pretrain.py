@@ -495,8 +495,13 @@ def compile_networks(net, device, say):
     """Compile both networks; without a compiler, or on an old GPU, say so and leave them."""
     try:
         torch.compile(lambda x: 2 * x)(torch.ones(2, device=device))     # can it be done here?
-        net.student.compile()
-        net.teacher.compile()
+        for branch in (net.student, net.teacher):
+            # the blocks of a ViT are alike, so what is compiled for one serves them all
+            parts = getattr(branch.backbone, "blocks", [branch])
+            for part in parts:
+                # shapes never change; by default, what differs between student and teacher (tokens,
+                # drop path) would become a variable, which makes the steps slower
+                part.compile(dynamic=False)
     except Exception as error:
         say(f"--compile: not here ({type(error).__name__}), the networks run as they are")
 
@@ -564,7 +569,7 @@ def softcon_views(x, args, draws):
     views = data.crop(seasons, draws.ours(crops, 2), args.img_size)       # (2B,C,h,w)
     views = data.colour(views, draws.ours(light, 2))
     views = views.contiguous(memory_format=torch.channels_last)
-    return views, draws.ours(keep, 2).to(x.device)
+    return views, draws.ours(keep, 2).to(x.device, non_blocking=True)
 
 
 def softcon_step(net, x, y, args, draws, now):
