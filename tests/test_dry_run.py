@@ -91,10 +91,10 @@ def test_softcon_with_a_resnet_shows_the_greyed_views_and_no_tokens(toy):
 def test_pera_shows_crops_sets_of_patches_and_tokens_before_and_after_the_middle(toy):
     out = printed_once("--modality", "s1", "--data", toy, *PERA)
     pairs = tensors(out, "aligned_pairs")                            # 2 global crops of 8 images
-    assert [pairs[name][0] for name in ("keep", "guess", "others")] == [(16, 3), (16, 3), (16, 10)]
+    assert [pairs[name][0] for name in ("keep", "unseen", "others")] == [(16, 3), (16, 3), (16, 10)]
     step = tensors(out, "pera_step")
     assert step["z"] == step["z_t"] == [(40, 384)] and step["features"] == [(40, 192)]
-    assert step["pixels"] == [(16, 3, 72)] and step["W"] == [(64, 384)]
+    assert step["guess"] == [(16, 3, 72)] and step["prototypes"] == [(64, 384)]
     assert "(8,384)" in out and "(8,64)" in out                      # a crop and its scores
     assert "(16,3,192)" in out and "in soft_contrastive:" in out
     assert re.search("^student: .*, cls_head .*, pred_head ", out, re.M)
