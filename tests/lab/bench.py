@@ -390,7 +390,7 @@ def training_args(ours, rest):
         if "pera" in rest:
             flags += ["--local-size", "48"]
     flags += rest
-    args = pretrain.parse(["--data", "none", *flags])
+    args = pretrain.parse(["--data", "none", "--preset", "full", *flags])
     if args.amp == "auto":
         args.amp = "bf16" if CUDA else "off"
     args.flags = flags
