@@ -65,7 +65,7 @@ def number(pattern, text):
 
 def test_softcon_with_a_vit_shows_every_tensor_of_its_step(toy):
     """24 px, patches of 6: 16 patches, of which 30 %, 5, are masked."""
-    out = printed("--modality", "s2c", "--data", toy, *FULL, "--arch", "vit_tiny", *SMALL)
+    out = printed("--modality", "s2c", "--data", toy, "--arch", "vit_tiny", *SMALL)
     step = tensors(out, "softcon_step")
     assert step["x"] == [(8, 2, 13, 24, 24)] and step["y"] == [(8, 2, 9)]
     assert step["keep"] == [(16, 11)] and (16, 13, 24, 24) in step["views"]
@@ -80,7 +80,7 @@ def test_softcon_with_a_vit_shows_every_tensor_of_its_step(toy):
 
 
 def test_softcon_with_a_resnet_shows_the_greyed_views_and_no_tokens(toy):
-    out = printed("--modality", "s1", "--data", toy, *FULL, "--arch", "resnet18", *SMALL)
+    out = printed("--modality", "s1", "--data", toy, "--arch", "resnet18", *SMALL)
     assert tensors(out, "blank_patches")["x"] == [(16, 2, 24, 24)]
     assert re.search(r"x \(16,2,24,24\) +in ResNet.forward:$", out, re.M)
     assert re.search(r"x \(16,64,6,6\) +in \w*Block.forward:$", out, re.M)
@@ -89,7 +89,7 @@ def test_softcon_with_a_resnet_shows_the_greyed_views_and_no_tokens(toy):
 
 
 def test_pera_shows_crops_sets_of_patches_and_tokens_before_and_after_the_middle(toy):
-    out = printed_once("--modality", "s1", "--data", toy, *FULL, *PERA)
+    out = printed_once("--modality", "s1", "--data", toy, *PERA)
     pairs = tensors(out, "aligned_pairs")                            # 2 global crops of 8 images
     assert [pairs[name][0] for name in ("keep", "guess", "others")] == [(16, 3), (16, 3), (16, 10)]
     step = tensors(out, "pera_step")
@@ -102,7 +102,7 @@ def test_pera_shows_crops_sets_of_patches_and_tokens_before_and_after_the_middle
 
 
 def test_preset_and_flags_stand_on_top(toy):
-    flags = ["--modality", "s1", "--data", toy, *FULL, *PERA]
+    flags = ["--modality", "s1", "--data", toy, *PERA]
     out = printed_once(*flags)
     top = " ".join(out[:out.index("parameters in millions")].split())
     assert "pera, full" in top and "batch_size 8 instead of 192" in top
@@ -124,13 +124,12 @@ def real_step(flags, x):
     return net, lambda: pretrain.softcon_step(net, x, y, args, draws, {})[0]
 
 
-FULL = ["--preset", "full"]           # the toy world has few images, else it were "small"
 BIG_BATCH = ["--modality", "s2c", "--arch", "resnet18", *SMALL, "--batch-size", "32"]
 
 
 def test_parameters_operations_and_memory_are_those_of_a_real_step(toy):
     """Operations against a count on real numbers; memory against the networks themselves."""
-    flags = [*BIG_BATCH, "--data", toy, *FULL]
+    flags = [*BIG_BATCH, "--data", toy]
     out = printed_once(*flags)
     net, loss = real_step(flags, torch.randint(256, (32, 2, 13, 24, 24), dtype=torch.uint8))
     with FlopCounterMode(display=False) as counter:
@@ -145,7 +144,7 @@ def test_parameters_operations_and_memory_are_those_of_a_real_step(toy):
 
 
 def test_two_micro_batches_have_the_operations_of_one_batch(toy):
-    out = printed("--modality", "s1", "--data", toy, *FULL, "--arch", "resnet18", *SMALL,
+    out = printed("--modality", "s1", "--data", toy, "--arch", "resnet18", *SMALL,
                   "--accum", "2")
     part, whole = re.search(r"operations: (\S+) TFLOP.*, (\S+) TFLOP", out).groups()
     assert abs(2 * float(part) / float(whole) - 1) < 1e-3
@@ -169,7 +168,7 @@ def test_attention_is_counted_among_the_operations(tmp_path, monkeypatch):
 
 def test_activations_are_what_autograd_keeps(toy):
     """Against the unique storages kept by the same step on real numbers."""
-    flags = [*BIG_BATCH, "--data", toy, *FULL]
+    flags = [*BIG_BATCH, "--data", toy]
     out = printed_once(*flags)
     net, loss = real_step(flags, torch.randint(256, (32, 2, 13, 24, 24), dtype=torch.uint8))
     parameters = [*net.student.parameters(), *net.teacher.parameters()]
@@ -188,7 +187,7 @@ def test_activations_are_what_autograd_keeps(toy):
 
 
 def test_schedules_are_shown_at_start_middle_and_end_and_steps_when_data_are_known(toy):
-    flags = ["--modality", "s1", "--data", toy, *FULL, *PERA]
+    flags = ["--modality", "s1", "--data", toy, *PERA]
     out = printed_once(*flags)
     train = (~data.held_out([f"{i:07d}" for i in range(60)], 0.1)).sum()
     total = 4 * (train // 8)
@@ -261,7 +260,7 @@ def test_it_wants_no_data_and_leaves_the_process_and_the_folder_as_they_were(
 
 
 def test_only_the_first_rank_prints_and_of_its_own_share(toy, monkeypatch):
-    flags = ["--modality", "s1", "--data", toy, *FULL, "--arch", "vit_tiny", *SMALL]
+    flags = ["--modality", "s1", "--data", toy, "--arch", "vit_tiny", *SMALL]
     monkeypatch.setenv("WORLD_SIZE", "2")                            # as torchrun does
     monkeypatch.setenv("RANK", "1")
     assert printed(*flags) == ""
@@ -273,7 +272,7 @@ def test_only_the_first_rank_prints_and_of_its_own_share(toy, monkeypatch):
 
 
 def test_what_cannot_run_is_refused_and_a_run_that_exists_does_not_matter(toy, tmp_path):
-    flags = ["--modality", "s1", "--data", toy, *FULL, "--arch", "resnet18", *SMALL]
+    flags = ["--modality", "s1", "--data", toy, "--arch", "resnet18", *SMALL]
     with pytest.raises(ValueError, match="25 x 25 is not divisible"):
         printed(*flags, "--img-size", "25")
     (tmp_path / "last.pt").write_bytes(b"a run")
