@@ -192,14 +192,21 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x):
+    def feature_maps(self, x):
+        """The outputs of the four layers, from fine to coarse: (B,C,H,W) -> [(B,D/8,H/4,W/4), ...].
+
+        For heads that say something of each pixel; the ViT's last_blocks serve them, too.
+        """
         x = F.relu(self.bn1(self.conv1(x)))                              # (B, 64, H/2, W/2)
         x = F.max_pool2d(x, 3, stride=2, padding=1)                      # (B, 64, H/4, W/4)
-        x = self.layer1(x)                                               # (B, D/8, H/4, W/4)
-        x = self.layer2(x)                                               # (B, D/4, H/8, W/8)
-        x = self.layer3(x)                                               # (B, D/2, H/16, W/16)
-        x = self.layer4(x)                                               # (B, D, H/32, W/32)
-        return x.mean((2, 3))                                            # (B, D)
+        x1 = self.layer1(x)                                              # (B, D/8, H/4, W/4)
+        x2 = self.layer2(x1)                                             # (B, D/4, H/8, W/8)
+        x3 = self.layer3(x2)                                             # (B, D/2, H/16, W/16)
+        x4 = self.layer4(x3)                                             # (B, D, H/32, W/32)
+        return [x1, x2, x3, x4]
+
+    def forward(self, x):
+        return self.feature_maps(x)[-1].mean((2, 3))                     # (B, D)
 
 
 # ---------------------------------------------------------------------------------------- ViT [2]

@@ -3,6 +3,7 @@
     torchrun pretrain.py --modality s1                        toy world, small net, CPU: 4 minutes
     torchrun pretrain.py --modality s2c --data DIR --init dinov2_vits14_pretrain.pth     one GPU
     torchrun --nproc-per-node 8 pretrain.py --method pera --modality rgb --data DIR      eight
+    torchrun pretrain.py --modality my.json --data DIR        images of any sensor, see data.Sensor
 
 SoftCon [1]: the student sees two seasons of a scene with some blocks masked.  For each season it
 must find the teacher's embedding of the other season among those of all scenes of the batch.  How
@@ -36,6 +37,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+# Threads that work on one product wait for each other in a loop that keeps their cores busy.  If
+# another program needs a core, they wait for a thread that has none, and a step takes 10 to 50
+# times as long.  After so many turns they sleep instead.  OpenMP reads it when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -49,14 +55,21 @@ import model as models
 
 # ---------------------------------------------------------------------------------------- presets
 
-# The values of one method on one kind of data: "toy" without --data, "full" with it.  Each value
-# has a flag of its own that changes it.  The README's table says where each comes from.
+# The values of one method on one kind of data: "toy" without --data; with it "small" for fewer than
+# SMALL_DATA images, else "full".  Each value has a flag of its own that changes it.  The README's
+# table says where each comes from.
+SMALL_DATA = 20000
 PRESETS = {
     ("softcon", "toy"): dict(
         arch="resnet18", img_size=32, patch_size=4, hidden=512, drop_path=0.0,
         holdout=0.4, crop_min=0.5, jitter=0.0, grey=0.0,
         tau=0.2, soft_weight=0.5, mask_ratio=0.3,
         epochs=28, batch_size=32, lr=5e-4, weight_decay=[0.05, 0.05], momentum=0.9, clip=0.0),
+    ("softcon", "small"): dict(
+        arch="vit_tiny", img_size=112, patch_size=16, hidden=1024, drop_path=0.0,
+        holdout=0.4, crop_min=0.3, jitter=0.0, grey=0.0,
+        tau=0.2, soft_weight=0.5, mask_ratio=0.3,
+        epochs=8, batch_size=64, lr=3e-4, weight_decay=[0.05, 0.05], momentum=0.98, clip=0.0),
     ("softcon", "full"): dict(
         arch="vit_small", img_size=224, patch_size=14, hidden=4096, drop_path=0.0,
         holdout=0.1, crop_min=0.2, jitter=0.4, grey=0.2,
@@ -67,6 +80,11 @@ PRESETS = {
         holdout=0.4, crop_min=0.4, crops=[2, 2], local_size=16, jitter=1.0, grey=0.1,
         tau=0.1, teacher_tau=[0.03, 0.05], ratios=[0.2, 0.2, 0.6], prototypes=512, soft_weight=0.0,
         epochs=8, batch_size=32, lr=5e-4, weight_decay=[0.04, 0.2], momentum=0.95, clip=3.0),
+    ("pera", "small"): dict(
+        arch="vit_tiny", img_size=112, patch_size=16, hidden=1024, drop_path=0.0,
+        holdout=0.4, crop_min=0.3, crops=[2, 2], local_size=48, jitter=1.0, grey=0.1,
+        tau=0.1, teacher_tau=[0.03, 0.05], ratios=[0.2, 0.2, 0.6], prototypes=512, soft_weight=0.0,
+        epochs=8, batch_size=64, lr=3e-4, weight_decay=[0.04, 0.2], momentum=0.98, clip=3.0),
     ("pera", "full"): dict(
         arch="vit_base", img_size=224, patch_size=16, hidden=2048, drop_path=0.3,
         holdout=0.1, crop_min=0.4, crops=[2, 8], local_size=96, jitter=0.4, grey=0.1,
@@ -115,15 +133,20 @@ temperature = number(float, 1e-4, 100)
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    epilog="Flags without a default take the value of the preset, one for each method and kind of "
-           "data.\nThe README prints the presets as a table.")
+    epilog="Flags without a default take the value of the preset.  The README prints the presets "
+           "as a table.")
 
 flag = parser.add_argument_group("data").add_argument
-flag("--modality", required=True, choices=list(data.SENSORS),
-     help="s1: Sentinel-1 radar; s2c: Sentinel-2 L1C; s2a: L2A, air corrected; rgb")
+flag("--modality", required=True, metavar="SENSOR",
+     help="s1: Sentinel-1 radar; s2c: Sentinel-2 L1C; s2a: L2A, air corrected; rgb; or the JSON "
+          "file of another, which `python data.py stats` writes")
 flag("--data", help="tree, folder or pack of images; without it: the toy world, made in ./toy")
-flag("--labels", help="SSL4EO-S12-ML json (default: ssl4eo_multilabel.json in --data), or "
-                      "'classes': the names of class folders")
+flag("--labels", help="SSL4EO-S12-ML json (default: ssl4eo_multilabel.json in --data); for folders "
+                      "of images 'classes', their names, or a table: csv, a row an image, a "
+                      "column a class, 0 or 1")
+flag("--layout", choices=["eurosat"], help="order of the bands in the files of --data")
+flag("--tile", type=natural, default=0, metavar="N",
+     help="folders: resize images to N x N pixels (default: to the size that most have)")
 flag("--holdout", type=number(float, 0, 0.99),
      help="share of the scenes kept for probe.py, chosen by a hash of their names")
 flag("--img-size", type=positive, help="side of a (global) crop in pixels")
@@ -142,6 +165,9 @@ flag("--workers", type=natural, default=2, help="reading processes per rank (%(d
 flag = parser.add_argument_group("model").add_argument
 flag("--method", default="softcon", choices=["softcon", "pera"],
      help="what to minimise (%(default)s)")
+flag("--preset", choices=["toy", "small", "full"],
+     help=f"values of the flags not given (default: toy without --data, small for fewer than "
+          f"{SMALL_DATA} images, else full)")
 flag("--arch", choices=[*models.RESNETS, *models.VITS], help="backbone; pera needs a ViT")
 flag("--patch-size", type=positive, help="of a ViT; with a ResNet: the cell of SoftCon's mask")
 flag("--hidden", type=positive, help="width of the heads' hidden layers")
@@ -197,14 +223,19 @@ flag("--amp", default="auto", choices=["auto", "bf16", "off"],
 flag("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
 
 
-def preset_of(args):
-    return args.method, "full" if args.data else "toy"
+def use_preset(args, kind):
+    """Give the flags that are not given the values of a preset: toy, small or full."""
+    args.preset = kind
+    for name, value in PRESETS[args.method, kind].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def parse(argv=None):
     """Command line -> namespace of flags.  Those not given take the preset's value.
 
-    args.sensor is the data.Sensor that --modality names.  Wrong flags end the program with a line.
+    With --data and without --preset they are None until open_scenes knows how many images there
+    are.  args.sensor is the data.Sensor of --modality.  Wrong flags end the program with a line.
     """
     args = parser.parse_args(argv)
     for method, names in METHOD_FLAGS.items():
@@ -214,18 +245,22 @@ def parse(argv=None):
             if getattr(args, name) is not None:
                 parser.error(f"--{name.replace('_', '-')}: has no effect on --method {args.method}")
             delattr(args, name)
-    for name, value in PRESETS[preset_of(args)].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    if args.preset:
+        use_preset(args, args.preset)
+    elif not args.data:
+        use_preset(args, "toy")
     if args.soft_tau is None:
         args.soft_tau = losses.SOFT_TAU[args.soft_form]
+    try:
+        args.sensor = data.find_sensor(args.modality)
+    except ValueError as error:
+        parser.error(str(error))
     if args.out is None:
-        args.out = f"runs/{args.method}_{args.modality}"
+        args.out = f"runs/{args.method}_{args.sensor.name}"
     if not args.data and args.modality not in ("s1", "s2c"):
         parser.error(f"--modality {args.modality}: the toy world has s1 and s2c; give --data")
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         args.resume = True                       # a rank died and torchrun started all of them anew
-    args.sensor = data.find_sensor(args.modality)
     return args
 
 
@@ -236,13 +271,12 @@ def plain_flags(args):
 
 def describe_run(args, world, device):
     """The first lines of a run: its command, preset and what differs from it, versions."""
-    method, kind = preset_of(args)
     changed = []
-    for name, value in PRESETS[method, kind].items():
+    for name, value in PRESETS[args.method, args.preset].items():
         if getattr(args, name) != value:
             changed.append(f"{name} {getattr(args, name)} instead of {value}")
     lines = [shlex.join(sys.argv),
-             f"preset: {method}, {kind}; changed: {', '.join(changed) or 'nothing'}"]
+             f"preset: {args.method}, {args.preset}; changed: {', '.join(changed) or 'nothing'}"]
     for name, value in versions(world, device).items():
         lines.append(f"{name}: {value}")
     return "\n".join(lines)
@@ -386,23 +420,56 @@ def stop_requested(world):
 # ------------------------------------------------------------------------------------------- data
 
 
-def open_scenes(args, rank, world, say):
-    """-> (all scenes, numbers of those to train on).  Makes the toy world if there is no --data."""
-    root = args.data or "toy"
+def open_scenes(args, world):
+    """Open --data, or the toy world, which is made if need be, and choose the preset.
+
+    All that is wrong with the flags is a ValueError here, before anything else is written.
+    """
+    if args.preset:
+        refuse_impossible_flags(args)
     if not args.data and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        data.make_toy(root)
+        data.make_toy("toy")
     if world > 1:
         dist.barrier()
     views = 1 if args.method == "pera" else 2
-    scenes = data.open_data(root, args.sensor, args.labels, views)
-    train = np.flatnonzero(~data.held_out(scenes.ids, args.holdout))
+    scenes = data.open_data(args.data or "toy", args.sensor, args.labels, views, args.layout,
+                            args.tile)
+    if not args.preset:
+        images = sum(len(files) for files in scenes.files)
+        use_preset(args, "small" if images < SMALL_DATA else "full")
+        shrink_batch(args, len(scenes_to_train_on(args, scenes)))
+        refuse_impossible_flags(args)
+    return scenes
+
+
+def scenes_to_train_on(args, scenes):
+    """The numbers of the scenes that are not held out."""
+    return np.flatnonzero(~data.held_out(scenes.ids, args.holdout))
+
+
+def shrink_batch(args, scenes):
+    """Halve the small preset's batch until the scenes fill one; a batch that is given stays."""
+    if args.batch_size == PRESETS[args.method, args.preset]["batch_size"]:
+        while args.preset == "small" and args.batch_size > max(scenes, 2):
+            args.batch_size //= 2
+
+
+def prepare_scenes(args, scenes, rank, say):
+    """Say what the data are and read them into memory if they fit -> numbers to train on."""
+    train = scenes_to_train_on(args, scenes)
     if len(train) < args.batch_size:
         raise ValueError(f"--batch-size {args.batch_size} exceeds the {len(train)} training scenes")
 
     images = sum(len(scenes.files[i]) for i in train)
     labelled = sum(int(scenes.labels[i].any(1).sum()) for i in train)
-    say(f"data: {root}: {len(train)} of {len(scenes)} scenes to train on ({images} images of "
-        f"{scenes.size} px, {labelled} labelled), the others held out")
+    say(f"data: {args.data or 'toy'}: {len(train)} of {len(scenes)} scenes to train on ({images} "
+        f"images of {scenes.size} px, {labelled} labelled), the others held out; bands "
+        f"{' '.join(args.sensor.bands)}")
+    for note in scenes.notes:
+        say(f"data: {note}")
+    if rank == 0:
+        for line in data.look_at(scenes, train):
+            say(f"data: {line}")
     if args.soft_weight > 0 and labelled == 0:
         say("no labels: the soft term is 0")
 
@@ -410,7 +477,7 @@ def open_scenes(args, rank, world, say):
     if bytes_in_memory < args.cache * 1e9:
         scenes.preload(train, args.workers)
         args.workers = 0                    # a copy in memory is faster than another process
-    return scenes, train
+    return train
 
 
 def batches(train, args, world, rank, start, stop):
@@ -864,7 +931,8 @@ def save_checkpoint(args, parts, teacher, step, world, content):
     """last.pt to go on from, backbone.pt to use: the teacher's, under upstream names."""
     write_file(f"{args.out}/backbone.pt", models.export_backbone(teacher.backbone))
     state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"step": step, "flags": flags_that_must_stay(args), "world": world, "data": content}
+    state |= {"step": step, "flags": flags_that_must_stay(args), "world": world, "data": content,
+              "sensor": json.dumps(dataclasses.asdict(args.sensor))}
     write_file(f"{args.out}/last.pt", state)
 
 
@@ -895,6 +963,10 @@ def load_checkpoint(args, parts, world, content, say):
         if state["flags"].get(name) != value:
             raise ValueError(f"--{name.replace('_', '-')} {value}: the run in {args.out} has "
                              f"{state['flags'].get(name)}")
+    sensor = json.dumps(dataclasses.asdict(args.sensor))
+    if state.get("sensor", sensor) != sensor:
+        raise ValueError(f"--modality {args.modality}: the run in {args.out} has another sensor: "
+                         f"{state['sensor']}")
     for name, part in parts.items():
         try:
             part.load_state_dict(state[name])
@@ -927,13 +999,13 @@ def refuse_bad_step(args, step, loss, norm, scenes, train, rank):
 
 def main(argv=None):
     args = parse(argv)
-    refuse_impossible_flags(args)
     rank, world, device = start_processes(args)
     say = tqdm.write if rank == 0 else lambda text: None
-    say(describe_run(args, world, device))
 
     # --------------------------------------------------------------------------------------- data
-    scenes, train = open_scenes(args, rank, world, say)
+    scenes = open_scenes(args, world)
+    say(describe_run(args, world, device))
+    train = prepare_scenes(args, scenes, rank, say)
     content = fingerprint(scenes, train)
     steps_per_epoch = len(train) // args.batch_size
     total = args.epochs * steps_per_epoch                    # what the schedules span

@@ -24,7 +24,8 @@ from lab.kill import equal
 
 FLAGS = ["--modality", "s1", "--arch", "vit_tiny", "--img-size", "12", "--patch-size", "6",
          "--hidden", "16", "--batch-size", "4", "--epochs", "50", "--log-every", "1",
-         "--save-every", "100", "--workers", "0", "--holdout", "0.1"]
+         "--save-every", "100", "--workers", "0", "--holdout", "0.1",
+         "--preset", "full"]
 PERA = ["--method", "pera", "--prototypes", "16", "--local-size", "0", "--crops", "2", "0",
         "--ratios", "0.25", "0.25", "0.5", "--drop-path", "0.2", "--soft-weight", "0.3"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

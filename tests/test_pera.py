@@ -357,7 +357,7 @@ def test_targets_temperatures_and_centre_reach_the_losses_as_published(monkeypat
 def test_schedules_meet_peras_published_numbers_at_their_ends():
     """200 epochs of 50 steps: lr 0 -> 1e-3 in 20 epochs -> 1e-6, weight decay .04 -> .2, momentum
     .992 -> 1, teacher temperature .03 -> .05 in 30 epochs, then still."""
-    args = pretrain.parse(["--modality", "rgb", "--method", "pera", "--data", "x"])
+    args = pretrain.parse(["--modality", "s1", "--method", "pera", "--preset", "full"])
     total = args.epochs * 50
     now = [pretrain.schedules(args, step, total) for step in range(total + 1)]
     lr = [values["lr"] for values in now]
@@ -373,7 +373,7 @@ def test_schedules_meet_peras_published_numbers_at_their_ends():
 
 
 def test_the_full_preset_has_peras_published_values():
-    args = pretrain.parse(["--modality", "rgb", "--method", "pera", "--data", "x"])
+    args = pretrain.parse(["--modality", "s1", "--method", "pera", "--preset", "full"])
     assert args.drop_path == 0.3
     assert args.prototypes == 131072
     assert args.crops == [2, 8] and args.local_size == 96 and args.crop_min == 0.4

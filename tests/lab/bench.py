@@ -247,8 +247,8 @@ def loop(args):
         root = data.make_toy(f"{folder}/world", 3 * args.batch_size, 264)
         subprocess.run([
             sys.executable, pretrain.__file__, *args.flags, "--data", root, "--out",
-            f"{folder}/run", "--cache", "0", "--workers", "1", "--epochs", "9", "--max-steps", "8",
-            "--log-every", "4"], capture_output=True, check=True)
+            f"{folder}/run", "--preset", "full", "--cache", "0", "--workers", "1", "--epochs", "9",
+            "--max-steps", "8", "--log-every", "4"], capture_output=True, check=True)
         log = Path(folder, "run", "log.jsonl").read_text().splitlines()
     last = json.loads(log[-1])
     images = images_of_step(args)
@@ -390,7 +390,7 @@ def training_args(ours, rest):
         if "pera" in rest:
             flags += ["--local-size", "48"]
     flags += rest
-    args = pretrain.parse(["--data", "none", *flags])
+    args = pretrain.parse(["--data", "none", "--preset", "full", *flags])
     if args.amp == "auto":
         args.amp = "bf16" if CUDA else "off"
     args.flags = flags

@@ -107,8 +107,8 @@ RED = (0.9, 0.1, 0.2)
 
 def flags(method, modality, root):
     """pretrain.py's flags for data of this kind: the full-size preset, but small views."""
-    return pretrain.parse(["--method", method, "--modality", modality, "--data", root,
-                           "--img-size", str(SIDE), "--patch-size", str(PATCH)])
+    return pretrain.parse(["--method", method, "--modality", modality, "--data", root, "--preset",
+                           "full", "--img-size", str(SIDE), "--patch-size", str(PATCH)])
 
 
 def area_of(patches):
