@@ -1,8 +1,9 @@
-"""What did the backbone learn?  Frozen features, one linear head.
+"""What did the backbone learn?  Frozen features, one small head, by a protocol with a name.
 
     python probe.py --ckpt runs/softcon_s1/backbone.pt                      toy world, multi-label
-    python probe.py --ckpt backbone.pt --data DIR --task eurosat --seeds 5  EuroSAT, 10 classes
+    python probe.py --ckpt backbone.pt --data DIR --task eurosat --protocol torchgeo-bench
     python probe.py --ckpt a.pt b.pt --data DIR --task bigearthnet --lists train.csv test.csv
+    python probe.py --ckpt backbone.pt --train-frac 0.01 0.05 0.1 1 --out curve.svg
 
 The backbone never trains.  Each image becomes a row of features, once, and a small head learns to
 tell the labels from these rows.  The same kind of head is fitted to the features of the checkpoint;
@@ -10,18 +11,26 @@ of "random", the same architecture with random weights; and to "stats", the mean
 each band, which need no network.  All are tested on the same images, and a checkpoint is worth what
 it gains over the other two.  The last line of the output is a JSON object, values from 0 to 1.
 
+"Linear probing" means several things in this field.  A protocol fixes all of it: what the network
+is given, which features the head sees, how the head is fitted and chosen, and what is reported.
+Numbers of different protocols do not compare.  `PROTOCOLS` lists them.
+
 [1] Oquab et al. 2023, DINOv2, appendix B.3: many linear heads, one chosen on a validation part
 [2] Caron et al. 2021, DINO: weighted nearest neighbours
-[3] SSL4EO-S12, linear_BE_moco.py and linear_EU_moco.py; FG-MAE, linear_BE_s1_mae.py
+[3] SSL4EO-S12, linear_BE_moco_v3.py and linear_EU_moco_v3.py, of 2022
+[4] Copernicus-Bench of zhu-xlab/Copernicus-FM, 2025, by SoftCon's first author
+[5] torchgeo-bench 0.4, 2026
 """
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from html import escape
 from itertools import product
 from pathlib import Path
 
@@ -36,6 +45,172 @@ from tqdm import tqdm
 import data
 import model as models
 
+# --------------------------------------------------------------------------------------- protocols
+
+ANY_FEATURE = ["cls", "cls+mean", "4cls", "4cls+mean", "mean"]                 # see `FEATURES`
+
+
+@dataclass
+class Protocol:
+    """How features are judged.  What a protocol leaves open has a flag."""
+    source: str                    # who measures so
+    head: str                      # what is fitted: see `fit_head`
+    features: list                 # of a ViT: --feature takes one of them, by default the first
+    size: int = 0                  # side to which images are resized; 0: as the network was trained
+    train_views: str = "whole"     # of an image: "whole", "flips" (four) or "crops" (five random)
+    test_centre: float = 1.0       # central share of each side that a network sees in testing
+    zscore: bool = False           # are bands rescaled to mean 0 and deviation 1 over these images?
+    clip_radar: bool = False       # is a radar image clipped to its own 1 % and 99 % quantiles?
+    eurosat_scale: bool = False    # is EuroSAT-MS scaled with EuroSAT's statistics?
+    shares: tuple = (0.7, 0, 0.3)  # of a class without lists: to train, to validate, to test
+    validation: bool = False       # does a validation part choose the penalty?
+    with_replacement: bool = False           # may --train-frac draw an image twice?
+    batch_metric: bool = False     # multi-label: is the value a mean over batches of 256 images?
+    # of SGD on one linear layer
+    epochs: int = 0
+    batch: int = 0
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    lr: dict | None = None         # by kind of labels or of network: see `learning_rate`
+
+
+PROTOCOLS = {
+    "ridge": Protocol(
+        source="ours: closed form, penalty by 5-fold cross-validation",
+        head="ridge", features=ANY_FEATURE),
+    "logistic": Protocol(
+        source="ours: logistic regression, penalty by 5-fold cross-validation",
+        head="logistic", features=ANY_FEATURE),
+    "knn": Protocol(
+        source="DINO [2]: 20 neighbours vote with exp(cosine / 0.07)",
+        head="knn", features=ANY_FEATURE),
+    # two rows of four features by 13 rates; the network sees whole images, in [1] random crops
+    "dinov2": Protocol(
+        source="DINOv2 B.3 [1]: 52 linear heads by SGD, the best on a fifth of the training part",
+        head="grid", features=["grid"]),
+    # a new crop in each of the 100 epochs in [3], here five crops: features are computed once
+    "ssl4eo-s12": Protocol(
+        source="SSL4EO-S12 of 2022 [3]: SGD on random crops, biased batch-wise average precision",
+        head="linear", features=["cls", "4cls"], size=224, train_views="crops",
+        test_centre=0.875, shares=(0.8, 0, 0.2), with_replacement=True, batch_metric=True,
+        epochs=100, batch=256, momentum=0.9, lr={"ViT": 0.1, "ResNet": 8.0}),
+    # features of the four flips are computed once; the last epoch counts
+    "copernicus-bench": Protocol(
+        source="Copernicus-Bench [4], by SoftCon's first author: SGD on the mean patch token",
+        head="linear", features=["mean"], size=224, train_views="flips",
+        clip_radar=True, eurosat_scale=True, shares=(0.6, 0.2, 0.2),
+        epochs=50, batch=64, weight_decay=1e-4, lr={"one label": 0.1, "multi-label": 1.0}),
+    "torchgeo-bench": Protocol(
+        source="torchgeo-bench [5]: logistic regression, 40 penalties, refit with the validation part",
+        head="chosen logistic", features=["mean"], size=224, zscore=True,
+        shares=(0.6, 0.2, 0.2), validation=True),
+}
+PROTOCOLS["torchgeo-bench-knn"] = replace(
+    PROTOCOLS["torchgeo-bench"], source="torchgeo-bench [5]: majority of 5 neighbours",
+    head="5 neighbours")
+
+# EuroSAT's own mean and std, in the order of s2c [4], [SSL4EO-S12 eurosat_dataset.py]
+EUROSAT_SCALE = {
+    "mean": [1353.73, 1117.20, 1041.88, 946.55, 1199.19, 2003.01, 2374.01, 2301.22, 2599.78, 732.18,
+             12.10, 1820.70, 1118.20],
+    "std": [897.27, 736.02, 684.78, 620.03, 791.86, 1341.28, 1595.40, 1545.53, 1750.12, 475.12,
+            98.27, 1216.49, 736.70],
+}
+
+# ------------------------------------------------------------------------------------------- input
+
+
+@dataclass(frozen=True)
+class View:
+    """What part of an image a network sees."""
+    centre: float = 1.0            # share of each side, around the centre
+    mirror: tuple = ()             # dimensions of (B,C,H,W): 2 is upside down, 3 sideways
+    draw: int = 0                  # 1, 2, ...: a random crop instead, with this number as its seed
+    area: float = 1.0              # least share of the image in that crop
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What happens to the values of an image, float in [0,1], before the network."""
+    clip: bool = False             # clip each image and band to its own 1 % and 99 % quantiles
+    mean: tuple = ()               # of each band, to subtract
+    std: tuple = ()                # of each band, to divide by
+
+
+def training_views(protocol, task):
+    """The views of an image that a head trains on."""
+    if protocol.train_views == "flips":
+        return [View(), View(mirror=(3,)), View(mirror=(2,)), View(mirror=(2, 3))]
+    if protocol.train_views == "crops":
+        area = 0.08                                            # EuroSAT [3]
+        if task.multi_label:
+            area = 0.8                                         # BigEarthNet [3]
+        return [View(draw=draw, area=area) for draw in range(1, 6)]
+    return [View()]
+
+
+def test_view(protocol):
+    return View(centre=protocol.test_centre)
+
+
+def clip_quantiles(x):
+    """Clip x (B,C,H,W) uint8 to the 1 % and 99 % quantiles of each image and band: float.
+
+    [4] clips decibels before they are scaled.  Both are monotone, so their order does not matter
+    but for the rounding to 8 bits.
+    """
+    levels = torch.tensor([0.01, 0.99], device=x.device)
+    low, high = torch.quantile(x.flatten(2).float(), levels, dim=2)            # (B,C)
+    return x.float().clamp(low[..., None, None], high[..., None, None])
+
+
+def central_view(x, size=None, centre=1.0):
+    """Cut out the centre of images and resize it.
+
+    x (B,C,H,W), values 0 to 255 -> (B,C,size,size) float in [0,1].  centre is the share of each
+    side that stays.  Without a size nothing is resized.
+    """
+    H, W = x.shape[-2:]
+    rim = round(W * (1 - centre) / 2)
+    x = x[..., rim:H - rim, rim:W - rim].float() / 255
+    size = size or x.shape[-1]
+    return F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+
+
+def choose_profile(args, protocol, images):
+    """The profile of the input under a protocol: the Profile, and its name for the output."""
+    sensor = images.scenes.sensor
+    if protocol.zscore:
+        mean, std = band_moments(images, args.workers)
+        return Profile(mean=mean, std=std), "z-score over all images of this probe"
+    if sensor.kind == "rgb":
+        return Profile(), "display values in [0, 1]"
+    name = f"mean -+ 2 std of {sensor.name} to [0, 1], clipped"
+    if protocol.eurosat_scale and args.task == "eurosat" and sensor.name == "s2c":
+        name = "mean -+ 2 std of EuroSAT to [0, 1], clipped"
+    clip = protocol.clip_radar and sensor.kind == "radar"
+    if clip:
+        name += ", after a clip of each image and band to its 1 % and 99 % quantiles"
+    if args.task == "bigearthnet" and sensor.name == "s2c":
+        name += ", B10 is 0"
+    return Profile(clip=clip), name
+
+
+def band_moments(images, workers):
+    """Mean and deviation of each band over all images, values in [0,1]: two tuples."""
+    total = 0
+    squares = 0
+    pixels = 0
+    for x, _, _ in DataLoader(images, 64, num_workers=workers):
+        x = x.double() / 255                                   # (B,C,H,W)
+        total += x.sum((0, 2, 3))                              # (C,)
+        squares += x.square().sum((0, 2, 3))
+        pixels += x[:, 0].numel()
+    mean = total / pixels
+    std = (squares / pixels - mean ** 2).clamp(min=0).sqrt() + 1e-8            # B10 may be constant
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
 # ---------------------------------------------------------------------------------------- features
 
 # A ViT's row of features has five parts, each as wide as a token: the CLS tokens of its last four
@@ -47,11 +222,12 @@ FEATURES = {
     "4cls": (0, 4),
     "4cls+mean": (0, 5),
     "mean": (4, 5),
+    "grid": (0, 5),                                            # the heads of the grid choose
 }
 
 
 def describe(net, x):
-    """Turn images x (B,C,H,W), float in [0,1], into rows of features.
+    """Turn images x (B,C,H,W), float, into rows of features.
 
     A ViT gives (B,5D), laid out as FEATURES says; any other network its output (B,D).
     """
@@ -80,58 +256,79 @@ class BandStatistics(torch.nn.Module):
         return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1)
 
 
-def central_view(x, size=None, centre=1.0):
-    """Cut out the centre of images and resize it.
+class Blocks(torch.nn.Module):
+    """The same feature of every block of a ViT, for --layers: (B,C,H,W) -> (B, depth*F).
 
-    x (B,C,H,W) uint8 -> (B,C,size,size) float in [0,1].  centre is the share of each side that
-    stays.  Without a size nothing is resized.
+    feature: "cls", "mean" or, whatever else it is, both.  Raises ValueError for a ResNet.
     """
-    H, W = x.shape[-2:]
-    rim = round(W * (1 - centre) / 2)
-    x = x[..., rim:H - rim, rim:W - rim].float() / 255
-    size = size or x.shape[-1]
-    return F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+
+    def __init__(self, net, feature):
+        super().__init__()
+        if not isinstance(net, models.ViT):
+            raise ValueError("--layers: takes a ViT, a ResNet has no blocks of tokens")
+        self.net = net
+        self.size = net.size
+        self.feature = feature
+        self.depth = len(net.blocks)
+        self.width = net.embed_dim
+        if feature not in ("cls", "mean"):
+            self.width *= 2
+
+    def columns(self, k):
+        """The columns of block k."""
+        return slice(k * self.width, (k + 1) * self.width)
+
+    def forward(self, x):
+        parts = []
+        for cls, patches in self.net.last_blocks(x, self.depth):               # (B,D), (B,N,D)
+            if self.feature != "mean":
+                parts.append(cls)
+            if self.feature != "cls":
+                parts.append(patches.mean(1))
+        return torch.cat(parts, 1)
 
 
 @torch.no_grad()
-def compute_features(nets, images, device, workers, centre, draw, area):
+def compute_features(nets, images, device, workers, view, profile):
     """Pass over `images` once, as `extract` describes it: {net: float16 (n,D or 5D)}."""
     for net in nets:
         net.eval().to(device)
     rows = {net: [] for net in nets}
-    generator = torch.Generator().manual_seed(draw)
+    generator = torch.Generator().manual_seed(view.draw)
     loader = DataLoader(images, 64, num_workers=workers)
-    for x, _, _ in tqdm(loader, f"features, draw {draw}", leave=False):
+    for x, _, _ in tqdm(loader, f"features, {view}", leave=False):
         x = x.to(device)                                       # (B,C,H,W) uint8
-        if draw:
-            crops = data.draw_crops(len(x), generator, area)
+        if profile.clip:
+            x = clip_quantiles(x)
+        if view.draw:
+            crops = data.draw_crops(len(x), generator, view.area)
             crops["flip_y"] = torch.ones(len(x))               # [3] mirror sideways only
         for net in nets:
-            if draw:
-                view = data.crop(x, crops, net.size or x.shape[-1])
+            if view.draw:
+                seen = data.crop(x, crops, net.size or x.shape[-1])
             else:
-                view = central_view(x, net.size, centre)
-            rows[net].append(describe(net, view).half().cpu().numpy())
+                seen = central_view(x, net.size, view.centre)
+            if view.mirror:
+                seen = seen.flip(view.mirror)
+            if profile.mean:
+                mean = torch.tensor(profile.mean, device=device)[:, None, None]
+                std = torch.tensor(profile.std, device=device)[:, None, None]
+                seen = (seen - mean) / std
+            rows[net].append(describe(net, seen).half().cpu().numpy())
     return {net: np.concatenate(rows[net]) for net in nets}
 
 
-def extract(nets, images, device="cpu", workers=0, cache=None, centre=1.0, draw=0, area=1.0):
+def extract(nets, images, device="cpu", workers=0, cache=None, view=View(), profile=Profile()):
     """Compute the features of `images` with each network: {net: float16 (n,D or 5D)}.
 
-    draw 0: a network sees the central share `centre` of each side of an image.
-    draw 1, 2, ...: it sees a random crop instead, mirrored sideways or not, that covers at least
-    the share `area` of the image, as in [3].  The number of the draw is its seed.
-    Each view is resized to net.size pixels a side, or keeps its size where that is None.
-    cache: a folder that keeps features, so that the next call reads them instead.
+    A network sees the view of an image, resized to net.size pixels a side, or in its own size where
+    that is None.  cache: a folder that keeps features, so that the next call reads them instead.
     Raises ValueError for features that are not finite.
     """
     features = {}
     paths = {}
     if cache:
-        view = f"centre {centre}"
-        if draw:
-            view = f"draw {draw}, area {area}"
-        paths = cache_paths(cache, nets, images, view)
+        paths = cache_paths(cache, nets, images, view, profile)
     for net, path in paths.items():
         if os.path.exists(path):
             with data.file_errors(path, "not a file of features"):
@@ -139,7 +336,7 @@ def extract(nets, images, device="cpu", workers=0, cache=None, centre=1.0, draw=
 
     missing = [net for net in nets if net not in features]
     if missing:
-        computed = compute_features(missing, images, device, workers, centre, draw, area)
+        computed = compute_features(missing, images, device, workers, view, profile)
         for net, rows in computed.items():
             if not np.isfinite(rows).all():
                 raise ValueError("features are not finite: NaN in the weights, or beyond float16")
@@ -149,15 +346,16 @@ def extract(nets, images, device="cpu", workers=0, cache=None, centre=1.0, draw=
     return {net: features[net] for net in nets}
 
 
-def cache_paths(folder, nets, images, view):
+def cache_paths(folder, nets, images, view, profile):
     """Name a file for the features of each network: {net: path}.
 
     The name is a hash of all that the features depend on: the code, the sensor, the images, the
-    view of them, the weights and the size.  Files count by name, size and time of the last change.
+    view of them, the profile of the input, the weights and the size.  Files count by name, size and
+    time of the last change.
     """
     code = [__file__, data.__file__, models.__file__]
     pixels = [images.scenes.files[i][s] for i, s in images.pairs]
-    common = hashlib.sha256(f"{images.scenes.sensor} {view}".encode())
+    common = hashlib.sha256(f"{images.scenes.sensor} {view} {profile}".encode())
     for path in map(Path, code + pixels):
         files = [path]
         if path.is_dir():                                      # a product: a folder of bands
@@ -172,7 +370,8 @@ def cache_paths(folder, nets, images, view):
     paths = {}
     for net in nets:
         digest = common.copy()
-        digest.update(f"{type(net)} {net.size}".encode())
+        feature = getattr(net, "feature", "")                  # of `Blocks`
+        digest.update(f"{type(net)} {feature} {net.size}".encode())
         for name, weight in net.state_dict().items():
             digest.update(name.encode() + weight.cpu().numpy().tobytes())
         paths[net] = f"{folder}/{digest.hexdigest()[:32]}.npy"
@@ -190,32 +389,59 @@ def save_features(path, rows):
     os.replace(aside, path)
 
 
-def describe_images(args, nets, scenes, splits):
+@dataclass
+class Features:
+    """The features of some images under one view."""
+    row: dict                      # {image: its row}
+    of: dict                       # {net: (n,D or 5D)}
+
+
+def describe_images(args, protocol, task, nets, scenes, splits):
     """Compute the features of all images that some split trains or tests on.
 
-    Returns images, a list of n pairs (scene, season), and features, {net: (n,D or 5D)}.  Every
-    image comes once with its central view, then once more for each random crop of it.
+    splits: {share: [split of a seed, ...]}.
+    Returns {view: Features} and the name of the input's profile.  Views that only serve to train
+    are computed of training images alone.
     """
     whole = set()
-    cropped = set()
-    for train, test in splits:
-        whole.update(train, test)
-        cropped.update(train)                                  # images are tested as they are
+    to_train = set()
+    for train, validation, test in sum(splits.values(), []):
+        whole.update(train, validation, test)
+        to_train.update(train)                                 # images are tested as they are
     whole = sorted(whole)
-    cropped = sorted(cropped)
+    to_train = sorted(to_train)
+    profile, name = choose_profile(args, protocol, data.Images(scenes, whole))
 
-    passes = [extract(nets, data.Images(scenes, whole), args.device, args.workers, args.cache,
-                      centre=args.centre)]
-    for draw in range(1, args.draws + 1):
-        passes.append(extract(nets, data.Images(scenes, cropped), args.device, args.workers,
-                              args.cache, draw=draw, area=args.area))
+    test = test_view(protocol)
     features = {}
-    for net in nets:
-        features[net] = np.concatenate([part[net] for part in passes])
-    print(f"features: {len(whole)} images")
-    if args.draws:
-        print(f"features: {args.draws} random crops of each of the {len(cropped)} to train on")
-    return whole + args.draws * cropped, features
+    for view in dict.fromkeys([test, *training_views(protocol, task)]):
+        images = to_train
+        if view == test:
+            images = whole
+        found = extract(nets, data.Images(scenes, images), args.device, args.workers, args.cache,
+                        view, profile)
+        features[view] = Features({image: j for j, image in enumerate(images)}, found)
+    print(f"features: {len(whole)} images, {len(features)} view(s) of those to train on")
+    return features, name
+
+
+@dataclass
+class Rows:
+    """Features of n images under V views, and their labels."""
+    x: np.ndarray                  # (V,n,D)
+    y: np.ndarray                  # (n,L), 0 or 1
+    scene: np.ndarray              # (n,)
+
+
+def rows_of(features, scenes, net, seen, images, views):
+    """Gather the columns `seen` of the features of `images`, with their labels, as Rows."""
+    x = []
+    for view in views:
+        rows = [features[view].row[image] for image in images]
+        x.append(features[view].of[net][rows][:, seen])
+    y = np.array([scenes.labels[i][s] for i, s in images])
+    scene = np.array([i for i, _ in images])
+    return Rows(np.stack(x), y.reshape(len(images), len(scenes.classes)), scene)
 
 
 # ------------------------------------------------------------------------------------------- heads
@@ -223,12 +449,13 @@ def describe_images(args, nets, scenes, splits):
 # A head takes x (n,D), features to train on; y (n,L), their labels, 0 or 1; x_test (m,D).  It gives
 # scores (m,L): the higher, the likelier the class.
 
-HEADS = ["ridge", "logistic", "knn", "linear", "grid"]         # see `fit_head`
 FOLDS = 5                                                      # parts of the training rows
 RIDGE_PENALTIES = np.logspace(-6, 2, 17)
 LOGISTIC_PENALTIES = (1, 0.1, 0.01, 0.001, 0.0001)             # from strong to weak, see `logistic`
+COSTS = np.logspace(-6, 4, 40)                                 # C, from strong to weak penalty [5]
 RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]         # [1]
 GRID_FEATURES = ["cls", "cls+mean", "4cls", "4cls+mean"]                                      # [1]
+GRID_STEPS = 12500                                             # 10 epochs of 1,250 steps [1]
 
 
 def standardise(x, x_test):
@@ -284,7 +511,30 @@ def ridge(x, y, x_test):
     return np.stack(scores)
 
 
-def logistic(x, y, x_test, multi_label):
+def fit_logistic(x, y, W, b, penalty, multi_label, accuracy, iterations):
+    """Move W (D,L) and b (1,L) to the minimum of the penalised log loss of x (n,D), y (n,L).
+
+    All are float64 tensors.  L-BFGS ends at a gradient below `accuracy`.
+    """
+    optimiser = torch.optim.LBFGS([W, b], max_iter=iterations, tolerance_grad=accuracy,
+                                  tolerance_change=accuracy / 100, line_search_fn="strong_wolfe")
+
+    def closure():
+        logits = x @ W + b                                     # (n,L)
+        if multi_label:
+            loss = F.binary_cross_entropy_with_logits(logits, y) * y.shape[1]
+        else:
+            loss = F.cross_entropy(logits, y)
+        loss = loss + penalty / 2 * W.square().sum()
+        optimiser.zero_grad()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+
+
+def logistic(x, y, x_test, multi_label, penalties=LOGISTIC_PENALTIES, accuracy=1e-4,
+             iterations=200):
     """Fit logistic regressions, one for each penalty p: probabilities (penalties,m,L).
 
     Each minimises the mean log loss of a row (softmax; multi-label: a sigmoid for each class, and
@@ -298,28 +548,33 @@ def logistic(x, y, x_test, multi_label):
     W = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, requires_grad=True)
     b = torch.zeros(1, y.shape[1], dtype=torch.float64, requires_grad=True)
     probabilities = []
-    for penalty in LOGISTIC_PENALTIES:
-        optimiser = torch.optim.LBFGS([W, b], max_iter=200, tolerance_grad=1e-4,
-                                      tolerance_change=1e-6, line_search_fn="strong_wolfe")
-
-        def closure():
-            logits = x @ W + b                                 # (n,L)
-            if multi_label:
-                loss = F.binary_cross_entropy_with_logits(logits, y) * y.shape[1]
-            else:
-                loss = F.cross_entropy(logits, y)
-            loss = loss + penalty / 2 * W.square().sum()
-            optimiser.zero_grad()
-            loss.backward()
-            return loss
-
-        optimiser.step(closure)
+    for penalty in penalties:
+        fit_logistic(x, y, W, b, penalty, multi_label, accuracy, iterations)
         logits = (x_test @ W + b).detach()
         if multi_label:
             probabilities.append(logits.sigmoid().numpy())
         else:
             probabilities.append(logits.softmax(1).numpy())
     return np.stack(probabilities)
+
+
+def chosen_logistic(train, validation, x_test, metric, multi_label):
+    """Fit logistic regressions as [5] does: scores (m,L), [C, its value on the validation part].
+
+    scikit-learn's C weighs the summed log loss of n rows against |W|^2 / 2: the penalty on their
+    mean is 1 / (C n).  The best C on the validation part is fitted again with that part.
+    """
+    n = len(train.y)
+    fit = partial(logistic, multi_label=multi_label, accuracy=1e-7)
+    # weak penalties end after 100 iterations, not at the minimum: they start near it, and far from
+    # it the value changes little
+    scores = fit(train.x[0], train.y, validation.x[0], penalties=1 / (COSTS * n), iterations=100)
+    values = [float(metric(s, validation.y)) for s in scores]
+    best = int(np.argmax(values))
+    x = np.concatenate([train.x[0], validation.x[0]])
+    y = np.concatenate([train.y, validation.y])
+    scores = fit(x, y, x_test, penalties=[1 / (COSTS[best] * len(x))], iterations=1000)
+    return scores[0], [float(f"{COSTS[best]:.3g}"), values[best]]
 
 
 def knn(x, y, x_test, k=20, tau=0.07):
@@ -335,12 +590,72 @@ def knn(x, y, x_test, k=20, tau=0.07):
     return torch.cat(scores).numpy()
 
 
+def majority(x, y, x_test, k=5):
+    """Let the k nearest training rows, by Euclidean distance, vote [5]: shares of votes (m,L)."""
+    x = torch.from_numpy(x).double()
+    y = torch.from_numpy(y).double()
+    shares = []
+    for rows in torch.from_numpy(x_test).double().split(256):
+        # differences, not inner products: these round, and rounding would reorder neighbours
+        distance = torch.cdist(rows, x, compute_mode="donot_use_mm_for_euclid_dist")   # (b,n)
+        index = distance.topk(min(k, len(x)), largest=False).indices                   # (b,k)
+        shares.append(y[index].mean(1))                        # (b,L)
+    return torch.cat(shares).numpy()
+
+
+def linear(train, x_test, protocol, lr, multi_label, seed):
+    """Train one linear layer by SGD on features as they are [3], [4]: scores (m,L).
+
+    Each epoch sees every image once, under a view drawn by chance.  The rate falls with a cosine
+    from lr to 0, which is OneCycle without its warm-up.
+    """
+    x = torch.from_numpy(train.x).float()                      # (V,n,D)
+    y = torch.from_numpy(train.y).float()                      # (n,L)
+    V, n, D = x.shape
+    generator = torch.Generator().manual_seed(seed)
+    layer = torch.nn.Linear(D, y.shape[1])
+    torch.nn.init.normal_(layer.weight, std=0.01, generator=generator)         # [3]
+    torch.nn.init.zeros_(layer.bias)
+    optimiser = torch.optim.SGD(layer.parameters(), lr, momentum=protocol.momentum,
+                                weight_decay=protocol.weight_decay)
+    steps = protocol.epochs * math.ceil(n / protocol.batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    for _ in range(protocol.epochs):
+        for rows in torch.randperm(n, generator=generator).split(protocol.batch):
+            view = torch.randint(V, (len(rows),), generator=generator)
+            logits = layer(x[view, rows])                      # (B,L)
+            if multi_label:
+                loss = F.multilabel_soft_margin_loss(logits, y[rows])
+            else:
+                loss = F.cross_entropy(logits, y[rows])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+    with torch.no_grad():
+        return layer(torch.from_numpy(x_test).float()).numpy()
+
+
+def learning_rate(protocol, task, net):
+    """The rate that the protocol has for this kind of labels, or for this kind of network.
+
+    All heads of a probe learn at the rate for the first checkpoint: the floors as well.
+    """
+    if protocol.lr is None:
+        return None
+    if "multi-label" in protocol.lr:
+        kind = "multi-label" if task.multi_label else "one label"
+    else:
+        kind = "ViT" if isinstance(net, models.ViT) else "ResNet"
+    return protocol.lr[kind]
+
+
 def sgd(x, y, use, rates, multi_label, steps, seed=0, batch=128):
     """Train H linear heads side by side by SGD and return their weights (D,H,L).
 
     x (n,D) and y (n,L) are the same for all.  Head h sees the columns where use[h] (H,D) is 1, and
     learns at rates[h] * batch / 256, momentum 0.9, with a cosine down to 0.  The loss is the cross
-    entropy [1]; multi-label: the mean binary cross entropy over classes [3].
+    entropy [1]; multi-label: the mean binary cross entropy over classes.
 
     One matrix product serves all heads, which makes the 52 of [1] affordable.  The gradient is
     written out by hand.  That of a head depends on its own weights only, so that each head ends
@@ -368,22 +683,17 @@ def sgd(x, y, use, rates, multi_label, steps, seed=0, batch=128):
     return W
 
 
-def linear(x, y, x_test, scene, use, rates, metric, multi_label, steps, seed):
+def grid(x, y, x_test, scene, use, rates, metric, multi_label, seed, steps):
     """Train H linear heads as `sgd` does and take the best one: its scores (m,L), index and value.
 
-    use (H,D) and rates (H,) describe the heads.  Several heads train on four fifths of the scenes,
-    and `metric` on the last fifth chooses: the test set has no say.  A single head has nothing to
-    choose, trains on all rows, and has the value None.
+    use (H,D) and rates (H,) describe the heads.  They train on four fifths of the scenes, and
+    `metric` on the last fifth chooses: the test set has no say.
     """
     x, x_test = standardise(x, x_test)
     x = F.pad(torch.from_numpy(x).float(), (0, 1), value=1)    # (n,D+1): a column of ones, the bias
     x_test = F.pad(torch.from_numpy(x_test).float(), (0, 1), value=1)          # (m,D+1)
     use = F.pad(use, (0, 1), value=1)                          # (H,D+1)
     y = torch.from_numpy(y).float()                            # (n,L)
-    if len(rates) == 1:
-        W = sgd(x, y, use, rates, multi_label, steps, seed)    # (D+1,1,L)
-        return (x_test @ W[:, 0]).numpy(), 0, None
-
     left_out = torch.from_numpy(folds(scene) == 0)
     W = sgd(x[~left_out], y[~left_out], use, rates, multi_label, steps, seed)  # (D+1,H,L)
     values = []
@@ -394,45 +704,53 @@ def linear(x, y, x_test, scene, use, rates, metric, multi_label, steps, seed):
     return (x_test @ W[:, best]).numpy(), best, values[best]
 
 
-def fit_sgd(args, task, net, x, y, x_test, scene, seed):
-    """Fit the head "linear" or the best of "grid": scores (m,L), [feature, rate, value if chosen].
+def fit_grid(net, train, x_test, metric, multi_label, seed, steps=GRID_STEPS):
+    """Fit the best head of DINOv2's grid: scores (m,L), [feature, rate, value that chose it].
 
-    x holds all features of the net.  A feature is chosen by a mask, not by cutting out columns, so
-    that the heads of the grid can train side by side.
+    A feature is chosen by a mask, not by cutting out columns, so that all heads can train side by
+    side.
     """
-    if args.head == "linear":
-        heads = [(args.feature, args.lr)]
-    else:
-        features = GRID_FEATURES
-        if not isinstance(net, models.ViT):
-            features = ["cls"]                                 # any name: it selects all columns
-        heads = list(product(features, RATES))
+    features = GRID_FEATURES
+    if not isinstance(net, models.ViT):
+        features = ["cls"]                                     # any name: it selects all columns
+    heads = list(product(features, RATES))
+    x = train.x[0]
     use = torch.zeros(len(heads), x.shape[1])
     for mask, (feature, _) in zip(use, heads):
         mask[columns(net, feature)] = 1
     rates = torch.tensor([rate for _, rate in heads])
-    metric = task.metrics[task.value]
-    scores, best, value = linear(x, y, x_test, scene, use, rates, metric, task.multi_label,
-                                 args.steps, seed)
-    choice = list(heads[best])
-    if value is not None:
-        choice.append(value)
-    return scores, choice
+    scores, best, value = grid(x, train.y, x_test, train.scene, use, rates, metric, multi_label,
+                               seed, steps)
+    return scores, [*heads[best], value]
 
 
-def fit_head(args, task, net, x, y, x_test, scene, seed):
-    """Fit the head that --head names: scores (m,L) of the test rows, and what `fit_sgd` chose."""
-    if args.head in ("linear", "grid"):
-        return fit_sgd(args, task, net, x, y, x_test, scene, seed)
-    seen = columns(net, args.feature)
-    x = x[:, seen]
-    x_test = x_test[:, seen]
-    if args.head == "knn":
+def fit_head(problem, net, train, validation, x_test, seed):
+    """Fit the head of the protocol: scores (m,L) of the test rows, and what was chosen or None.
+
+    train and validation are Rows, x_test (m,D).
+    """
+    head = problem.protocol.head
+    multi_label = problem.task.multi_label
+    _, metric = value_metric(problem.protocol, problem.task)
+    x = train.x[0]
+    y = train.y
+    if head == "ridge":
+        return validated(ridge, x, y, x_test, train.scene), None
+    if head == "logistic":
+        fit = partial(logistic, multi_label=multi_label)
+        return validated(fit, x, y, x_test, train.scene), None
+    if head == "knn":
         return knn(x, y, x_test), None
-    if args.head == "logistic":
-        fit = partial(logistic, multi_label=task.multi_label)
-        return validated(fit, x, y, x_test, scene), None
-    return validated(ridge, x, y, x_test, scene), None
+    if head == "grid":
+        return fit_grid(net, train, x_test, metric, multi_label, seed)
+    if head == "linear":
+        return linear(train, x_test, problem.protocol, problem.lr, multi_label, seed), None
+    if head == "chosen logistic":
+        return chosen_logistic(train, validation, x_test, metric, multi_label)
+    # "5 neighbours": nothing is left to choose, so the validation part votes, too
+    x = np.concatenate([x, validation.x[0]])
+    y = np.concatenate([y, validation.y])
+    return majority(x, y, x_test), None
 
 
 # ----------------------------------------------------------------------------------------- metrics
@@ -516,7 +834,8 @@ def interval(values):
 
 # ------------------------------------------------------------------------------------------ splits
 #
-# An image is a pair (scene, season).  A split is two lists of images: to train a head, to test it.
+# An image is a pair (scene, season).  A split is three lists of images: to train a head, to validate
+# its choice (often empty), to test it.
 
 
 def held_out_halves(scenes, holdout):
@@ -540,23 +859,39 @@ def held_out_halves(scenes, holdout):
 
 
 def listed_images(args, scenes):
-    """Split as the files of --lists say, without what --exclude and --drop-unlabelled name."""
+    """Split as the two or three files of --lists say, without the images that --exclude names."""
     index = {name: i for i, name in enumerate(scenes.ids)}
     if len(index) < len(scenes):
         raise ValueError("--lists: names do not suffice, two images in --data have the same name")
     excluded = set()
     for path in args.exclude:
         excluded.update(index[name] for name in data.read_names(path, index, skip=True))
-    if args.drop_unlabelled:
-        excluded.update(i for i, labels in enumerate(scenes.labels) if not labels.any())
     split = []
     for path in args.lists:
         numbers = [index[name] for name in data.read_names(path, index, skip=args.skip_missing)]
         split.append([(i, 0) for i in numbers if i not in excluded])
-    train, test = split
-    if set(train) & set(test):
-        raise ValueError("--lists: images that are in both")
-    return train, test
+    if len(split) == 2:
+        split.insert(1, [])                                    # no validation part
+    train, validation, test = split
+    names = [*set(train), *set(validation), *set(test)]
+    if len(set(names)) < len(names):
+        raise ValueError("--lists: images that are in two of them")
+    return train, validation, test
+
+
+def class_shares(scenes, shares, rng):
+    """Split each class by chance into parts of these shares, to train, to validate, to test."""
+    train_end, validation_end, test_end = np.cumsum(shares)
+    train = []
+    validation = []
+    test = []
+    for members in np.concatenate(scenes.labels).T:            # (n,) each
+        order = [(i, 0) for i in rng.permutation(np.flatnonzero(members))]
+        n = len(order)
+        train += order[:round(train_end * n)]
+        validation += order[round(train_end * n):round(validation_end * n)]
+        test += order[round(validation_end * n):round(test_end * n)]
+    return train, validation, test
 
 
 def draw_share(images, share, rng, replace=False):
@@ -569,16 +904,31 @@ def draw_share(images, share, rng, replace=False):
     return [images[j] for j in sorted(drawn)]
 
 
-def class_shares(scenes, share, rng):
-    """Split each class by chance: `share` of its images to train a head, the others to test it."""
-    train = []
-    test = []
-    for members in np.concatenate(scenes.labels).T:            # (n,) each
-        order = [(i, 0) for i in rng.permutation(np.flatnonzero(members))]
-        cut = round(share * len(order))
-        train += order[:cut]
-        test += order[cut:]
-    return train, test
+def draw_share_of_classes(images, scenes, share, rng):
+    """Draw a share of the images of each class, but at least one."""
+    members = {}
+    for i, s in images:
+        members.setdefault(scenes.labels[i][s].argmax(), []).append((i, s))
+    drawn = []
+    for k in sorted(members):
+        at_least_one = max(share, 1 / len(members[k]))
+        drawn += draw_share(members[k], at_least_one, rng)
+    return drawn
+
+
+def reduce_split(scenes, split, share, multi_label, replace, seed):
+    """Keep a share of the images to train and to validate on, for all of which one needs labels."""
+    train, validation, test = split
+    if share == 1:
+        return split
+    rng = np.random.default_rng(seed)
+    if multi_label:
+        train = draw_share(train, share, rng, replace)
+        validation = draw_share(validation, share, rng, replace)
+    else:
+        train = draw_share_of_classes(train, scenes, share, rng)
+        validation = draw_share_of_classes(validation, scenes, share, rng)
+    return train, validation, test
 
 
 def check_split(scenes, train, test):
@@ -590,45 +940,41 @@ def check_split(scenes, train, test):
         raise ValueError(f"the {len(train)} training images are of a single class or scene")
 
 
-def choose_images(args, scenes, holdout, seeds):
-    """Choose what each seed trains and tests on: [(train, test), ...]."""
-    fixed = None                                               # the same for all seeds
-    if args.lists:
-        fixed = listed_images(args, scenes)
-    elif TASKS[args.task].multi_label or args.labels:
-        fixed = held_out_halves(scenes, holdout)
-    share = args.train_frac
-    if share is None:
-        share = 1.0 if fixed else 0.7
-    splits = []
-    for seed in seeds:
-        rng = np.random.default_rng(seed)
-        if fixed:
-            train, test = fixed
-            train = draw_share(train, share, rng, args.replace)
-        else:
-            train, test = class_shares(scenes, share, rng)
-        check_split(scenes, train, test)
-        splits.append((train, test))
-    return splits
+def choose_images(args, protocol, task, scenes, holdout, seeds):
+    """Choose what each seed trains, validates and tests on: {train_frac: [split of a seed, ...]}.
 
-
-def rows_of_split(images, train, test, draws):
-    """Find the rows of features to train on and to test on, two lists of indices into `images`.
-
-    With draws, the random crops of an image train in its place.  It is tested as it is.
+    A protocol that validates takes a fifth of the training scenes where no part is set aside.
     """
-    rows = {image: [] for image in images}
-    for j, image in enumerate(images):
-        rows[image].append(j)                                  # its central view comes first
-    training_rows = []
-    for image in train:
-        if draws:
-            training_rows += rows[image][1:]
-        else:
-            training_rows += rows[image]
-    test_rows = [rows[image][0] for image in test]
-    return training_rows, test_rows
+    fixed = None                                               # the same for all seeds
+    if args.task == "ssl4eo" or args.labels:
+        train, test = held_out_halves(scenes, holdout)
+        fixed = train, [], test
+    elif args.lists:
+        fixed = listed_images(args, scenes)
+    shares = np.array(args.split or protocol.shares, float)
+    if shares.sum() > 1.001:
+        shares = shares / len(scenes)                          # numbers of images
+    whole = []
+    for seed in seeds:
+        split = fixed or class_shares(scenes, shares, np.random.default_rng(seed))
+        train, validation, test = split
+        if protocol.validation and train and not validation:
+            left_out = folds(np.array([i for i, _ in train])) == 0
+            validation = [image for image, out in zip(train, left_out) if out]
+            train = [image for image, out in zip(train, left_out) if not out]
+        whole.append((train, validation, test))
+    splits = {}
+    for share in args.train_frac:
+        splits[share] = []
+        for seed, split in zip(seeds, whole):
+            split = reduce_split(scenes, split, share, task.multi_label,
+                                 protocol.with_replacement, seed)
+            train, validation, test = split
+            check_split(scenes, train, test)
+            if protocol.validation and not validation:
+                raise ValueError(f"split leaves 0 images to validate {len(train)} training images")
+            splits[share].append(split)
+    return splits
 
 
 # ---------------------------------------------------------------------------------------- networks
@@ -687,7 +1033,7 @@ def choose_holdout(args, runs):
     return holdout
 
 
-def load_networks(args, task):
+def load_networks(args, protocol, task):
     """Load the checkpoints, and find out from the runs that left them what to probe them on.
 
     Returns [(name, network), ...], the sensor whose images they take, and the share of scenes that
@@ -706,14 +1052,23 @@ def load_networks(args, task):
         if net.in_chans != len(sensor.bands) or unknown:
             raise ValueError(f"{path}: {net.in_chans} channels, modality {sensor.name} has "
                              f"{len(sensor.bands)}, {args.task} takes {' '.join(task.modalities)}")
-        net.size = args.img_size or run.get("img_size") or getattr(net, "img_size", 224)
+        native = run.get("img_size") or getattr(net, "img_size", 224)
+        net.size = args.img_size or protocol.size or native
         held_out = run.get("holdout", "not known, no config.json beside it")
         print(f"{path}: {type(net).__name__} {net.embed_dim}, {net.size} px, "
               f"scenes held out: {held_out}")
     names = args.ckpt
     if len(nets) == 1:
         names = ["checkpoint"]
-    return list(zip(names, nets)), sensor, choose_holdout(args, runs)
+    return dict(zip(names, nets)), sensor, choose_holdout(args, runs)
+
+
+def unique_networks(networks):
+    """The networks of [{name: network}, ...], each once."""
+    found = []
+    for by_name in networks:
+        found += [net for net in by_name.values() if net not in found]
+    return found
 
 
 def random_network(net, seed):
@@ -754,9 +1109,24 @@ TASKS = {
 }
 
 
-def open_scenes(args, task, sensor):
+def value_metric(protocol, task):
+    """The metric that chooses heads and that the JSON line reports: its name and its function."""
+    if protocol.batch_metric and task.multi_label:
+        return "mean_of_256s", batch_average_precision
+    return task.value, task.metrics[task.value]
+
+
+def metrics_of(protocol, task):
+    """All metrics that are printed: {name: function}."""
+    name, function = value_metric(protocol, task)
+    return task.metrics | {name: function}
+
+
+def open_scenes(args, protocol, task, sensor):
     """Open the images of the task in --data, or in the toy world, which is made if need be."""
     root = args.data or data.make_toy("toy")
+    if protocol.eurosat_scale and args.task == "eurosat" and sensor.name == "s2c":
+        sensor = replace(sensor, **EUROSAT_SCALE)
     if args.task == "ssl4eo":
         labels = args.labels or f"{root}/ssl4eo_multilabel.json"
         reader = data.SSL4EOZips if data.find_zips(root, sensor) else task.reader
@@ -774,19 +1144,81 @@ def open_scenes(args, task, sensor):
     return scenes
 
 
+# ------------------------------------------------------------------------------------- evaluation
+
+
+@dataclass
+class Problem:
+    """What all heads of a probe share."""
+    protocol: Protocol
+    task: Task
+    scenes: data.Scenes
+    features: dict                 # {view: Features}
+    feature: str                   # of a ViT: what its heads see
+    lr: float | None               # of the heads that the protocol trains by SGD
+
+
+def fit_split(problem, net, split, seed, seen=None):
+    """Fit a head to the features of a network: scores (m,L), labels (m,L), what was chosen or None.
+
+    seen: the columns of its features that the head sees; None: those of the feature.
+    """
+    train, validation, test = split
+    if seen is None:
+        seen = columns(net, problem.feature)
+    where = problem.features, problem.scenes, net, seen
+    test_views = [test_view(problem.protocol)]
+    train = rows_of(*where, train, training_views(problem.protocol, problem.task))
+    validation = rows_of(*where, validation, test_views)
+    test = rows_of(*where, test, test_views)
+    scores, choice = fit_head(problem, net, train, validation, test.x[0], seed)
+    return scores, test.y, choice
+
+
+def evaluate(problem, networks, splits, seeds):
+    """Fit and test a head for each seed and network.
+
+    networks: for each seed {name: net}.  Returns table[name][metric] and chosen[name], lists with
+    an entry for each seed; and {name: scores (m,L)} and the labels (m,L) of the last seed.
+    """
+    metrics = metrics_of(problem.protocol, problem.task)
+    table = {}
+    chosen = {}
+    for name in networks[0]:
+        table[name] = {metric: [] for metric in metrics}
+        chosen[name] = []
+    for nets, split, seed in zip(networks, splits, seeds):
+        scores = {}
+        for name, net in nets.items():
+            scores[name], labels, choice = fit_split(problem, net, split, seed)
+            if choice:
+                chosen[name].append(choice)
+            for metric, function in metrics.items():
+                value = float(function(scores[name], labels))
+                table[name][metric].append(round(value, 5))
+    return table, chosen, scores, labels
+
+
+def evaluate_blocks(problem, blocks, split, seed):
+    """Fit and test a head for each block of a ViT: the values, from the first block to the last."""
+    metric = problem.task.metrics[problem.task.value]
+    values = []
+    for k in range(blocks.depth):
+        scores, labels, _ = fit_split(problem, blocks, split, seed, blocks.columns(k))
+        values.append(round(float(metric(scores, labels)), 5))
+        print(f"block {k + 1:2} of {blocks.depth}: {problem.task.value} {values[-1]:.4f}")
+    return values
+
+
 # ------------------------------------------------------------------------------------------- flags
 
 RANGES = {                         # of each flag that is a number: the least and the largest value
     "img_size": (1, 4096),
     "train_frac": (1e-6, 1.0),
-    "lr": (0.0, 1e6),
-    "steps": (1, 10 ** 8),
+    "split": (0.0, 1e8),
     "holdout": (0.0, 1.0),
     "seeds": (1, 1000),
     "seed": (0, 2 ** 32),
-    "centre": (0.1, 1.0),
-    "draws": (0, 1000),
-    "area": (0.01, 1.0),
     "bootstrap": (0, 10 ** 6),
     "workers": (0, 1000),
 }
@@ -798,7 +1230,12 @@ def parse(argv=None):
 
     flag = parser.add_argument_group("network").add_argument
     flag("--ckpt", nargs="+", required=True, help="of a run, or released; several are compared")
-    flag("--img-size", type=int, help="pixels a side; else the run's, the position table's, or 224")
+    flag("--img-size", type=int, help="pixels a side; else the protocol's, the run's, or 224")
+
+    flag = parser.add_argument_group("protocol").add_argument
+    flag("--protocol", choices=list(PROTOCOLS), default="ridge", help="who measures (%(default)s)")
+    flag("--feature", choices=list(FEATURES), help="of a ViT; else the protocol's first")
+    flag("--layers", action="store_true", help="also the value of each block of the first ViT")
 
     flag = parser.add_argument_group("images and labels").add_argument
     flag("--task", choices=list(TASKS), default="ssl4eo", help="what the labels are (%(default)s)")
@@ -808,27 +1245,17 @@ def parse(argv=None):
     flag("--holdout", type=float, help="ssl4eo: share of scenes to use; else the run's, or 0.1")
 
     flag = parser.add_argument_group("which images train the head").add_argument
-    flag("--lists", nargs=2, metavar="FILE", help="names to train on, names to test on")
+    flag("--lists", nargs="+", metavar="FILE", help="names to train on, [to validate on,] to test")
     flag("--exclude", nargs="*", default=[], metavar="FILE", help="names to leave out: snow, cloud")
-    flag("--drop-unlabelled", action="store_true", help="leave out listed images of no class")
     flag("--skip-missing", action="store_true", help="go on without listed images that are absent")
-    flag("--train-frac", type=float, help="share to train on; else 1, or 0.7 of each class")
-    flag("--replace", action="store_true", help="draw that share with replacement, as published")
-    flag("--seeds", type=int, default=1, help="random networks, draws of the share (%(default)s)")
+    flag("--split", nargs=3, type=float, metavar="N", help="without lists: shares of each class, "
+         "or numbers of images, to train, validate, test; else the protocol's")
+    flag("--train-frac", nargs="+", type=float, default=[1.0], help="shares to train on (1)")
+    flag("--seeds", type=int, default=1, help="random networks, splits, shares (%(default)s)")
     flag("--seed", type=int, default=0, help="the first of these seeds (%(default)s)")
 
-    flag = parser.add_argument_group("views").add_argument
-    flag("--centre", type=float, default=1.0, help="share of each side that is seen (%(default)s)")
-    flag("--draws", type=int, default=0, help="train on so many random crops of an image instead")
-    flag("--area", type=float, default=0.8, help="least share of an image in a crop (%(default)s)")
-
-    flag = parser.add_argument_group("head").add_argument
-    flag("--head", choices=HEADS, default="ridge", help="what is fitted (%(default)s)")
-    flag("--feature", choices=list(FEATURES), default="cls", help="of a ViT (%(default)s)")
-    flag("--lr", type=float, default=0.1, help="of linear, for a batch of 256 (%(default)s)")
-    flag("--steps", type=int, default=12500, help="of linear and grid, 128 rows each (%(default)s)")
-
     flag = parser.add_argument_group("report").add_argument
+    flag("--out", metavar="SVG", help="draw the value against the number of training images")
     flag("--bootstrap", type=int, default=200, help="resamplings for intervals (%(default)s)")
     flag("--classes", action="store_true", help="print a line for each class")
 
@@ -841,20 +1268,34 @@ def parse(argv=None):
     check_flags(args)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.feature = args.feature or PROTOCOLS[args.protocol].features[0]
     return args
 
 
 def check_flags(args):
     """Raise ValueError for a value out of its range and for flags that do not go together."""
     for name, (low, high) in RANGES.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} {value}: must lie in {low} to {high}")
+        values = getattr(args, name)
+        if not isinstance(values, list):
+            values = [values]
+        for value in values:
+            if value is not None and not low <= value <= high:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} {value}: must lie in {low} to {high}")
+    features = PROTOCOLS[args.protocol].features
+    if args.feature and args.feature not in features:
+        raise ValueError(f"--feature {args.feature}: protocol {args.protocol} takes "
+                         f"{' '.join(features)}")
+    if len(set(args.train_frac)) < len(args.train_frac):
+        raise ValueError("--train-frac: a value twice")
+    if args.out and len(args.train_frac) < 2:
+        raise ValueError("--out: draws a curve, which needs several values of --train-frac")
     if args.task == "bigearthnet" and not args.lists:
-        raise ValueError("--lists: bigearthnet needs two, names to train on and names to test on")
-    if args.task == "ssl4eo" and args.lists:
-        raise ValueError("--lists: ssl4eo tests on scenes held out, it takes no lists")
+        raise ValueError("--lists: bigearthnet needs them, names to train on and names to test on")
+    if args.task == "ssl4eo" and (args.lists or args.split):
+        raise ValueError("--lists, --split: ssl4eo tests on scenes held out, it takes neither")
+    if args.lists and (len(args.lists) not in (2, 3) or args.split):
+        raise ValueError("--lists: takes two or three files, and no --split beside it")
     if args.task != "ssl4eo" and not args.data:
         raise ValueError(f"--task {args.task}: needs --data")
     if len(set(args.ckpt)) < len(args.ckpt):
@@ -936,6 +1377,63 @@ def print_classes(classes, scores, targets, multi_label):
         print(f"{name[:40]:40} {members.sum():6} {result}")
 
 
+def print_bias(row):
+    """Say how far the mean over batches lies from the average precision of all images at once."""
+    bias = np.mean(row["mean_of_256s"]) - np.mean(row["micro_map"])
+    print(f"mean_of_256s is biased: {bias:+.4f} against micro_map, one ranking of all test images")
+
+
+def print_curve(rows, metric):
+    """Print a row for each --train-frac: mean ± deviation of each network."""
+    names = list(rows[0]["all"])
+    print("share   images", *[f"{name[-17:]:>17}" for name in names])
+    for row in rows:
+        cells = []
+        for name in names:
+            values = row["all"][name][metric]
+            cells.append(f"{np.mean(values):8.4f} ± {deviation(values):.4f}")
+        print(f"{row['train_frac']:<7g} {row['n_train']:6}", *cells)
+
+
+def draw_curve(path, rows, metric, title):
+    """Draw the value of each network against the number of training images, as an SVG file."""
+    colours = ["#1f5fa8", "#777777", "#c05020", "#3a8a3a", "#8040a0", "#a08000"]
+    names = list(rows[0]["all"])
+    means = {}
+    for name in names:
+        means[name] = [float(np.mean(row["all"][name][metric])) for row in rows]
+    low = math.floor(10 * min(map(min, means.values()))) / 10  # the axis ends at tenths
+    high = max(math.ceil(10 * max(map(max, means.values()))) / 10, low + 0.1)
+    counts = [row["n_train"] for row in rows]
+    decades = math.log10(max(counts) / min(counts)) or 1.0
+
+    def x_of(count):
+        return 60 + 380 * math.log10(count / min(counts)) / decades
+
+    def y_of(value):
+        return 280 - 230 * (value - low) / (high - low)
+
+    lines = ['<svg xmlns="http://www.w3.org/2000/svg" width="640" height="340" '
+             'font-family="Helvetica, Arial, sans-serif" font-size="12">',
+             '<rect width="640" height="340" fill="white"/>',
+             f'<text x="60" y="28" font-size="14" font-weight="bold">{escape(title)}</text>',
+             f'<text x="250" y="324" text-anchor="middle">training images, {metric}</text>']
+    for tick in np.arange(round(10 * low), round(10 * high) + 1) / 10:
+        lines.append(f'<path d="M60 {y_of(tick):.1f}H440" stroke="#cccccc"/>'
+                     f'<text x="52" y="{y_of(tick) + 4:.1f}" text-anchor="end">{tick:.1f}</text>')
+    for count in counts:
+        lines.append(f'<text x="{x_of(count):.1f}" y="300" text-anchor="middle">{count}</text>')
+    for k, name in enumerate(names):
+        colour = colours[k % len(colours)]
+        points = " ".join(f"{x_of(n):.1f},{y_of(v):.1f}" for n, v in zip(counts, means[name]))
+        lines.append(f'<polyline points="{points}" fill="none" stroke="{colour}" '
+                     'stroke-width="2"/>')
+        lines.append(f'<text x="455" y="{60 + 18 * k}" fill="{colour}">{escape(name[-26:])} '
+                     f'{means[name][-1]:.3f}</text>')
+    with data.file_errors(path, "not written", "its folder is gone"):
+        Path(path).write_text("\n".join([*lines, "</svg>\n"]), encoding="utf-8")
+
+
 # -------------------------------------------------------------------------------------------- main
 
 
@@ -945,66 +1443,74 @@ def main(argv=None):
     Raises ValueError or OSError, with one line that names it, for a flag or a file that is unfit.
     """
     args = parse(argv)
+    protocol = PROTOCOLS[args.protocol]
     task = TASKS[args.task]
     if args.task == "folder" and args.labels:                  # a table: several classes an image
         task = replace(task, multi_label=True, metrics=MULTI_LABEL, value="micro_map")
+    value, metric = value_metric(protocol, task)
     seeds = range(args.seed, args.seed + args.seeds)
 
     # ------------------------------------------------------------------------------------ networks
-    checkpoints, sensor, holdout = load_networks(args, task)   # [(name, network), ...]
-    first, first_net = checkpoints[0]
-    randoms = [random_network(first_net, seed) for seed in seeds]
+    checkpoints, sensor, holdout = load_networks(args, protocol, task)         # {name: network}
+    first, first_net = next(iter(checkpoints.items()))
     stats = BandStatistics()
+    networks = []                                              # {name: network} for each seed
+    for seed in seeds:
+        networks.append(checkpoints | {"random": random_network(first_net, seed), "stats": stats})
+    to_describe = unique_networks(networks)
+    if args.layers:
+        blocks = Blocks(first_net, args.feature)
+        to_describe.append(blocks)
 
-    # ----------------------------------------------------------------- images to train and test on
-    scenes = open_scenes(args, task, sensor)
-    splits = choose_images(args, scenes, holdout, seeds)       # [(train, test), ...]
+    # ------------------------------------------------------- images to train, validate and test on
+    scenes = open_scenes(args, protocol, task, sensor)
+    splits = choose_images(args, protocol, task, scenes, holdout, seeds)       # {share: [split]}
 
     # ------------------------------------------------------------------------------------ features
-    nets = [net for _, net in checkpoints] + randoms + [stats]
-    images, features = describe_images(args, nets, scenes, splits)             # n, {net: (n,F)}
-    scene = np.array([i for i, _ in images])                                   # (n,)
-    labels = np.stack([scenes.labels[i][s] for i, s in images])                # (n,L)
+    features, profile = describe_images(args, protocol, task, to_describe, scenes, splits)
+    print(f"protocol {args.protocol}: {protocol.source}")
+    print(f"input: {profile}; {first_net.size} px; feature of a ViT: {args.feature}")
+    lr = learning_rate(protocol, task, first_net)
+    problem = Problem(protocol, task, scenes, features, args.feature, lr)
 
-    # ------------------------------------------------------------- a head for each seed and network
-    table = {}                                                 # table[name][metric]: a value a seed
-    chosen = {}
-    for name in [name for name, _ in checkpoints] + ["random", "stats"]:
-        table[name] = {metric: [] for metric in task.metrics}
-        chosen[name] = []
-    for seed, random, (train, test) in zip(seeds, randoms, splits):
-        train_rows, test_rows = rows_of_split(images, train, test, args.draws)
-        y_test = labels[test_rows]
-        scores = {}
-        for name, net in [*checkpoints, ("random", random), ("stats", stats)]:
-            x = features[net]
-            scores[name], choice = fit_head(args, task, net, x[train_rows], labels[train_rows],
-                                            x[test_rows], scene[train_rows], seed)
-            if choice:
-                chosen[name].append(choice)
-            for metric, function in task.metrics.items():
-                value = float(function(scores[name], y_test))
-                table[name][metric].append(round(value, 5))
+    # ------------------------------------------------ a head for each share, seed and network
+    rows = []
+    for share in args.train_frac:
+        table, chosen, scores, y_test = evaluate(problem, networks, splits[share], seeds)
+        train, _, test = splits[share][-1]
+        rows.append({"train_frac": share, "n_train": len(train), "all": table})
 
     # ----------------------------------------------------------------------------------- the table
     empty = int((~y_test.any(0)).sum())
     print(f"{len(train)} training, {len(test)} test images ({empty} classes have none: not in "
           f"macro), {args.seeds} seed(s): mean ± deviation")
     print_table(table, chosen)
+    if protocol.batch_metric and task.multi_label:
+        print_bias(table[first])
     report = {
-        "task": args.task, "metric": task.value, "n_train": len(train), "n_test": len(test),
-        "value": mean(table[first][task.value]), "random": mean(table["random"][task.value]),
-        "stats": mean(table["stats"][task.value]), "seeds": args.seeds, "head": args.head,
-        "std": deviation(table[first][task.value]), "chosen": chosen, "all": table,
-        "empty_classes": empty, "ckpt": args.ckpt}
+        "task": args.task, "metric": value, "n_train": len(train), "n_test": len(test),
+        "value": mean(table[first][value]), "random": mean(table["random"][value]),
+        "stats": mean(table["stats"][value]), "seeds": args.seeds, "protocol": args.protocol,
+        "std": deviation(table[first][value]), "chosen": chosen, "all": table,
+        "empty_classes": empty, "ckpt": args.ckpt, "input": profile, "img_size": first_net.size,
+        "feature": args.feature}
 
-    # ------------------------------------------------------ intervals and classes of the last seed
+    # --------------------------------------------------------------- shares of the training images
+    if len(rows) > 1:
+        report["curve"] = rows
+        print_curve(rows, value)
+    if args.out:
+        draw_curve(args.out, rows, value, f"{args.task}, protocol {args.protocol}")
+
+    # ---------------------------------------------- intervals, classes and blocks of the last seed
     if args.bootstrap:
-        samples = bootstrap(task.metrics[task.value], scores, y_test, args.bootstrap)
+        samples = bootstrap(metric, scores, y_test, args.bootstrap)
         report["interval"], report["gain"] = compare(samples)
-        print_intervals(table, task.value, report["interval"], report["gain"])
+        print_intervals(table, value, report["interval"], report["gain"])
     if args.classes:
         print_classes(scenes.classes, scores[first], y_test, task.multi_label)
+    if args.layers:
+        report["layers"] = evaluate_blocks(problem, blocks, splits[share][-1], seeds[-1])
     print(json.dumps(report))
     return report
 

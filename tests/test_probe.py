@@ -2,7 +2,10 @@
 import argparse
 import json
 import os
+import re
+from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -194,6 +197,86 @@ def test_logistic_ends_where_the_gradient_of_the_penalised_log_loss_is_zero(mult
     assert losses[-1] < losses[0] - 0.1
 
 
+def newton_logistic(x, y, C):
+    """The minimum of C * summed log loss of one class + |w|^2 / 2 by Newton's method, float64."""
+    z = np.c_[x, np.ones(len(x))]
+    ridge = np.diag([1.0] * x.shape[1] + [0.0])                # the intercept is free
+    w = np.zeros(z.shape[1])
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-z @ w))
+        gradient = C * z.T @ (p - y) + ridge @ w
+        curvature = C * (z * (p * (1 - p))[:, None]).T @ z + ridge
+        w = w - np.linalg.solve(curvature, gradient)
+    return w
+
+
+@pytest.mark.parametrize("C", [1e-3, 1.0, 100.0])
+def test_logistic_coefficients_are_the_float64_optimum_of_scikit_learns_objective(C):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((80, 4))
+    y = (x @ rng.standard_normal((4, 3)) + 2 * rng.standard_normal((80, 3)) > 0).astype(float)
+    W = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True)
+    b = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
+    probe.fit_logistic(torch.from_numpy(x), torch.from_numpy(y), W, b, 1 / (C * 80), True,
+                       accuracy=1e-7, iterations=1000)
+    for k in range(3):
+        want = newton_logistic(x, y[:, k], C)
+        assert np.allclose(W[:, k].detach(), want[:4], atol=1e-4)
+        assert np.isclose(b[0, k].item(), want[4], atol=1e-4)
+
+
+def rows(x, y):
+    return probe.Rows(x[None], y, np.arange(len(x)))
+
+
+def test_the_c_with_the_best_validation_value_is_fitted_again_on_both_parts():
+    x, y = blobs()
+    train = rows(x[:100], y[:100])
+    validation = rows(x[100:150], y[100:150])
+    scores, (C, value) = probe.chosen_logistic(train, validation, x[150:], probe.accuracy, False)
+    fits = probe.logistic(x[:100], y[:100], x[100:150], False, 1 / (probe.COSTS * 100), 1e-7, 100)
+    values = [probe.accuracy(p, y[100:150]) for p in fits]
+    best = int(np.argmax(values))
+    assert value == values[best] and np.isclose(C, probe.COSTS[best], rtol=1e-2)
+    again = probe.logistic(x[:150], y[:150], x[150:], False, [1 / (probe.COSTS[best] * 150)], 1e-7,
+                           1000)
+    assert np.array_equal(scores, again[0])
+
+
+def test_five_neighbours_vote_by_exact_distance():
+    x, y = blobs()
+    got = probe.majority(x[:150], y[:150], x[150:])
+    for row, point in zip(got, x[150:].astype(float)):
+        distance = np.sqrt(((x[:150].astype(float) - point) ** 2).sum(1))
+        assert np.array_equal(row, y[np.argsort(distance, kind="stable")[:5]].mean(0))
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_a_linear_layer_learns_each_view_at_a_rate_that_falls_to_zero(multi_label):
+    x, y = blobs()
+    protocol = probe.PROTOCOLS["copernicus-bench"]
+    train = probe.Rows(np.stack([x[:150], x[:150] + 1]), y[:150], np.arange(150))
+    scores = probe.linear(train, x[150:], protocol, 0.1, multi_label, seed=0)
+    assert probe.accuracy(scores, y[150:]) > 0.75
+    shifted = probe.linear(train, x[150:] + 1, protocol, 0.1, multi_label, seed=0)
+    assert probe.accuracy(shifted, y[150:]) > 0.75             # it saw the other view as well
+    assert np.array_equal(scores, probe.linear(train, x[150:], protocol, 0.1, multi_label, 0))
+    frozen = probe.linear(train, x[150:], protocol, 0.0, multi_label, seed=0)
+    assert abs(frozen).max() < 0.5                             # weights of deviation 0.01
+
+
+def test_the_rate_depends_on_the_labels_or_on_the_network_as_the_protocols_say():
+    copernicus = probe.PROTOCOLS["copernicus-bench"]
+    ssl4eo = probe.PROTOCOLS["ssl4eo-s12"]
+    resnet = model.build("resnet18", 2)
+    vit = model.build("vit_tiny", 2, 24, 6)
+    assert probe.learning_rate(copernicus, probe.TASKS["eurosat"], vit) == 0.1
+    assert probe.learning_rate(copernicus, probe.TASKS["bigearthnet"], vit) == 1
+    assert probe.learning_rate(ssl4eo, probe.TASKS["eurosat"], vit) == 0.1
+    assert probe.learning_rate(ssl4eo, probe.TASKS["eurosat"], resnet) == 8
+    assert probe.learning_rate(probe.PROTOCOLS["ridge"], probe.TASKS["eurosat"], vit) is None
+
+
 def test_knn_is_the_weighted_vote_of_its_definition():
     x, y = blobs()
     got = probe.knn(x[:150], y[:150], x[150:], k=7)
@@ -247,15 +330,9 @@ def test_the_grids_choice_is_the_best_on_the_fifth_fold_of_the_training_part():
     training = x[:150], y[:150], x[150:], np.arange(150)
     rates = torch.tensor([1e-6, 0.1, 1e-5])
     use = torch.ones(3, x.shape[1])
-    scores, best, value = probe.linear(*training, use, rates, probe.accuracy, False, 100, 0)
+    scores, best, value = probe.grid(*training, use, rates, probe.accuracy, False, 0, steps=100)
     assert best == 1 and value > 0.8
     assert probe.accuracy(scores, y[150:]) > 0.7
-
-    use = use[:1]
-    rates = rates[1:2]
-    single, best, value = probe.linear(*training, use, rates, probe.accuracy, False, 100, 0)
-    assert best == 0 and value is None
-    assert not np.array_equal(single, scores)                  # it trains on all five folds
 
 
 # ---------------------------------------------------------------------------------------- features
@@ -347,24 +424,27 @@ def test_features_that_are_not_finite_are_refused(toy, labels):
         probe.extract([net], data.Images(scenes, [(0, 0)]))
 
 
-def test_draws_are_seeded_crops_mirrored_sideways_and_cached_apart(toy, labels, tmp_path):
-    scenes = data.SSL4EO(toy, data.SENSORS["s1"], labels)
-    images = data.Images(scenes, [(i, 0) for i in range(20)])
+def pixels(scenes, view, n=20, profile=probe.Profile(), cache=None):
+    """What a network of 12 pixels sees of the first n scenes: (n,C,12,12)."""
     net = torch.nn.Flatten()
     net.size = 12
+    images = data.Images(scenes, [(i, 0) for i in range(n)])
+    found = probe.extract([net], images, cache=cache, view=view, profile=profile)[net]
+    return found.reshape(n, -1, 12, 12)
+
+
+def test_draws_are_seeded_crops_mirrored_sideways_and_cached_apart(toy, labels, tmp_path):
+    scenes = data.SSL4EO(toy, data.SENSORS["s1"], labels)
     cache = tmp_path / "cache"
-
-    def pixels(**view):
-        return probe.extract([net], images, cache=str(cache), **view)[net].reshape(20, 2, 12, 12)
-
-    plain = pixels()
-    first = pixels(draw=1, area=0.5)
-    second = pixels(draw=2, area=0.5)
-    assert np.array_equal(first, pixels(draw=1, area=0.5))
+    plain = pixels(scenes, probe.View(), cache=str(cache))
+    first = pixels(scenes, probe.View(draw=1, area=0.5), cache=str(cache))
+    second = pixels(scenes, probe.View(draw=2, area=0.5), cache=str(cache))
+    again = pixels(scenes, probe.View(draw=1, area=0.5), cache=str(cache))
+    assert np.array_equal(first, again)
     assert len(list(cache.iterdir())) == 3
     assert not np.array_equal(first, second) and not np.array_equal(first, plain)
 
-    whole = pixels(draw=1, area=1.0)                           # only the aspect moves pixels
+    whole = pixels(scenes, probe.View(draw=1, area=1.0))       # only the aspect moves pixels
     same = []
     mirrored = []
     for crop, image in zip(whole, plain):
@@ -372,6 +452,65 @@ def test_draws_are_seeded_crops_mirrored_sideways_and_cached_apart(toy, labels, 
         mirrored.append(np.corrcoef(crop[..., ::-1].ravel(), image.ravel())[0, 1])
     assert 4 <= np.greater(mirrored, same).sum() <= 16
     assert np.maximum(same, mirrored).min() > 0.6
+
+
+def test_the_four_flips_are_the_image_mirrored_in_each_way(toy, labels):
+    scenes = data.SSL4EO(toy, data.SENSORS["s1"], labels)
+    views = probe.training_views(probe.PROTOCOLS["copernicus-bench"], probe.TASKS["ssl4eo"])
+    plain, sideways, upside_down, both = [pixels(scenes, view, n=3) for view in views]
+    assert np.array_equal(sideways, plain[..., ::-1])
+    assert np.array_equal(upside_down, plain[..., ::-1, :])
+    assert np.array_equal(both, plain[..., ::-1, ::-1])
+
+
+def test_a_radar_image_is_clipped_to_its_quantiles_band_by_band():
+    x = torch.randint(0, 256, (3, 2, 50, 50), dtype=torch.uint8)
+    clipped = probe.clip_quantiles(x)
+    for image, source in zip(clipped, x.numpy()):
+        for band, pixels in zip(image.numpy(), source):
+            low, high = np.quantile(pixels, (0.01, 0.99))
+            assert np.allclose(band, pixels.clip(low, high), atol=1e-3)
+
+
+def test_z_scores_have_mean_zero_and_deviation_one_over_the_images(toy, labels):
+    scenes = data.SSL4EO(toy, data.SENSORS["s1"], labels)
+    images = data.Images(scenes, [(i, 0) for i in range(20)])
+    mean, std = probe.band_moments(images, workers=0)
+    x = np.stack([scenes.image(i, 0) for i in range(20)]) / 255
+    assert np.allclose(mean, x.mean((0, 2, 3))) and np.allclose(std, x.std((0, 2, 3)))
+    stats = probe.BandStatistics()
+    profile = probe.Profile(mean=mean, std=std)
+    z = probe.extract([stats], images, profile=profile)[stats]
+    assert np.allclose(z[:, :2].mean(0), 0, atol=2e-3)         # the mean of the images' means
+
+
+def test_the_profile_that_the_output_names_is_the_one_of_protocol_task_and_sensor(toy, labels):
+    def name(protocol, task, scenes):
+        args = argparse.Namespace(task=task, workers=0)
+        images = data.Images(scenes, [(0, 0)])
+        return probe.choose_profile(args, probe.PROTOCOLS[protocol], images)[1]
+
+    radar = data.SSL4EO(toy, data.SENSORS["s1"], labels)
+    optical = data.SSL4EO(toy, data.SENSORS["s2c"], labels)
+    assert name("ridge", "ssl4eo", radar) == "mean -+ 2 std of s1 to [0, 1], clipped"
+    assert "1 % and 99 % quantiles" in name("copernicus-bench", "ssl4eo", radar)
+    assert "quantiles" not in name("copernicus-bench", "ssl4eo", optical)
+    assert "of EuroSAT" in name("copernicus-bench", "eurosat", optical)
+    assert "B10 is 0" in name("copernicus-bench", "bigearthnet", optical)
+    assert "z-score" in name("torchgeo-bench", "ssl4eo", radar)
+
+
+def test_the_features_of_the_last_block_are_the_features():
+    net = model.build("vit_tiny", 2, 24, 6).eval()
+    net.size = 24
+    x = torch.rand(3, 2, 24, 24)
+    with torch.no_grad():
+        row = probe.describe(net, x)
+        for feature in ("cls", "mean", "cls+mean"):
+            blocks = probe.Blocks(net, feature)
+            last = blocks(x)[:, blocks.columns(blocks.depth - 1)]
+            assert torch.equal(last, row[:, probe.columns(net, feature)])
+            assert blocks.columns(blocks.depth - 1).stop == blocks(x).shape[1]
 
 
 def test_the_central_view_is_the_central_share_of_each_side(toy, labels):
@@ -402,14 +541,61 @@ def test_a_split_to_train_on_a_single_scene_is_refused(toy, labels):
         probe.check_split(scenes, [(5, 0), (5, 1), (5, 2), (5, 3)], [(6, 0)])
 
 
+def choose(scenes, task, protocol="ridge", fractions=(1.0,), split=None, holdout=0.4, seeds=(1, 2)):
+    args = argparse.Namespace(task=task, lists=None, split=split, train_frac=list(fractions))
+    return probe.choose_images(args, probe.PROTOCOLS[protocol], probe.TASKS[task], scenes, holdout,
+                               seeds)
+
+
 def test_train_frac_draws_a_share_of_the_training_images_and_leaves_the_test_images(toy, labels):
     scenes = data.SSL4EO(toy, data.SENSORS["s1"], labels)
     train, test = probe.held_out_halves(scenes, 0.4)
-    args = argparse.Namespace(task="ssl4eo", lists=None, train_frac=0.5, replace=False)
-    (first, first_test), (second, second_test) = probe.choose_images(args, scenes, 0.4, [1, 2])
+    splits = choose(scenes, "ssl4eo", fractions=(0.25, 0.5))
+    (first, _, first_test), (second, _, second_test) = splits[0.5]
     assert first_test == second_test == test
     assert len(first) == len(second) == round(len(train) / 2)
     assert set(first) < set(train) and first != second
+    assert set(splits[0.25][0][0]) < set(first)                # a smaller share is a part of it
+
+
+def test_a_protocol_that_validates_sets_a_fifth_of_the_training_scenes_aside(toy, labels):
+    scenes = data.SSL4EO(toy, data.SENSORS["s1"], labels)
+    [(whole, _, test)] = choose(scenes, "ssl4eo", seeds=[0])[1.0]
+    [(train, validation, same_test)] = choose(scenes, "ssl4eo", "torchgeo-bench", seeds=[0])[1.0]
+    assert same_test == test and sorted(train + validation) == whole
+    assert not {i for i, _ in train} & {i for i, _ in validation}
+    assert 0.1 < len(validation) / len(whole) < 0.3
+
+
+@pytest.fixture
+def ten_classes():
+    """Scenes of ten classes with 50 images each, which need no files."""
+    y = [np.eye(10, dtype=np.uint8)[[k % 10]] for k in range(500)]
+    names = [str(k) for k in range(500)]
+    return data.Scenes(names, [[name] for name in names], y, list("abcdefghij"),
+                       data.SENSORS["rgb"], 8, None)
+
+
+@pytest.mark.parametrize("protocol, split, sizes", [
+    ("ridge", None, (350, 0, 150)), ("copernicus-bench", None, (300, 100, 100)),
+    ("ssl4eo-s12", None, (400, 0, 100)), ("ridge", [100, 50, 150], (100, 50, 150))])
+def test_classes_are_split_as_the_protocol_or_the_flag_says(ten_classes, protocol, split, sizes):
+    [(train, validation, test)] = choose(ten_classes, "eurosat", protocol, split=split,
+                                         seeds=[3])[1.0]
+    assert (len(train), len(validation), len(test)) == sizes
+    assert len(set(train + validation + test)) == sum(sizes)
+    for part in (train, test):
+        counts = np.sum([ten_classes.labels[i][0] for i, _ in part], 0)
+        assert (counts == len(part) / 10).all()
+    assert choose(ten_classes, "eurosat", protocol, split=split, seeds=[3])[1.0] != choose(
+        ten_classes, "eurosat", protocol, split=split, seeds=[4])[1.0]
+
+
+def test_a_small_share_has_at_least_one_image_of_each_class(ten_classes):
+    [(train, validation, test)] = choose(ten_classes, "eurosat", "torchgeo-bench", (0.01,),
+                                         seeds=[0])[0.01]
+    assert len(train) == len(validation) == 10 and len(test) == 100
+    assert np.sum([ten_classes.labels[i][0] for i, _ in train], 0).tolist() == [1] * 10
 
 
 def test_train_frac_with_replacement_draws_as_the_published_ten_percent():
@@ -448,7 +634,8 @@ def test_gains_are_those_of_the_checkpoint_over_each_other_row(toy, tmp_path, ca
         assert f"checkpoint - {name}: {gain:+.3f} [{low:.3f}, {high:.3f}]" in printed
 
 
-def test_permuted_test_labels_change_neither_the_chosen_head_nor_its_scores(toy, tmp_path):
+def test_permuted_test_labels_change_neither_the_chosen_head_nor_its_scores(
+        toy, tmp_path, monkeypatch):
     path = save_backbone(tmp_path / "b.pt", "vit_tiny", 2, 24, 6)
     table = json.loads(Path(toy, "ssl4eo_multilabel.json").read_text())
     test = [i for i in table if data.held_out([i], 0.2)[0]]
@@ -457,8 +644,9 @@ def test_permuted_test_labels_change_neither_the_chosen_head_nor_its_scores(toy,
         changed[i] = dict(zip(table[i], table[j].values()))
     (tmp_path / "true.json").write_text(json.dumps(table))
     (tmp_path / "permuted.json").write_text(json.dumps(changed))
-    flags = ["--ckpt", path, "--data", toy, "--workers", "0", "--holdout", "0.4", "--head", "grid",
-             "--steps", "30", "--bootstrap", "5"]
+    monkeypatch.setattr(probe, "fit_grid", partial(probe.fit_grid, steps=30))
+    flags = ["--ckpt", path, "--data", toy, "--workers", "0", "--holdout", "0.4", "--protocol",
+             "dinov2", "--bootstrap", "5"]
     true = probe.main([*flags, "--labels", str(tmp_path / "true.json")])
     permuted = probe.main([*flags, "--labels", str(tmp_path / "permuted.json")])
     assert true["chosen"] == permuted["chosen"]
@@ -496,7 +684,7 @@ def test_several_checkpoints_stand_side_by_side_on_lists_of_class_folders(two_cl
 
 
 @pytest.mark.parametrize("train, message", [
-    ("Forest_0.tif\nForest_8.tif\nRiver_0.tif", "images that are in both"),
+    ("Forest_0.tif\nForest_8.tif\nRiver_0.tif", "images that are in two of them"),
     ("Forest_0.tif\nForest_1.tif", "2 training images are of a single class"),
     ("Forest_0.tif\nSea_1.tif\nSea_2.tif", "2 of 3 images are not there: Sea_1, Sea_2"),
 ])
@@ -506,28 +694,70 @@ def test_lists_that_cannot_be_probed_are_refused(two_classes, tmp_path, train, m
         probe.main(two_classes)
 
 
-def test_the_head_trains_on_the_draws_and_is_tested_on_the_images_themselves(
-        toy, tmp_path, monkeypatch):
-    path = save_backbone(tmp_path / "b.pt", "resnet18", 2)
+@pytest.mark.parametrize("protocol", probe.PROTOCOLS)
+def test_each_protocol_gives_checkpoint_and_floors_the_same_head(
+        two_classes, protocol, monkeypatch):
+    monkeypatch.setattr(probe, "fit_grid", partial(probe.fit_grid, steps=30))
+    fit_head = probe.fit_head
     calls = []
-    validated = probe.validated
 
-    def spy(fit, x, y, x_test, scene):
-        calls.append((x, x_test, scene))
-        return validated(fit, x, y, x_test, scene)
+    def spy(problem, net, *rows):
+        calls.append((problem.protocol.head, problem.lr))
+        return fit_head(problem, net, *rows)
 
-    monkeypatch.setattr(probe, "validated", spy)
-    flags = ["--ckpt", path, "--data", toy, "--workers", "0", "--holdout", "0.4", "--bootstrap",
-             "0", "--img-size", "24"]
-    plain = probe.main(flags)
-    drawn = probe.main([*flags, "--draws", "2"])
-    assert plain["n_train"] == drawn["n_train"] and plain["value"] != drawn["value"]
-    x, x_test, scene = calls[0]                                # the checkpoint's, without draws
-    x_drawn, x_test_drawn, scene_drawn = calls[3]              # and with
-    assert len(x_drawn) == 2 * len(x)
-    assert np.array_equal(x_test, x_test_drawn)
-    assert np.array_equal(np.sort(scene_drawn), np.sort(np.tile(scene, 2)))
-    assert not (x_drawn[:, None] == x[None]).all(2).any()      # no image trains as it is
+    monkeypatch.setattr(probe, "fit_head", spy)
+    out = probe.main([*two_classes, "--protocol", protocol])
+    assert len(calls) == 4 and len(set(calls)) == 1            # two checkpoints, two floors
+    assert out["protocol"] == protocol and out["input"] and out["img_size"] == 32
+    assert 0 <= out["value"] <= 1
+    if probe.PROTOCOLS[protocol].head in ("ridge", "logistic", "knn", "5 neighbours"):
+        assert out["stats"] == 1                               # the classes differ by brightness
+
+
+def test_three_lists_are_to_train_to_validate_and_to_test(two_classes, tmp_path):
+    names = (tmp_path / "train.txt").read_text().split()
+    (tmp_path / "train.txt").write_text("\n".join(names[::2]))
+    (tmp_path / "validate.txt").write_text("\n".join(names[1::2]))
+    lists = [str(tmp_path / f"{part}.txt") for part in ("train", "validate", "test")]
+    out = probe.main([*two_classes, "--lists", *lists, "--protocol", "torchgeo-bench"])
+    assert out["n_train"] == 8 and out["n_test"] == 8
+
+
+def test_several_shares_print_a_row_each_and_draw_a_curve_for_each_network(
+        two_classes, tmp_path, capsys):
+    path = tmp_path / "curve.svg"
+    out = probe.main([*two_classes, "--train-frac", "0.25", "1", "--out", str(path)])
+    assert [row["n_train"] for row in out["curve"]] == [4, 16] and out["n_train"] == 16
+    printed = capsys.readouterr().out
+    for row in out["curve"]:
+        assert f"{row['train_frac']:<7g} {row['n_train']:6}" in printed
+        assert list(row["all"]) == list(out["all"])
+    drawing = ElementTree.parse(path).getroot()
+    curves = [line for line in drawing if line.tag.endswith("polyline")]
+    assert len(curves) == 4
+    assert all(len(line.get("points").split()) == 2 for line in curves)
+
+
+def test_layers_are_the_values_of_a_vits_blocks_and_a_resnet_has_none(toy, tmp_path, capsys):
+    path = save_backbone(tmp_path / "b.pt", "vit_tiny", 2, 24, 6)
+    flags = ["--data", toy, "--workers", "0", "--holdout", "0.4", "--bootstrap", "0", "--layers"]
+    out = probe.main(["--ckpt", path, *flags])
+    assert len(out["layers"]) == 12
+    assert out["layers"][-1] == out["value"]
+    assert f"block  1 of 12: micro_map {out['layers'][0]:.4f}" in capsys.readouterr().out
+    path = save_backbone(tmp_path / "r.pt", "resnet18", 2)
+    with pytest.raises(ValueError, match="--layers: takes a ViT"):
+        probe.main(["--ckpt", path, "--img-size", "24", *flags])
+
+
+def test_the_batchwise_metric_says_its_bias(toy, tmp_path, capsys):
+    path = save_backbone(tmp_path / "b.pt", "resnet18", 2)
+    out = probe.main(["--ckpt", path, "--data", toy, "--workers", "0", "--holdout", "0.4",
+                      "--bootstrap", "0", "--img-size", "24", "--protocol", "ssl4eo-s12"])
+    row = out["all"]["checkpoint"]
+    assert out["metric"] == "mean_of_256s" and out["value"] == row["mean_of_256s"][0]
+    bias = row["mean_of_256s"][0] - row["micro_map"][0]
+    assert f"mean_of_256s is biased: {bias:+.4f}" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------ what a run tells, and bad flags
@@ -592,8 +822,13 @@ def test_channels_of_no_sensor_are_named(toy, tmp_path):
     (["--modality", "palsar"], "--modality palsar: unknown"),
     (["--holdout", "0"], "leaves 0 training and 0 test images"),
     (["--task", "eurosat"], "no s1 images .* in it or its folders"),
-    (["--task", "bigearthnet"], "bigearthnet needs two"),
+    (["--task", "bigearthnet"], "bigearthnet needs them"),
     (["--lists", "a", "b"], "ssl4eo tests on scenes held out"),
+    (["--split", "0.5", "0", "0.5"], "ssl4eo tests on scenes held out"),
+    (["--task", "eurosat", "--lists", "a"], "--lists: takes two or three files"),
+    (["--protocol", "copernicus-bench", "--feature", "cls"], "copernicus-bench takes mean"),
+    (["--out", "x.svg"], "--out: draws a curve, which needs several"),
+    (["--train-frac", "0.5", "0.5"], "--train-frac: a value twice"),
     (["--labels", "/nowhere.json"], "nowhere.json: no such file"),
 ])
 def test_bad_flags_are_named(toy, tmp_path, flags, message):
@@ -612,11 +847,15 @@ def test_a_value_out_of_range_is_refused_with_the_flag_and_the_range(name):
     low, high = probe.RANGES[name]
     flag = "--" + name.replace("_", "-")
     for value in (low - 1, high + 1):
-        with pytest.raises(ValueError, match=f"{flag} {value}: must lie in {low} to {high}"):
-            probe.main(["--ckpt", "x", f"{flag}={value}"])
+        given = [f"{flag}={value}"]
+        if name == "split":
+            given = [flag, "1", "1", str(value)]
+        message = re.escape(f"{flag} {value}: must lie in {low} to {high}")
+        with pytest.raises(ValueError, match=message):
+            probe.main(["--ckpt", "x", *given])
 
 
-@pytest.mark.parametrize("flag", ["--lr", "--holdout", "--train-frac", "--centre", "--area"])
+@pytest.mark.parametrize("flag", ["--holdout", "--train-frac"])
 def test_nan_is_out_of_every_range(flag):
     with pytest.raises(ValueError, match=f"{flag} nan: must lie in"):
         probe.main(["--ckpt", "x", flag, "nan"])

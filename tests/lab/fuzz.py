@@ -43,9 +43,8 @@ import probe  # noqa: E402
 
 NONSENSE = ["-1", "0", "nan", "inf", "-inf", "1e400", "1e-400", "", "x", "9" * 25, "0.5", "-0.0",
             "1 2 3", "../..", "\u0000", "2147483648", "true", "[]", "None", "é"]
-PROBE_FLAGS = ["labels", "modality", "img-size", "train-frac", "head", "feature", "lr", "steps",
-               "holdout", "seeds", "seed", "bootstrap", "centre", "draws", "area", "lists",
-               "exclude"]
+PROBE_FLAGS = ["labels", "modality", "img-size", "train-frac", "protocol", "feature", "holdout",
+               "seeds", "seed", "bootstrap", "lists", "split", "out", "exclude"]
 SMALL_VIT = {"vit_tiny": dict(width=32, depth=2, heads=1)}         # steps of milliseconds
 SECONDS = 60                        # a case that takes longer has hung
 
@@ -241,7 +240,7 @@ def make_inputs(folder):
         "--workers", "0", "--log-every", "1", "--device", "cpu", "--out", str(root / "run")]
     probe_flags = [
         "--ckpt", str(root / "run" / "backbone.pt"), "--data", toy, "--workers", "0",
-        "--bootstrap", "2", "--device", "cpu", "--steps", "3"]
+        "--bootstrap", "2", "--device", "cpu"]
     targets = {
         "tiff": tiff_targets(new_folder(root / "tiff"), toy),
         "image": image_targets(new_folder(root / "image")),

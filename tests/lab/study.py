@@ -325,7 +325,7 @@ def chip_probes(modality, share, seed, heads):
         probes.append([
             "--task", "eurosat", "--data", f"{folder}/all", "--modality", modality,
             "--lists", f"{folder}/fit.txt", f"{folder}/test.txt", "--feature", feature,
-            "--head", head, "--bootstrap", "200", "--seed", str(seed), "--img-size", "64"])
+            "--protocol", head, "--bootstrap", "200", "--seed", str(seed), "--img-size", "64"])
     return probes
 
 
@@ -354,7 +354,7 @@ def eurosat_runs():
     probes = []
     for feature, head in itertools.product(("cls", "cls+mean"), heads):
         probes.append(["--task", "eurosat", "--data", every_chip, "--seeds", "5",
-                       "--feature", feature, "--head", head])
+                       "--feature", feature, "--protocol", head])
     runs["eurosat/PerA, all chips/s2c/0"] = toy_run("s2c", 0, flags, probes=probes)
 
     for name, flags in CHIP_METHODS.items():
