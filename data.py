@@ -387,8 +387,8 @@ def to_uint8(x, sensor):
 def to_input(x, sensor):
     """An array (C,H,W), pixels as the sensor's files hold them -> float (1,C,H,W) in [0,1].
 
-    It is what the networks were trained on: units, scale, clip, 256 levels.  ValueError: another
-    number of bands, or NaN.
+    It is what the networks were trained on: units, scale, clip, 256 levels.  Pixels of SSL4EO-S12
+    v1.1 are those of ZIP_SENSORS.  ValueError: another number of bands, or NaN.
     """
     x = np.asarray(x)
     bands = len(sensor.bands)
@@ -1169,7 +1169,10 @@ def BigEarthNet(root, sensor, split=None, views=2, skip=False):
             rows.append(multi_hot([present], len(BEN_CLASSES)))
     files = [[str(folders[name])] for name in names]
     decode = partial(read_patch, sensor=sensor)
-    return Scenes(names, files, rows, tuple(BEN_CLASSES), sensor, 120, decode, views)
+    scenes = Scenes(names, files, rows, tuple(BEN_CLASSES), sensor, 120, decode, views)
+    if sensor.name == "s2c":
+        scenes.notes.append("B10 is 0 everywhere, since level L2A has none")
+    return scenes
 
 
 def read_metadata(path, sensor):

@@ -944,7 +944,8 @@ def load_pretrained(model, path, adapt="random", quiet=False, weights=None, rgb=
     if problems:
         arch, _ = known_arch(state)
         if arch and arch != model.spec["arch"]:
-            problems.insert(0, f"holds a {arch}, the model is a {model.spec['arch']} (--arch)")
+            problems.insert(0, f"holds a {arch}, take --arch {arch}; the model is a "
+                               f"{model.spec['arch']}")
         raise ValueError(f"{path}: {'; '.join(problems[:3])}")
     model.load_state_dict(target)
     if not quiet:

@@ -382,7 +382,7 @@ def save_features(path, rows):
     """Write features aside, flush, then rename, so that a file of the cache is always whole."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     aside = f"{path}.part{os.getpid()}"
-    with open(aside, "wb") as file:
+    with data.file_errors(path, "not written"), open(aside, "wb") as file:
         np.save(file, rows)
         file.flush()
         os.fsync(file.fileno())

@@ -76,7 +76,8 @@ def test_every_equation_of_the_readme_is_computed_where_the_code_says_so():
 
 
 def test_the_preset_table_is_that_of_pretrain():
-    columns = [("softcon", "toy"), ("softcon", "full"), ("pera", "toy"), ("pera", "full")]
+    columns = [("softcon", "toy"), ("softcon", "small"), ("softcon", "full"),
+               ("pera", "toy"), ("pera", "small"), ("pera", "full")]
     head, _, *rows = table_under("The presets:")
     assert head[1:] == [", ".join(column) for column in columns]
     shown = {row[0].strip("`").removeprefix("--").replace("-", "_"): row[1:] for row in rows}
@@ -109,7 +110,7 @@ def test_the_python_that_uses_a_backbone_runs(tmp_path, monkeypatch):
     exec(code, names)
     assert names["features"].shape == (1, 512)
     with torch.no_grad():
-        again = network.eval()(names["x"][None])
+        again = network.eval()(names["x"])
     assert torch.allclose(names["features"], again, atol=1e-5)
     assert 0 < names["x"].min() and names["x"].max() < 1
 
