@@ -51,7 +51,7 @@ def test_every_flag_in_the_readmes_commands_exists(command):
 
 def test_every_symbol_the_readme_names_exists():
     named = re.findall(r"(\w+)\.py:(\w+)", README)
-    assert len(named) > 5
+    assert len(named) > 3
     for module, symbol in named:
         assert hasattr(MODULES[module], symbol), symbol
 
@@ -78,8 +78,8 @@ def test_every_equation_of_the_readme_is_computed_where_the_code_says_so():
 def test_the_preset_table_is_that_of_pretrain():
     columns = [("softcon", "toy"), ("softcon", "small"), ("softcon", "full"),
                ("pera", "toy"), ("pera", "small"), ("pera", "full")]
-    head, _, *rows = table_under("The presets:")
-    assert head[1:] == [", ".join(column) for column in columns]
+    head, _, *rows = table_under("Presets (small")
+    assert head[1:-1] == [" ".join(column) for column in columns]
     shown = {row[0].strip("`").removeprefix("--").replace("-", "_"): row[1:] for row in rows}
     assert set(shown) == set().union(*(pretrain.PRESETS[column] for column in columns))
     for name, cells in shown.items():
