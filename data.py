@@ -3,9 +3,10 @@
 A reader lists the files of one layout and returns `Scenes`.  A scene is a place with one or more
 images (its seasons); an image is a uint8 array (C,H,W) with a row of labels.
 
+    SSL4EOZips(root, sensor)    root/{S1GRD,S2L1C,S2L2A,S2RGB}/*.zarr.zip             [1], v1.1
     SSL4EO(root, sensor)        root/{s1,s2c,s2a}/{0000000}/{product}/{band}.tif      [1], v1.0
-    EuroSAT(root, sensor)       root/{class}/{class}_{n}.tif or .jpg                  [2]
     Folder(root, sensor)        TIFF, PNG and JPEG images, in class folders or all in root
+    EuroSAT(root, sensor)       the same, with EuroSAT's order of bands               [2]
     BigEarthNet(root, sensor)   root/BigEarthNet-{...}/{patch}/{patch}_{band}.tif     [3], v1 and v2
     Packed(root, sensor)        what `python data.py pack` made of any of these
     open_data(root, sensor)     takes the reader that fits what lies in root
@@ -16,6 +17,9 @@ mean - 2 std becomes 0 and mean + 2 std becomes 1 [SoftCon README, "Data normali
 are stored as uint8, 0 to 255, and reach the network as float, 0 to 1.  RGB images are uint8
 already and stay as they are.
 
+A file holds the bands of its sensor in the sensor's order.  Nothing guesses another order from the
+names of folders: a wrong one would train without a word.
+
 [1] Wang et al. 2023, SSL4EO-S12; the labels are SSL4EO-S12-ML of SoftCon
 [2] Helber et al. 2019, EuroSAT; Wang et al. 2023, EuroSAT-SAR
 [3] Sumbul et al. 2021, BigEarthNet-MM (v1); Clasen et al. 2024, reBEN (v2)
@@ -23,17 +27,20 @@ already and stay as they are.
 import argparse
 import copy
 import csv
+import dataclasses
 import fcntl
 import json
 import logging
 import os
 import re
 import shutil
+import struct
 import sys
+import zipfile
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import imagecodecs
@@ -59,8 +66,12 @@ class Sensor:
     dtype: str      # type of the pixels on disk, as numpy calls it
     ratios: list    # side of a pixel of the band, in pixels of the finest band
     look: list      # the three bands to show as red, green and blue, by position
-    mean: list      # of the band, in the sensor's units
+    mean: list      # of the band, in the sensor's units; empty: pixels are display values, 0 to 255
     std: list       # of the band, in the sensor's units
+    scale: float = 1.0        # units = pixels * scale + offset
+    offset: float = 0.0
+    decibels: bool = False    # pixels are linear power: reading turns the units into decibels
+    nodata: float = None      # value of pixels without a measurement; they become the band's mean
 
 
 # mean and std: of all of SSL4EO-S12 [SSL4EO-S12 convert_rgb.py; torchgeo resnet.py]
@@ -113,9 +124,65 @@ SENSORS = {
 
 
 def find_sensor(name):
-    """The sensor of that name.  ValueError: there is none."""
-    require(name in SENSORS, f"--modality {name}: unknown, take one of {', '.join(SENSORS)}")
+    """The sensor of that name, or the one in that JSON file.  ValueError: there is none."""
+    if name.endswith(".json"):
+        text = read_text(name)
+        with file_errors(name, "not a sensor"):
+            return make_sensor(json.loads(text), Path(name).stem)
+    require(name in SENSORS, f"--modality {name}: unknown, take one of {', '.join(SENSORS)}, or a "
+                             f"JSON file")
     return SENSORS[name]
+
+
+def make_sensor(fields, name="own"):
+    """A Sensor from a dict of its fields, as JSON holds them.
+
+    bands, kind and dtype must be there, mean and std too unless the pixels are display values.
+    Left out, the ratios are 1, and find_look says which bands look red, green and blue.
+    ValueError: a field is unknown, missing or does not fit the bands.
+    """
+    known = [field.name for field in dataclasses.fields(Sensor)]
+    for field in fields:
+        require(field in known, f"unknown field {field!r}, a sensor has {', '.join(known)}")
+    for field in ("bands", "kind", "dtype"):
+        require(field in fields, f"no field {field!r}")
+    bands = fields["bands"]
+    C = len(bands)
+    require(isinstance(bands, list) and C > 0, f"bands {bands!r}: not a list of names")
+    require(len(set(bands)) == C, f"bands {bands}: a name twice")
+    defaults = {"name": name, "ratios": [1] * C, "look": find_look(bands), "mean": [], "std": []}
+    sensor = Sensor(**defaults | fields)
+
+    kinds = ("optical", "radar", "rgb")
+    require(sensor.kind in kinds, f"kind {sensor.kind!r}: not one of {', '.join(kinds)}")
+    require(np.dtype(sensor.dtype).kind in "iuf", f"dtype {sensor.dtype!r}: neither int nor float")
+    require(sensor.mean or sensor.kind == "rgb", "no mean and std; `python data.py stats` measures")
+    scaled = ["mean", "std"] if sensor.mean or sensor.std else []
+    for field in ["ratios", *scaled]:
+        values = getattr(sensor, field)
+        require(len(values) == C, f"{field}: {len(values)} numbers for {C} bands")
+        require(np.isfinite(values).all(), f"{field} {values}: not finite")
+    require(min(sensor.ratios) == 1, f"ratios {sensor.ratios}: the finest band has 1")
+    require(all(std > 0 for std in sensor.std), f"std {sensor.std}: not above 0")
+    require(len(sensor.look) == 3 and set(sensor.look) <= set(range(C)),
+            f"look {sensor.look}: not three positions of {C} bands")
+    require(sensor.scale != 0 and np.isfinite([sensor.scale, sensor.offset]).all(),
+            f"scale {sensor.scale}, offset {sensor.offset}: units would not depend on pixels")
+    return sensor
+
+
+def find_look(bands):
+    """Positions of the bands that are red, green and blue by their names, else of the first three.
+
+    Of two bands the second looks green, as in Sentinel-1; a single one is grey.
+    """
+    names = [re.sub("^b0", "b", band.lower()) for band in bands]
+    for colours in (["b4", "b3", "b2"], ["red", "green", "blue"], ["r", "g", "b"]):
+        if set(colours) <= set(names):
+            return [names.index(colour) for colour in colours]
+    if len(bands) < 3:
+        return [0, len(bands) - 1, 0]
+    return [0, 1, 2]
 
 
 # ---------------------------------------------------------------------------------------- errors
@@ -153,57 +220,123 @@ def read_text(path):
         return Path(path).read_text(encoding="utf-8")
 
 
-def read_tiff(path):
+def read_tiff(path, bands=1):
     """The first page of a TIFF as an array.  ValueError, naming it: missing, cut off or no TIFF.
 
+    bands: if a page holds a single band and there are so many pages, all of them (bands,H,W).
+    A channel of opacity beyond the bands is left out.
     `pages.first` of an open file is faster than `tifffile.imread`, which looks at all pages.
     """
     with file_errors(path, "unreadable TIFF", gone="missing"):
         with open(path, "rb") as file:
-            x = tifffile.TiffFile(file).pages.first.asarray()
+            tiff = tifffile.TiffFile(file)
+            page = tiff.pages.first
+            require(page.photometric != tifffile.PHOTOMETRIC.PALETTE,
+                    "its colours are numbers of a palette; save it as RGB")
+            x = page.asarray()
+            if bands > 1 and x.ndim == 2 and len(tiff.pages) == bands:
+                x = np.stack([page.asarray() for page in tiff.pages])
+        opacity = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
+        if page.samplesperpixel == bands + 1 and page.extrasamples[-1:] in [(o,) for o in opacity]:
+            channels_first = page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
+            x = x[:bands] if channels_first else x[..., :bands]
         return x.astype(x.dtype.newbyteorder("="), copy=False)       # the machine's byte order
 
 
 def read_picture(path):
-    """A PNG or JPEG -> (H,W,3).  Grey is repeated, alpha is left out.  ValueError as read_tiff."""
+    """A PNG or JPEG -> (H,W,C) as stored, at least one channel.  ValueError as read_tiff."""
     with file_errors(path, "unreadable image"):
         raw = Path(path).read_bytes()
         require(raw, "empty file")
         if raw.startswith(b"\x89PNG"):
-            x = np.atleast_3d(imagecodecs.png_decode(raw))
-            x = x[..., :3]
-        else:
-            require(raw.startswith(b"\xff\xd8"), "neither PNG nor JPEG")
-            # of a JPEG without its end marker the decoder makes the missing rows up
-            require(b"\xff\xd9" in raw[-32:], "JPEG is cut off")
-            x = np.atleast_3d(imagecodecs.jpeg8_decode(raw))
-    if x.shape[2] < 3:
-        x = np.repeat(x[..., :1], 3, axis=2)
+            return np.atleast_3d(imagecodecs.png_decode(raw))
+        require(raw.startswith(b"\xff\xd8"), "neither PNG nor JPEG")
+        # of a JPEG without its end marker the decoder makes the missing rows up
+        require(b"\xff\xd9" in raw[-32:], "JPEG is cut off")
+        return np.atleast_3d(imagecodecs.jpeg8_decode(raw))
+
+
+def image_sides(path):
+    """(H, W) of a TIFF, PNG or JPEG, from its header alone.  ValueError as read_tiff."""
+    with file_errors(path, "unreadable image"), open(path, "rb") as file:
+        start = file.read(24)
+        if start.startswith(b"\x89PNG"):
+            width, height = struct.unpack(">II", start[16:24])
+            return height, width
+        if not start.startswith(b"\xff\xd8"):
+            file.seek(0)
+            page = tifffile.TiffFile(file).pages.first
+            return page.imagelength, page.imagewidth
+        # a JPEG is a chain of segments: marker, length, content; those of the sides are C0 to C3
+        place = 2
+        while True:
+            file.seek(place)
+            marker, length, _, height, width = struct.unpack(">HHBHH", file.read(9))
+            require(marker >= 0xff00, "broken JPEG header")
+            if 0xffc0 <= marker <= 0xffc3:
+                return height, width
+            place += 2 + length
+
+
+def to_units(x, sensor):
+    """Pixels as stored, any shape -> the sensor's units.  Those without a measurement become NaN.
+
+    Most sensors store their units, so that most pixels come back as they are.
+    """
+    missing = None
+    if sensor.nodata is not None:
+        missing = x == sensor.nodata
+        if np.isnan(sensor.nodata):
+            missing = np.isnan(x)
+    if sensor.scale != 1 or sensor.offset != 0:
+        x = np.float32(x) * np.float32(sensor.scale) + np.float32(sensor.offset)
+    if sensor.decibels:
+        x = 10 * np.log10(np.maximum(np.float32(x), 1e-10))          # zero power has no logarithm
+    if missing is not None:
+        x = np.where(missing, np.float32("nan"), x)
     return x
 
 
+def require_finite(x, sensor, path):
+    """ValueError: pixels that are NaN, unless that says nodata, or infinite."""
+    fine = np.isfinite(x)
+    if sensor.nodata is not None:
+        fine |= np.isnan(x) & np.isnan(sensor.nodata)
+    require(fine.all(), f"{path}: NaN or infinite pixels")
+
+
 def read_band(path, sensor, size):
-    """One band's TIFF -> (H,W) of the sensor's type, finite, about size x size pixels."""
+    """One band's TIFF -> (H,W) in the sensor's units, finite, about size x size pixels."""
     x = read_tiff(path)
     require(x.dtype == sensor.dtype, f"{path}: {x.dtype} pixels, {sensor.name} has {sensor.dtype}")
     tolerance = size // 40                     # some files of SSL4EO-S12 are a few pixels off
     fits = x.ndim == 2 and max(abs(side - size) for side in x.shape) <= tolerance
     require(fits, f"{path}: {x.shape} pixels, expected {size} x {size}")
-    require(np.isfinite(x).all(), f"{path}: NaN or infinite pixels")
-    return x
+    require_finite(x, sensor, path)
+    return to_units(x, sensor)
 
 
 def read_all_bands(path, sensor):
-    """One image file with all bands -> (H,W,C) of the sensor's type, finite."""
+    """One image file with all bands -> (C,H,W) of the sensor's type, finite.
+
+    rgb: a grey image has three equal bands.
+    """
+    bands = len(sensor.bands)
     if path.lower().endswith((".tif", ".tiff")):
-        x = read_tiff(path)
+        x = read_tiff(path, bands)
     else:
         x = read_picture(path)
-    bands = len(sensor.bands)
-    if x.ndim == 3 and len(x) == bands:        # stored band after band
-        x = x.transpose(1, 2, 0)
-    fits = x.shape[2:] == (bands,) and x.dtype == sensor.dtype and np.isfinite(x).all()
-    require(fits, f"{path}: {x.dtype} {x.shape}, expected {bands} finite bands of {sensor.dtype}")
+        if x.shape[2] == bands + 1 or x.shape[2] == 2:
+            x = x[..., :-1]                                          # opacity
+    if sensor.kind == "rgb" and (x.ndim == 2 or x.shape[2] == 1):
+        x = np.repeat(x.reshape(*x.shape[:2], 1), 3, axis=2)
+    if x.ndim == 2:
+        x = x[..., None]                                             # a single band
+    if x.shape[2] == bands:
+        x = x.transpose(2, 0, 1)
+    fits = x.shape[0] == bands and x.ndim == 3 and x.dtype == sensor.dtype
+    require(fits, f"{path}: {x.dtype} {x.shape}, expected {bands} bands of {sensor.dtype}")
+    require_finite(x, sensor, path)
     return x
 
 
@@ -213,15 +346,15 @@ def subfolders(folder):
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
 
 
-def usual_side(paths, read):
-    """The side that most of the first 20 images have; read(path) -> (H,W,...).
+def usual_side(paths):
+    """The side that most of the first 20 images have.
 
     The first image alone could be a bad one.  If all 20 are, it is 264, the side of SSL4EO-S12.
     """
     sides = []
     for path in paths[:20]:
         with suppress(ValueError):
-            sides.append(max(read(path).shape[:2]))
+            sides.append(max(image_sides(path)))
     return max(sides, key=sides.count, default=264)
 
 
@@ -232,14 +365,38 @@ def to_uint8(x, sensor):
     """C bands (H,W) in the sensor's units -> uint8 (C,H,W): mean -+ 2 std become 0 and 255.
 
     Values beyond saturate.  (A plain cast would wrap: reflectance 12000 as x/10000*255 gives 50.)
+    NaN, a pixel without a measurement, becomes the mean.  A sensor without a mean has display
+    values, which are only rounded.
     """
+    if not sensor.mean:
+        x = np.asarray(x)
+        if x.dtype == np.uint8:
+            return x
+        return np.clip(np.nan_to_num(x, nan=127) + 0.5, 0, 255).astype(np.uint8)
     mean = np.float32(sensor.mean)[:, None, None]                    # (C,1,1)
     std = np.float32(sensor.std)[:, None, None]                      # (C,1,1)
     x = np.stack(x, dtype=np.float32)                                # (C,H,W)
     x -= mean - 2 * std
     x *= 255 / (4 * std)
     x += 0.5                                                         # the cast rounds down
+    if sensor.nodata is not None:
+        x[np.isnan(x)] = 127.5
     return np.clip(x, 0, 255, out=x).astype(np.uint8)
+
+
+def to_input(x, sensor):
+    """An array (C,H,W), pixels as the sensor's files hold them -> float (1,C,H,W) in [0,1].
+
+    It is what the networks were trained on: units, scale, clip, 256 levels.  Pixels of SSL4EO-S12
+    v1.1 are those of ZIP_SENSORS.  ValueError: another number of bands, or NaN.
+    """
+    x = np.asarray(x)
+    bands = len(sensor.bands)
+    require(x.ndim == 3 and len(x) == bands,
+            f"array of shape {x.shape}: {sensor.name} takes ({bands}, height, width), in the order "
+            f"{' '.join(sensor.bands)}")
+    require_finite(x, sensor, "array")
+    return torch.from_numpy(to_uint8(to_units(x, sensor), sensor)).float()[None] / 255
 
 
 def resize(x, size):
@@ -270,19 +427,18 @@ def read_product(folder, sensor, size, prefix="", scale=to_uint8):
 
 
 def read_image(path, sensor, size, order=None, scale=to_uint8):
-    """One TIFF, PNG or JPEG of size x size pixels -> uint8 (C,size,size).
+    """One TIFF, PNG or JPEG -> uint8 (C,size,size): its central square, resized.
 
     order: where in the file each band of the sensor is; None: at its own place.  scale: see
     read_product.
     """
-    x = read_all_bands(path, sensor)                                     # (H,W,C)
-    require(x.shape[:2] == (size, size),
-            f"{path}: {x.shape[:2]} pixels, the others have {size} x {size}")
-    x = x.transpose(2, 0, 1)                                         # (C,H,W)
+    x = read_all_bands(path, sensor)                                 # (C,H,W)
     if order is not None:
         x = x[order]
-    if sensor.kind == "rgb":
-        return x
+    x = to_units(x, sensor)
+    side = min(x.shape[1:])
+    top, left = [(length - side) // 2 for length in x.shape[1:]]
+    x = resize(x[:, top:top + side, left:left + side], size)
     return scale(x, sensor)
 
 
@@ -301,6 +457,7 @@ class Scenes(Dataset):
         decode    decode(path) -> uint8 (C,H,W)
         views     how many images of a scene scenes[i, seed] gives
         memory    None, or images in memory (n,C,H,W); image s of scene i is memory[rows[i][s]]
+        notes     lines for the user: what the reader did that nobody may expect
     """
 
     def __init__(self, ids, files, labels, classes, sensor, size, decode, views=2):
@@ -314,6 +471,7 @@ class Scenes(Dataset):
         self.views = views
         self.memory = None
         self.rows = None
+        self.notes = []
 
     def __len__(self):
         return len(self.ids)
@@ -412,6 +570,45 @@ def held_out(ids, fraction):
     return np.array([zlib.crc32(name.encode()) / 2 ** 32 < fraction for name in ids], bool)
 
 
+USUAL_CAUSES = {
+    "optical": "another order of the bands, another unit (0 to 1 instead of 0 to 10000), another "
+               "level (L1C, L2A), the +1000 of ESA's products since 2022, pixels without data",
+    "radar": "another order of the bands, linear power instead of decibels, pixels without data",
+    "rgb": "pixels without data, a scale for more than 8 bits",
+}
+
+
+def look_at(scenes, numbers, images=16):
+    """Look at some images of the scenes with these numbers -> lines that name suspicious bands.
+
+    Of such a band more than half of the pixels are clipped, or have one and the same value.
+    """
+    pairs = scenes.images_of(numbers[::max(1, len(numbers) // images)])[:images]
+    sample = []
+    for i, s in pairs:
+        with suppress(ValueError):          # whoever reads it for training names a bad file
+            sample.append(scenes.image(i, s))
+    if not sample:
+        return []
+    clipped, equal = [], []
+    for band, pixels in zip(scenes.sensor.bands, np.stack(sample, axis=1)):      # (n,H,W)
+        shares = np.bincount(pixels.ravel(), minlength=256) / pixels.size
+        extreme = shares[0] + shares[255]
+        if extreme > 0.5:
+            clipped.append(f"{band} {extreme:.0%}")
+        elif shares.max() > 0.5:
+            equal.append(f"{band} {shares.max():.0%}")
+    lines = []
+    if clipped:
+        lines.append(f"most of the pixels are clipped: {', '.join(clipped)}")
+    if equal:
+        lines.append(f"most of the pixels have the same value: {', '.join(equal)}")
+    if lines:
+        lines.append(f"the usual causes: {USUAL_CAUSES[scenes.sensor.kind]}; `python data.py "
+                     f"stats` measures each band")
+    return lines
+
+
 # ---------------------------------------------------------------------------------------- labels
 
 # Dynamic World's indices 0 to 8, which SSL4EO-S12-ML uses
@@ -442,6 +639,55 @@ def read_labels(path):
                             f"unknown class {c!r} in scene {scene}, product {product}")
                 products[product] = [int(c) for c in classes]
         return table
+
+
+def read_table(path):
+    """A table of labels -> (classes, {image: [0 or 1 for each class]}).
+
+    Tabs or commas separate the cells.  The header row names the classes after its first cell, and
+    each other row begins with an image.  ValueError, naming file and row: anything else.
+    """
+    lines = [line for line in read_text(path).removeprefix("\ufeff").splitlines() if line.strip()]
+    require(lines, f"{path}: empty")
+    separator = "\t" if "\t" in lines[0] else ","
+    header, *rows = csv.reader(lines, delimiter=separator)
+    require(len(header) > 1, f"{path}: no header row of classes, separated by tabs or commas")
+    classes = tuple(name.strip() for name in header[1:])
+    require(len(set(classes)) == len(classes), f"{path}: a class twice")
+    require(not set(classes) <= {"0", "1"}, f"{path}: the first row holds labels, not classes")
+    table = {}
+    for row in rows:
+        name, *cells = [cell.strip() for cell in row]
+        require(len(cells) == len(classes),
+                f"{path}: {name}: {len(cells)} labels for {len(classes)} classes")
+        require(set(cells) <= {"0", "1"}, f"{path}: {name}: labels are 0 or 1")
+        require(name not in table, f"{path}: {name}: a row twice")
+        table[name] = [int(cell) for cell in cells]
+    return classes, table
+
+
+def labels_from_table(path, root, images):
+    """Labels of `images`, paths in root, from a table -> (classes, [(1,L) uint8, ...]).
+
+    A row names its image with or without its folder and its ending.  Images without a row are
+    unlabelled.  ValueError, naming the row: no image or several have that name.
+    """
+    classes, table = read_table(path)
+    numbers = {}                                # the images that a name means
+    for i, image in enumerate(images):
+        inside = Path(image).relative_to(root)
+        for name in {inside.name, inside.stem, str(inside), str(inside.with_suffix(""))}:
+            numbers.setdefault(name, []).append(i)
+    labels = [None] * len(images)
+    for name, row in table.items():
+        found = numbers.get(name, [])
+        require(found, f"{path}: {name}: no such image in {root}")
+        require(len(found) == 1, f"{path}: {name}: {len(found)} images have that name, write "
+                                 f"folder/{name}")
+        require(labels[found[0]] is None, f"{path}: {name}: its image has another row")
+        labels[found[0]] = np.uint8([row])
+    unlabelled = np.zeros((1, len(classes)), np.uint8)
+    return classes, [unlabelled if label is None else label for label in labels]
 
 
 def read_names(path, known, skip=False):
@@ -507,7 +753,7 @@ def SSL4EO(root, sensor, labels=None, views=2):
         rows.append(multi_hot([labelled.get(name, ()) for name in names], len(CLASSES)))
 
     finest = sensor.bands[sensor.ratios.index(min(sensor.ratios))]
-    size = usual_side([f"{products[0]}/{finest}.tif" for products in files], read_tiff)
+    size = usual_side([f"{products[0]}/{finest}.tif" for products in files])
     decode = partial(read_product, sensor=sensor, size=size)
     return Scenes(ids, files, rows, CLASSES, sensor, size, decode, views)
 
@@ -535,6 +781,210 @@ def s2_names(scene, s2_tree, labelled):
     return sorted(labelled, key=date)
 
 
+# ------------------------------------------------------------------------- SSL4EO-S12 v1.1, zarr
+
+ZIP_FOLDERS = {"s1": "S1GRD", "s2c": "S2L1C", "s2a": "S2L2A", "rgb": "S2RGB"}
+
+# What its files hold.  The pixels of Sentinel-2 are reflectance x 10000 + 1000, as in ESA's
+# products since 2022.  Its statistics [SSL4EO-S12-v1.1, README] include that offset, ours do not.
+ZIP_SENSORS = {
+    "s1": replace(
+        SENSORS["s1"], dtype="float16", mean=[-12.577, -20.265], std=[5.179, 5.872]),
+    "s2c": replace(
+        SENSORS["s2c"], dtype="int16", offset=-1000.0,
+        mean=[1607.345, 1393.068, 1320.225, 1373.963, 1562.536, 2110.071, 2392.832, 2321.154,
+              2583.770, 838.712, 21.753, 2205.112, 1545.798],
+        std=[786.523, 849.702, 875.318, 1143.578, 1126.248, 1161.980, 1273.505, 1246.790,
+             1342.755, 576.795, 45.626, 1340.347, 1145.036]),
+    "s2a": replace(
+        SENSORS["s2a"], dtype="int16", offset=-1000.0,
+        mean=[793.243, 924.863, 1184.553, 1340.936, 1671.402, 2240.082, 2468.412, 2563.244,
+              2627.704, 2711.071, 2416.714, 1849.625],
+        std=[1160.144, 1201.092, 1219.943, 1397.225, 1400.035, 1373.136, 1429.170, 1485.025,
+             1447.836, 1652.703, 1471.002, 1365.307]),
+    "rgb": SENSORS["rgb"],
+}
+
+
+def find_zips(root, sensor):
+    """Paths of the sensor's zips in root, root/train and root/val, sorted."""
+    folder = ZIP_FOLDERS.get(sensor.name)
+    paths = []
+    for part in (".", "train", "val"):
+        paths += sorted(Path(root, part, str(folder)).glob("*.zarr.zip"))
+    return [str(path) for path in paths]
+
+
+def SSL4EOZips(root, sensor, labels=None, views=2):
+    """SSL4EO-S12 v1.1 as it is downloaded: zips of zarr arrays, 64 places of four seasons each.
+
+    labels: SSL4EO-S12-ML's json, joined by the product's name; to s1 by place and order of time.
+    The path of image s of sample i is written {zip}/{i}.{s}.
+    """
+    on_disk = sensor
+    if sensor == SENSORS.get(sensor.name):
+        on_disk = ZIP_SENSORS[sensor.name]               # a sensor from a JSON file stays as it is
+    paths = find_zips(root, sensor)
+    table = {}
+    s2_products = {}
+    if labels:
+        table = read_labels(labels)
+        if sensor.kind == "radar":
+            s2_products = products_in_zips(root)
+
+    ids, files, rows = [], [], []
+    images = {}                                          # {zip: its array of images}
+    joined = 0                                           # products that have labels
+    for path in tqdm(paths, "opening", leave=False, disable=len(paths) < 100):
+        with file_errors(path, "no zip of SSL4EO-S12 v1.1"):
+            images[path] = index_zarr(path, "bands")
+            require_bands(path, on_disk)
+            places = read_zarr(index_zarr(path, "sample"))
+            products = read_zarr(index_zarr(path, "file_id"))        # (places,seasons)
+        for i, place in enumerate(map(str, places)):
+            order = sorted(range(len(products[i])), key=lambda s: date(str(products[i, s])))
+            names = [str(products[i, s]) for s in order]
+            labelled = table.get(place, {})                          # {S2 product: classes}
+            if sensor.kind == "radar":
+                names = s2_products.get(place, sorted(labelled, key=date))
+            if len(names) != len(order):                 # no telling which belongs to which
+                names = [None] * len(order)
+            joined += len(set(names) & set(labelled))
+            ids.append(place)
+            files.append([f"{path}/{i}.{s}" for s in order])
+            rows.append(multi_hot([labelled.get(name, ()) for name in names], len(CLASSES)))
+
+    sides = {array.shape[-2:] for array in images.values()}
+    size = images[paths[0]].shape[-1]
+    require(sides == {(size, size)}, f"{root}: images of unlike sizes: {sides}")
+    decode = partial(read_zip_image, sensor=on_disk, images=images)
+    scenes = Scenes(ids, files, rows, CLASSES, sensor, size, decode, views)
+    if labels:
+        listed = sum(len(products) for products in table.values())
+        scenes.notes.append(f"{joined} of the {listed} products in {labels} are here")
+    return scenes
+
+
+def products_in_zips(root):
+    """{place: its S2 products in order of time}, from the zips of L1C or else of L2A."""
+    products = {}
+    paths = find_zips(root, SENSORS["s2c"]) or find_zips(root, SENSORS["s2a"])
+    for path in paths:
+        with file_errors(path, "no zip of SSL4EO-S12 v1.1"):
+            places = read_zarr(index_zarr(path, "sample"))
+            names = read_zarr(index_zarr(path, "file_id"))
+        for place, row in zip(places, names):
+            products[str(place)] = sorted(map(str, row), key=date)
+    return products
+
+
+def require_bands(path, sensor):
+    """ValueError: the zip has other bands than the sensor.  B01 and B1, vv and VV are the same."""
+    names = [str(name) for name in read_zarr(index_zarr(path, "band"))]
+    plain = [re.sub("^B0", "B", name.upper()) for name in names]
+    require(plain == [band.upper() for band in sensor.bands],
+            f"bands {' '.join(names)}, {sensor.name} has {' '.join(sensor.bands)}")
+
+
+def read_zip_image(file, sensor, images, scale=to_uint8):
+    """Image {zip}/{i}.{s} -> uint8 (C,H,W).  images: {zip: ZarrArray}; scale: see read_product."""
+    path, numbers = os.path.split(file)
+    with file_errors(file, "unreadable"):
+        i, s = map(int, numbers.split("."))
+        x = read_zarr(images[path], (i, s))                          # (C,H,W)
+        require(x.dtype == sensor.dtype, f"{x.dtype} pixels, {sensor.name} has {sensor.dtype}")
+    require_finite(x, sensor, file)
+    return scale(to_units(x, sensor), sensor)
+
+
+# zarr, version 2: an array is cut into chunks, and each is compressed alone.  In the zip,
+# NAME/.zarray is a json of its shape, and NAME/1.0.2 the second chunk along the first axis, the
+# first along the second, the third along the third.
+
+DECODERS = {"blosc": imagecodecs.blosc_decode, "zstd": imagecodecs.zstd_decode,
+            "zlib": imagecodecs.zlib_decode, "gzip": imagecodecs.gzip_decode}
+
+
+@dataclass
+class ZarrArray:
+    """An array in a zip: what zarr says of it, and where in the file each chunk lies."""
+    path: str
+    shape: tuple
+    chunks: tuple          # shape of a chunk
+    dtype: np.dtype
+    order: str             # "C" or "F", of the numbers in a chunk
+    compressor: str        # a key of DECODERS, or "" for none
+    fill: object           # value of a chunk that is not there; None: all must be there
+    where: np.ndarray      # (chunks along each axis, 4): place of its header, bytes, CRC-32, method
+
+
+def index_zarr(path, name):
+    """Find the array `name` in a zip: ZarrArray.  Its chunks are not read."""
+    with zipfile.ZipFile(path) as file:
+        meta = json.loads(file.read(f"{name}/.zarray"))
+        require(meta["zarr_format"] == 2, f"{name}: zarr of version {meta['zarr_format']}, not 2")
+        require(not meta["filters"], f"{name}: filters {meta['filters']}")
+        compressor = (meta["compressor"] or {"id": ""})["id"]
+        require(compressor in ("", *DECODERS), f"{name}: compressor {compressor}")
+        grid = [-(-length // chunk) for length, chunk in zip(meta["shape"], meta["chunks"])]
+        where = np.zeros((*grid, 4), np.int64)
+        separator = meta.get("dimension_separator", ".")
+        for info in file.infolist():
+            folder, _, key = info.filename.partition("/")
+            if folder == name and not key.startswith("."):
+                chunk = tuple(map(int, key.split(separator)))
+                where[chunk] = (info.header_offset, info.compress_size, info.CRC,
+                                info.compress_type)
+    return ZarrArray(path, tuple(meta["shape"]), tuple(meta["chunks"]), np.dtype(meta["dtype"]),
+                     meta["order"], compressor, meta["fill_value"], where)
+
+
+def read_zarr(array, first=()):
+    """The part array[first] of a ZarrArray, where first holds numbers for the first axes."""
+    n = len(first)
+    corner = tuple(i // chunk for i, chunk in zip(first, array.chunks))
+    inside = tuple(i % chunk for i, chunk in zip(first, array.chunks))
+    x = np.empty(array.shape[n:], array.dtype)
+    for rest in np.ndindex(array.where.shape[n:-1]):
+        starts = [i * chunk for i, chunk in zip(rest, array.chunks[n:])]
+        target = tuple(slice(start, start + chunk) for start, chunk
+                       in zip(starts, array.chunks[n:]))
+        # a chunk at the end of an axis is whole, and reaches beyond the array
+        kept = tuple(slice(0, length - start) for start, length in zip(starts, x.shape))
+        x[target] = read_chunk(array, corner + rest)[inside][kept]
+    return x
+
+
+def read_chunk(array, number):
+    """Chunk `number`, a tuple, of a ZarrArray: array of the shape of a chunk."""
+    place, size, checksum, method = map(int, array.where[number])
+    if size == 0:
+        require(array.fill is not None, f"chunk {number} is not there")
+        return np.full(array.chunks, array.fill, array.dtype)
+    return decode_chunk(array.path, place, size, checksum, method, array.compressor,
+                        array.dtype, array.chunks, array.order)
+
+
+# Where a chunk holds many images, those that are read in order, as `pack` does, decode it once.
+@lru_cache(maxsize=4)
+def decode_chunk(path, place, size, checksum, method, compressor, dtype, shape, order):
+    """The chunk whose zip header is at byte `place` of a file."""
+    with open(path, "rb") as file:
+        file.seek(place)
+        name, extra = struct.unpack("<26x2H", file.read(30))         # lengths of what comes before
+        file.seek(name + extra, os.SEEK_CUR)
+        raw = file.read(size)
+    if method == zipfile.ZIP_DEFLATED:
+        raw = zlib.decompress(raw, -zlib.MAX_WBITS)
+    else:
+        require(method == zipfile.ZIP_STORED, f"compressed in the zip by method {method}")
+    require(zlib.crc32(raw) == checksum, "damaged, its checksum differs")
+    if compressor:
+        raw = DECODERS[compressor](raw)
+    x = np.frombuffer(raw, dtype).reshape(shape, order=order)
+    return x.astype(dtype.newbyteorder("="), copy=False)
+
+
 # -------------------------------------------------------------------------------- image folders
 
 EUROSAT_CLASSES = {"AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial",
@@ -542,48 +992,87 @@ EUROSAT_CLASSES = {"AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "I
 EUROSAT_ORDER = [0, 1, 2, 3, 4, 5, 6, 7, 12, 8, 9, 10, 11]           # B8A is last in the files
 
 
-def Folder(root, sensor, views=2, order=None):
-    """Square images of one size, each a scene: a folder a class, or all in root and unlabelled.
+def Folder(root, sensor, views=2, order=None, labels="classes", tile=0):
+    """Images, each a scene: a folder a class, or all in root and unlabelled.
 
-    rgb: TIFF, PNG or JPEG of 8 bits.  Other sensors: TIFFs that hold all bands; order: see
-    read_image.
+    TIFFs that hold all bands; of up to four bands of 8 or 16 bits PNG and JPEG as well.  The
+    central square of each is resized to tile x tile pixels; 0: to the side that most have.
+    order: see read_image.  labels: "classes", those of the folders, or a table, see read_table.
     """
+    images = find_images(root, sensor)
+    paths = []
+    classes = tuple(images)
+    class_labels = []
+    for k, members in enumerate(images.values()):
+        label = multi_hot([{k}], len(classes))                       # (1,L)
+        if classes == (".",):
+            label = np.zeros_like(label)                             # no folders, no classes
+        paths += members
+        class_labels += [label] * len(members)
+    if labels == "classes":
+        labels = class_labels
+    else:
+        classes, labels = labels_from_table(labels, root, paths)
+
+    ids = [Path(path).stem for path in paths]
+    files = [[path] for path in paths]
+    size, notes = common_size(paths, tile)
+    decode = partial(read_image, sensor=sensor, size=size, order=order)
+    scenes = Scenes(ids, files, labels, classes, sensor, size, decode, views)
+    scenes.notes = notes
+    if 1 < len(images) <= 30:
+        scenes.notes.append(f"folders: {', '.join(images)}")
+    return scenes
+
+
+def find_images(root, sensor):
+    """Images that may be the sensor's: {folder in root: paths}, or {".": paths} of root itself."""
     kinds = [".tif", ".tiff"]
-    if sensor.kind == "rgb":
+    if len(sensor.bands) <= 4 and sensor.dtype in ("uint8", "uint16"):
         kinds += [".png", ".jpg", ".jpeg"]
     images = {name: list_images(f"{root}/{name}", kinds) for name in subfolders(root)}
     images = {name: paths for name, paths in images.items() if paths}
-    flat = not images
-    if flat:
-        images = {".": list_images(root, kinds)}
-        require(images["."],
-                f"{root}: no {sensor.name} images ({' '.join(kinds)}) in it or its folders")
-    paths, labels = [], []
-    for k, members in enumerate(images.values()):
-        label = multi_hot([{k}], len(images))                        # (1,L)
-        if flat:
-            label = np.zeros_like(label)
-        paths += members
-        labels += [label] * len(members)
-    ids = [Path(path).stem for path in paths]
-    files = [[path] for path in paths]
-    size = usual_side(paths, partial(read_all_bands, sensor=sensor))
-    decode = partial(read_image, sensor=sensor, size=size, order=order)
-    return Scenes(ids, files, labels, tuple(images), sensor, size, decode, views)
+    beside = list_images(root, kinds)
+    require(not images or not beside, f"{root}: images beside folders of images "
+                                      f"({', '.join(list(images)[:3])}); move one or the other")
+    require(images or beside,
+            f"{root}: no {sensor.name} images ({' '.join(kinds)}) in it or its folders")
+    return images or {".": beside}
 
 
 def list_images(folder, kinds):
-    """Paths of the files with these endings, sorted by name."""
-    names = sorted(os.listdir(folder))
+    """Paths of the files with these endings, sorted by name.  Hidden ones are no images."""
+    names = [name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
     return [f"{folder}/{name}" for name in names if name.lower().endswith(tuple(kinds))]
 
 
-def EuroSAT(root, sensor, views=2):
+def common_size(paths, tile=0, most=10000):
+    """(size, notes): the side that most images have, or `tile`, and how many have others.
+
+    Looks at the headers of `most` images.  A bad file has no say.
+    """
+    looked_at = paths[::max(1, len(paths) // most)]
+    shapes = []
+    for path in looked_at:
+        with suppress(ValueError):
+            shapes.append(image_sides(path))
+    sides = sorted(min(shape) for shape in shapes)
+    size = tile or max(sides, key=sides.count, default=264)
+    others = sum(shape != (size, size) for shape in shapes)
+    if others == 0:
+        return size, []
+    return size, [f"{others} of {len(looked_at)} images are not {size} x {size}: their central "
+                  f"square is resized"]
+
+
+def EuroSAT(root, sensor, views=2, labels="classes", tile=0):
     """EuroSAT [2], unpacked: s2c (13 bands, TIFF), rgb (JPEG) or s1 (EuroSAT-SAR, TIFF)."""
-    order = None
-    if sensor.name == "s2c":
-        order = EUROSAT_ORDER
-    return Folder(root, sensor, views, order)
+    if sensor.name != "s2c":
+        return Folder(root, sensor, views, None, labels, tile)
+    scenes = Folder(root, sensor, views, EUROSAT_ORDER, labels, tile)
+    in_files = sorted(sensor.bands, key=lambda band: EUROSAT_ORDER[sensor.bands.index(band)])
+    scenes.notes.append(f"EuroSAT's files hold {' '.join(in_files)}")
+    return scenes
 
 
 # ---------------------------------------------------------------------------------- BigEarthNet
@@ -633,6 +1122,10 @@ BEN_NO_CLASS = [
     "Sport and leisure facilities", "Bare rock", "Burnt areas", "Intertidal flats"]
 
 
+BEN_EXPORT = """python -c "import pandas; t = pandas.read_parquet('metadata.parquet'); \
+t['labels'] = t['labels'].str.join(';'); t.to_csv('metadata.csv', index=False)\""""
+
+
 def BigEarthNet(root, sensor, split=None, views=2, skip=False):
     """BigEarthNet [3], v1 or v2; sensor s1 or s2a, or s2c, whose B10 is then 0 everywhere.
 
@@ -643,6 +1136,9 @@ def BigEarthNet(root, sensor, split=None, views=2, skip=False):
     require(found, f"{root}: no BigEarthNet folder for modality {sensor.name}")
     metadata = Path(root, "metadata.csv")
     v2 = metadata.exists()
+    require(v2 or found[0] not in ("BigEarthNet-S1", "BigEarthNet-S2"),
+            f"{metadata}: missing; make it of BigEarthNet v2's metadata.parquet, with pandas and "
+            f"pyarrow: {BEN_EXPORT}")
     table, pattern = {}, "S*"
     if v2:
         table = read_metadata(metadata, sensor)
@@ -673,7 +1169,10 @@ def BigEarthNet(root, sensor, split=None, views=2, skip=False):
             rows.append(multi_hot([present], len(BEN_CLASSES)))
     files = [[str(folders[name])] for name in names]
     decode = partial(read_patch, sensor=sensor)
-    return Scenes(names, files, rows, tuple(BEN_CLASSES), sensor, 120, decode, views)
+    scenes = Scenes(names, files, rows, tuple(BEN_CLASSES), sensor, 120, decode, views)
+    if sensor.name == "s2c":
+        scenes.notes.append("B10 is 0 everywhere, since level L2A has none")
+    return scenes
 
 
 def read_metadata(path, sensor):
@@ -707,32 +1206,52 @@ def read_patch(folder, sensor, scale=to_uint8):
 # ------------------------------------------------------------------------------------- any folder
 
 
-def open_data(root, sensor, labels=None, views=2):
+def open_data(root, sensor, labels=None, views=2, layout=None, tile=0):
     """The scenes in `root`, by the reader that fits what lies there.
 
-    labels: a json for an SSL4EO-S12 tree (None: the one in root, if any), or "classes", those of
-    the folders; None: images in folders are unlabelled.  A packed folder brings its own labels.
+    labels: a json for an SSL4EO-S12 tree (None: the one in root, if any); for folders of images a
+    table, see read_table, or "classes", those of the folders; None: they are unlabelled.  A packed
+    folder brings its own.
+    layout: "eurosat" for its order of the bands.  tile: see Folder.
     """
     folders = set(subfolders(root))
     if os.path.exists(f"{root}/images.uint8"):
+        refuse_folder_flags(root, layout, tile)
         return Packed(root, sensor, labels, views)
-    if folders & set(PRODUCTS):
+    zips = find_zips(root, sensor)
+    if zips or folders & set(PRODUCTS):
+        refuse_folder_flags(root, layout, tile)
         require(labels != "classes", f"--labels classes: {root} holds products")
         json_in_root = f"{root}/ssl4eo_multilabel.json"
         if not labels and os.path.exists(json_in_root):
             labels = json_in_root
+        if zips:
+            return SSL4EOZips(root, sensor, labels, views)
         return SSL4EO(root, sensor, labels, views)
 
-    require(not labels or labels == "classes", f"--labels {labels}: {root} holds classes")
     if folders & set().union(*BEN_FOLDERS.values()):
+        refuse_folder_flags(root, layout, tile)
+        require(labels in (None, "classes"), f"--labels {labels}: {root} brings its own labels, "
+                                             f"which --labels classes takes")
         scenes = BigEarthNet(root, sensor, views=views)
-    elif folders <= EUROSAT_CLASSES:
-        scenes = EuroSAT(root, sensor, views)
     else:
-        scenes = Folder(root, sensor, views)
-    if labels != "classes":
+        require(not labels or not labels.endswith(".json"), f"--labels {labels}: {root} holds "
+                                                            f"classes")
+        reader = {None: Folder, "eurosat": EuroSAT}[layout]
+        scenes = reader(root, sensor, views, labels=labels or "classes", tile=tile)
+        require(labels != "classes" or any(y.any() for y in scenes.labels),
+                f"--labels classes: {root} has no folders of classes")
+        if sensor.name == "s2c" and not layout and folders and folders <= EUROSAT_CLASSES:
+            scenes.notes.append("the folders are named as EuroSAT's, whose files have another "
+                                "order of bands: if these are they, --layout eurosat")
+    if not labels:
         scenes.labels = [np.zeros_like(y) for y in scenes.labels]
     return scenes
+
+
+def refuse_folder_flags(root, layout, tile):
+    for name, value in (("layout", layout), ("tile", tile)):
+        require(not value, f"--{name} {value}: {root} is no folder of images")
 
 
 # ------------------------------------------------------------------- packing, checking, statistics
@@ -746,7 +1265,8 @@ def pack(scenes, out, workers=0):
     goes in.  After a kill the same call drops the half image at its end and goes on from there.
     """
     require_new(out)
-    index = {"modality": scenes.sensor.name, "size": scenes.size, "classes": scenes.classes,
+    index = {"modality": scenes.sensor.name, "sensor": dataclasses.asdict(scenes.sensor),
+             "size": scenes.size, "classes": scenes.classes,
              "ids": scenes.ids, "labels": [y.tolist() for y in scenes.labels]}
     index = json.dumps(index).encode()
     content = zlib.crc32(index + repr(scenes.files).encode())
@@ -798,6 +1318,9 @@ def Packed(root, sensor, labels=None, views=2):
     index = json.loads(index)
     require(not labels and sensor.name == index["modality"],
             f"{root}: packed with its labels, for --modality {index['modality']} only")
+    packed_for = json.dumps(index.get("sensor", dataclasses.asdict(sensor)))
+    require(packed_for == json.dumps(dataclasses.asdict(sensor)),
+            f"{root}: packed for a {sensor.name} with other fields: {packed_for}")
 
     rows, n = [], 0
     for scene_labels in index["labels"]:
@@ -849,32 +1372,72 @@ def leave_out(scenes, bad):
 
 
 def moments(x, sensor):
-    """C bands (H,W) in the sensor's units -> (C,8), eight numbers a band.
+    """C bands (H,W) in the sensor's units -> (C,9), nine numbers a band.
 
     They are mean, mean square, min, max, the shares of pixels that to_uint8 clips below and above,
-    and the mean and std that the sensor has.
+    the mean and std that the sensor has, and the share of pixels that hold a measurement.  All but
+    the last are of these pixels only.
     """
     x = np.float64(x).reshape(len(x), -1).T                          # (HW,C)
     mean = np.float64(sensor.mean)                                   # (C,)
     std = np.float64(sensor.std)
     below = x < mean - 2 * std
     above = x > mean + 2 * std
-    return np.stack([x.mean(0), (x * x).mean(0), x.min(0), x.max(0), below.mean(0), above.mean(0),
-                     mean, std], axis=1)
+    measured = ~np.isnan(x)
+    count = measured.sum(0).clip(1)                                  # (C,)
+    low = np.where(measured, x, np.inf).min(0)
+    high = np.where(measured, x, -np.inf).max(0)
+    x = np.where(measured, x, 0)
+    return np.stack([x.sum(0) / count, (x * x).sum(0) / count, low, high, below.sum(0) / count,
+                     above.sum(0) / count, mean, std, measured.mean(0)], axis=1)
 
 
 def statistics(scenes, workers=0):
     """(C,8) as `moments`, over all images and with the std in place of the mean square."""
-    require(scenes.memory is None and scenes.sensor.kind != "rgb",
+    require(scenes.memory is None and scenes.sensor.mean,
             "rgb and packed images have no sensor units")
     paths = [scenes.files[i][s] for i, s in scenes.images_of(range(len(scenes)))]
     job = partial(scenes.decode, scale=moments)
-    x = np.stack([*in_parallel(job, paths, workers, "statistics")])  # (n,C,8)
-    table = x.mean(0)                                                # (C,8)
+    x = np.stack([*in_parallel(job, paths, workers, "statistics")])  # (n,C,9)
+    low = x[:, :, 2].min(0)
+    high = x[:, :, 3].max(0)
+    measured = x[:, :, 8:]                                           # (n,C,1)
+    require(measured.any(0).all(), "a band without any measurement: is nodata right?")
+    x = np.where(measured > 0, x, 0)[:, :, :8]
+    table = (x * measured).sum(0) / measured.sum(0)                  # (C,8)
     table[:, 1] = np.sqrt((table[:, 1] - table[:, 0] ** 2).clip(0))  # std
-    table[:, 2] = x[:, :, 2].min(0)                                  # min
-    table[:, 3] = x[:, :, 3].max(0)                                  # max
+    table[:, 2] = low
+    table[:, 3] = high
     return table
+
+
+def measure_sensor(root, fields, tile=0, workers=0):
+    """A Sensor for the images in a folder, with the mean and std of all their pixels.
+
+    fields: those that no pixel tells: name, bands, kind, and if need be scale, offset, decibels
+    and nodata.  ValueError: bad images, or a band that is constant.
+    """
+    C = len(fields["bands"])
+    unscaled = {"mean": [0.0] * C, "std": [1.0] * C}
+    sensor = make_sensor(fields | unscaled | {"dtype": find_dtype(root)})
+    table = statistics(Folder(root, sensor, tile=tile), workers)
+    for band, std in zip(sensor.bands, table[:, 1]):
+        require(std > 0, f"{root}: band {band} is constant")
+    mean = [float(f"{value:.6g}") for value in table[:, 0]]
+    std = [float(f"{value:.6g}") for value in table[:, 1]]
+    return replace(sensor, mean=mean, std=std)
+
+
+def find_dtype(root):
+    """The numpy name of the pixels' type in the first image of a folder that can be read."""
+    for folder in [*subfolders(root), "."]:
+        for path in list_images(f"{root}/{folder}", [".tif", ".tiff"]):
+            with suppress(ValueError):
+                return read_tiff(path).dtype.name
+        for path in list_images(f"{root}/{folder}", [".png", ".jpg", ".jpeg"]):
+            with suppress(ValueError):
+                return read_picture(path).dtype.name
+    raise ValueError(f"{root}: no image that can be read, in it or its folders")
 
 
 # --------------------------------------------------------------------------------- augmentation
@@ -916,8 +1479,7 @@ def draw_colours(n, sensor, generator, p=0.8, jitter=0.4, grey=0.2, blur=0.5):
         brightness, contrast   factors U(1 - jitter, 1 + jitter), optical and rgb
         saturation             factor U(1 - jitter/2, 1 + jitter/2), rgb
         hue                    a turn of up to jitter/4, rgb
-        offset                 up to 5 jitter dB for VV and VH each, radar: decibels are no
-                               brightness
+        offset                 up to 5 jitter dB for each band, radar: decibels are no brightness
 
     grey: probability that all bands become their mean (saturation 0).
     blur: probability that a view is blurred, with a std U(0.1, 2) of pixels at side 224.
@@ -925,7 +1487,7 @@ def draw_colours(n, sensor, generator, p=0.8, jitter=0.4, grey=0.2, blur=0.5):
     """
     u = torch.rand(9, n, generator=generator)
     swings = jitter * (2 * u[[1, 2, 3, 4, 8]] - 1) * (u[0] < p)      # (5,n) in [-jitter, jitter]
-    brightness, contrast, saturation, hue, vh = swings
+    brightness, contrast, saturation, hue, second = swings
     drawn = {
         "brightness": torch.ones(n),
         "contrast": torch.ones(n),
@@ -934,7 +1496,11 @@ def draw_colours(n, sensor, generator, p=0.8, jitter=0.4, grey=0.2, blur=0.5):
         "hue": torch.zeros(n),
     }
     if sensor.kind == "radar":
-        decibels = 5 * torch.stack([brightness, vh], dim=1)          # (n,2), VV and VH
+        # the first two bands take numbers that are drawn anyway, those beyond get their own
+        C = len(sensor.bands)
+        others = torch.rand(max(0, C - 2), n, generator=generator)
+        others = jitter * (2 * others - 1) * (u[0] < p)              # (C-2,n)
+        decibels = 5 * torch.stack([brightness, second, *others][:C], dim=1)     # (n,C)
         drawn["offset"] = decibels * (0.25 / torch.tensor(sensor.std))   # [0,1] spans 4 std
     else:
         drawn["brightness"] = 1 + brightness
@@ -952,11 +1518,14 @@ def crop(x, p, size):
 
     Crop, resize and flip are one bilinear sampling of all images at once.
     """
-    p = {name: value.to(x.device, non_blocking=True) for name, value in p.items()}
-    zero = torch.zeros_like(p["x"])
-    theta = torch.stack([p["w"] * p["flip_x"], zero, p["x"],
-                         zero, p["h"] * p["flip_y"], p["y"]], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, [*x.shape[:2], size, size], align_corners=False)
+    p = {name: value.to(x.device, non_blocking=True)[:, None] for name, value in p.items()}
+    # Centres of the pixels of a view, which spans [-1, 1].  F.affine_grid gives the same numbers,
+    # but by a matrix product: with TF32 the places would be wrong by up to a tenth of a pixel.
+    centres = torch.linspace(-1, 1, size, device=x.device) * (size - 1) / size       # (size,)
+    columns = p["w"] * p["flip_x"] * centres + p["x"]                # (n,size), in the image
+    rows = p["h"] * p["flip_y"] * centres + p["y"]                   # (n,size)
+    grid = torch.stack([columns[:, None, :].expand(-1, size, -1),
+                        rows[:, :, None].expand(-1, -1, size)], dim=3)       # (n,size,size,2)
     x = F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
     return x.div_(255)
 
@@ -977,7 +1546,7 @@ def colour(x, p):
     if x.shape[1] == 3:
         x = turn_hue(x, grey, p["hue"])
     if len(blurred):
-        rows = blurred.to(x.device)
+        rows = blurred.to(x.device, non_blocking=True)
         std = p["blur"][rows] * x.shape[-1] / 224                    # in pixels
         x = x.index_copy(0, rows, blur_images(x[rows], std, reach))
     return x
@@ -1276,6 +1845,7 @@ EXAMPLES = """examples:
   python data.py toy toy                              an artificial world of 2,000 scenes
   python data.py check SSL4EO --modality s1           list the files that are missing or broken
   python data.py stats SSL4EO --modality s2c          mean, std and range of each band
+  python data.py stats DIR --bands B2 B3 B4 B8 --out my.json       a sensor for --modality
   python data.py pack SSL4EO PACKED --modality s2c    one file of pixels, much faster to read
   python pretrain.py --modality s2c --data PACKED     pretrain on it
 """
@@ -1296,21 +1866,53 @@ def parse(argv):
 
     source = argparse.ArgumentParser(add_help=False)                 # what the other three share
     source.add_argument("root", help="any folder that pretrain.py takes as --data")
-    source.add_argument("--modality", required=True, metavar="SENSOR",
-                        help="s1 (radar), s2c (optical, L1C), s2a (optical, L2A) or rgb")
-    source.add_argument("--labels", help="labels to pack, as in pretrain.py: a json, or classes")
+    source.add_argument("--modality", metavar="SENSOR",
+                        help="s1 (radar), s2c (optical, L1C), s2a (optical, L2A), rgb or a JSON")
+    source.add_argument("--labels", help="labels to pack, as in pretrain.py")
+    source.add_argument("--layout", choices=["eurosat"], help="as in pretrain.py")
+    source.add_argument("--tile", type=int, default=0, metavar="N", help="as in pretrain.py")
     source.add_argument("--workers", type=int, default=os.cpu_count(), help="reading processes")
 
     commands.add_parser("check", parents=[source], allow_abbrev=False,
                         help="read everything and list each bad file; exit code 1 if there is one")
-    commands.add_parser("stats", parents=[source], allow_abbrev=False,
-                        help="mean, std and range of each band, and the shares that are clipped")
+    stats = commands.add_parser(
+        "stats", parents=[source], allow_abbrev=False,
+        help="mean, std and range of each band, and the shares that are clipped; or a new sensor")
+    stats.add_argument("--bands", nargs="+", metavar="BAND",
+                       help="instead of --modality: names of the bands in the order of the files")
+    stats.add_argument("--out", metavar="FILE", help="JSON file for the sensor that --bands makes")
+    stats.add_argument("--kind", choices=["optical", "radar", "rgb"], default="optical",
+                       help="of the new sensor: which colours change in training (%(default)s)")
+    stats.add_argument("--scale", type=float, default=1.0, help="units = pixels * scale + offset")
+    stats.add_argument("--offset", type=float, default=0.0, help="for example -1000")
+    stats.add_argument("--decibels", action="store_true", help="pixels are linear power")
+    stats.add_argument("--nodata", type=float, help="value of pixels without a measurement, or nan")
     packing = commands.add_parser("pack", parents=[source], allow_abbrev=False,
                                   help="put all images into one file, which --data takes as well")
     packing.add_argument("out", help="a new folder")
     packing.add_argument("--skip-bad", action="store_true",
                          help="leave out scenes with bad files, and name them")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.command == "stats" and args.bands:
+        if args.modality or not args.out:
+            parser.error("--bands goes with --out, and without --modality")
+    elif args.command != "toy" and not args.modality:
+        parser.error("the following arguments are required: --modality")
+    return args
+
+
+def write_sensor(args):
+    """Measure the images in args.root and write the sensor that they make to args.out."""
+    fields = {"name": Path(args.out).stem, "bands": args.bands, "kind": args.kind,
+              "scale": args.scale, "offset": args.offset, "decibels": args.decibels,
+              "nodata": args.nodata}
+    sensor = measure_sensor(args.root, fields, args.tile, args.workers)
+    lines = [f" {json.dumps(name)}: {json.dumps(value)}"
+             for name, value in dataclasses.asdict(sensor).items()]
+    with file_errors(args.out, "not written"):
+        Path(args.out).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    print(f"{args.out}: {len(sensor.bands)} bands of {sensor.dtype}; look at its unit and at which "
+          f"bands look red, green, blue; then --modality {args.out}")
 
 
 def print_bad_files(scenes, workers):
@@ -1335,7 +1937,13 @@ def main(argv=None):
     if args.command == "toy":
         make_toy(args.root, args.scenes, args.size, args.seed)
         return 0
-    scenes = open_data(args.root, find_sensor(args.modality), args.labels)
+    if args.command == "stats" and args.bands:
+        write_sensor(args)
+        return 0
+    scenes = open_data(args.root, find_sensor(args.modality), args.labels, layout=args.layout,
+                       tile=args.tile)
+    for note in scenes.notes:
+        print(note)
     images = sum(len(files) for files in scenes.files)
     if args.command == "stats":
         print_statistics(scenes, args.workers)

@@ -1,9 +1,9 @@
-"""Masks and losses: pure functions on tensors.  [reading time: 12 minutes]
+"""Masks and losses: pure functions on tensors.
 
 SoftCon [1] trains a student on two views of a scene. The student's query q_i must find the
 teacher's key k_i of the same scene among the keys of all scenes (the hard term, InfoNCE [2]). Its
-similarity to every other key should follow how much the land-cover labels of the two scenes
-overlap (the soft term).
+similarity to every key, its own included, should follow how much the land-cover labels of the two
+images overlap (the soft term).
 
 PerA [4] shows student and teacher different patches of one crop. The student must choose the
 teacher's prototypes [3] and guess the pixels of patches that neither network sees.
@@ -16,7 +16,8 @@ teacher's prototypes [3] and guess the pixels of patches that neither network se
 Equations are numbered as in the README.
 
 Letters: N queries of this rank, M keys of all ranks, D width, L label classes, K prototypes,
-B batch, C channels, H and W height and width of an image, P patch side, tau temperature.
+E width of PerA's embeddings, B batch, R ranks, C channels, H W height and width of an image,
+P patch side, tau temperature.
 """
 import math
 
@@ -29,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def gather(x):
-    """Collect the rows of all ranks, in rank order: (B/W, ...) on each of W ranks -> (B, ...).
+    """Collect the rows of all ranks, in rank order: (B/R, ...) on each of R ranks -> (B, ...).
 
     The result carries no gradient, with any number of ranks: keys come from the teacher, which is
     not trained. Every rank must call it.
@@ -124,22 +125,23 @@ def soft_contrastive(q, k, yq, yk, form="bce", tau=None, all_yq=None):
     logits = cosine(q, k) / tau                                                     # (N,M)
 
     if form == "ce":
-        target = s / s.sum(1, keepdim=True).clamp_min(1e-12)                        # (N,M)
+        row_sum = s.sum(1, keepdim=True).clamp_min(1e-12)                           # (N,1)
+        target = s / row_sum                                                        # (N,M)
         # -1e4 takes a key out of the softmax; -inf would give 0 x inf = NaN in the product below
         log_p = logits.masked_fill(~labelled_k, -1e4).log_softmax(1)                # (N,M)
         terms = -target * log_p                              # rows without labels: target is 0
     else:
         terms = F.binary_cross_entropy_with_logits(logits, s.to(logits), reduction="none")
-        terms = terms * (labelled_q[:, None] & labelled_k)                          # (N,M)
+        labelled_pairs = labelled_q[:, None] & labelled_k                           # (N,M)
+        terms = terms * labelled_pairs
         if form == "bce_mean":
             terms = terms / labelled_k.sum().clamp_min(1)
 
-    # DDP averages the loss over W ranks. Dividing by the labelled rows of all ranks / W makes that
-    # average the mean over all labelled rows, however unevenly the ranks hold them. Without any
-    # label all terms are 0, and the clamp only avoids 0 / 0.
+    # The mean over the labelled rows of all ranks: DDP divides by the number of ranks, so multiply
+    # here. Without any label all terms are 0, and the clamp only avoids 0 / 0.
+    ranks = len(all_yq) / len(q)
     labelled_rows = has_labels(all_yq).sum().clamp_min(1)
-    rows_per_rank = labelled_rows * len(q) / len(all_yq)                            # W = M / N
-    return terms.sum() / rows_per_rank                                                  # eq. (3)
+    return terms.sum() * ranks / labelled_rows                                          # eq. (3)
 
 
 def softcon_loss(q, k, yq, yk, tau=0.2, weight=0.5, form="bce", soft_tau=None, all_yq=None):
@@ -178,7 +180,7 @@ class Centre(torch.nn.Module):
 
     @torch.no_grad()
     def update(self, scores):
-        """Move the centre towards this step's scores: value <- .9 value + .1 mean over all ranks.
+        """Move the centre towards this step's scores: value <- 0.9 value + 0.1 mean over all ranks.
 
         scores (n,K) of this rank, or their mean (1,K). Call it after the loss: a step is centred
         by the steps before it.
@@ -194,7 +196,7 @@ class Centre(torch.nn.Module):
 def dino_loss(student, teacher, centre, tau_teacher, tau_student=0.1):
     """Cross-entropy of prototype scores [4, cls_loss.py]:
 
-        -mean_i sum_k softmax((t_i - c) / tau_t)_k  log softmax(s_i / tau_s)_k
+        -mean_i sum_k softmax((t_i - c) / tau_teacher)_k  log softmax(s_i / tau_student)_k
 
     student and teacher (n,K): scores s and t of the same crops; centre c (1,K). The teacher's
     scores get no gradient.
@@ -202,7 +204,8 @@ def dino_loss(student, teacher, centre, tau_teacher, tau_student=0.1):
     teacher = at_least_float32(teacher.detach())
     target = ((teacher - centre) / tau_teacher).softmax(1)                          # (n,K)
     log_p = (at_least_float32(student) / tau_student).log_softmax(1)                # (n,K)
-    return -(target * log_p).sum(1).mean()                                              # eq. (7)
+    cross_entropy = -(target * log_p).sum(1)                                        # (n,)
+    return cross_entropy.mean()                                                         # eq. (7)
 
 
 def koleo(x):
@@ -229,26 +232,26 @@ def patchify(x, P):
     return x.reshape(B, -1, P * P * C)
 
 
-def pixel_loss(guess, pixels, learn):
+def pixel_loss(guess, pixels, unseen):
     """768 x the mean squared error of the guessed patches.
 
-    guess (b,m,PPC) is compared with the patches learn (b,m) of pixels (b,N,PPC), which patchify
-    gives. The factor 768 is the number of values of PerA's 16 x 16 x 3 patches: for them the loss
-    is the squared error summed over a patch, as released. A mean keeps the weight of the term the
-    same for other patch sizes and bands.
+    guess (b,m,PPC) is compared with the patches that unseen (b,m) names among pixels (b,N,PPC),
+    which patchify gives. The factor 768 is the number of values of PerA's 16 x 16 x 3 patches: for
+    them the loss is the squared error summed over a patch, as released. A mean keeps the weight of
+    the term the same for other patch sizes and bands.
     """
-    index = learn[..., None].expand(-1, -1, pixels.shape[-1])                       # (b,m,PPC)
+    index = unseen[..., None].expand(-1, -1, pixels.shape[-1])                      # (b,m,PPC)
     target = pixels.gather(1, index)                                                # (b,m,PPC)
     error = F.mse_loss(at_least_float32(guess), at_least_float32(target))
     return 768 * error                                                                  # eq. (9)
 
 
-def pera_loss(student, teacher, prototypes, centre, tau_teacher, crops, n_global, tau=0.1):
+def pera_loss(student, teacher, prototypes, centre, tau_teacher, n_crops, n_global, tau=0.1):
     """PerA's two losses on CLS embeddings [4], crop by crop: returns (dino, koleo).
 
-    student and teacher (crops B, E): embeddings, all images of crop 0 first, then those of crop 1,
-    and so on, the global crops before the local ones. prototypes: the student's and the teacher's
-    matrix (K,E).
+    student and teacher (n_crops B, E): embeddings, all images of crop 0 first, then those of crop
+    1, and so on, the global crops before the local ones. prototypes: the student's and the
+    teacher's matrix (K,E).
 
     dino is the mean over the crops, each against the same crop of the teacher. koleo is the sum
     over the global crops, and it spreads their scores, not their embeddings, as released.
@@ -265,43 +268,42 @@ def pera_loss(student, teacher, prototypes, centre, tau_teacher, crops, n_global
 
     dino_sum = 0
     koleo_sum = 0
-    for i, (z_student, z_teacher) in enumerate(zip(student.chunk(crops), teacher.chunk(crops))):
+    for i, (z_student, z_teacher) in enumerate(zip(student.chunk(n_crops), teacher.chunk(n_crops))):
         # Scores are large: K is 131,072. `checkpoint` forgets those of a crop after its loss and
         # lets the backward pass compute them again, so that one crop's are in memory at a time.
         dino, spread = checkpoint(losses_of_crop, z_student, z_teacher, i < n_global,
                                   use_reentrant=False, preserve_rng_state=False)
         dino_sum = dino_sum + dino
         koleo_sum = koleo_sum + spread
-    return dino_sum / crops, koleo_sum
+    return dino_sum / n_crops, koleo_sum
 
 
 # ------------------------------------------------------------------------------------------ masks
 
 
-def disjoint_masks(batch, n_tokens, student=0.2, learn=0.2, teacher=0.6, generator=None,
+def disjoint_masks(batch, n_tokens, student=0.2, unseen=0.2, teacher=0.6, generator=None,
                    device=None):
     """Draw PerA's three sets of patches, which share no patch [4, pera.py].
 
-    Returns the student's patches, those that the student must guess, and the teacher's. Each set is
-    (batch, n) indices, sorted, drawn uniformly.
-
-    With N tokens the student sees round(student N), the teacher N - round((1 - teacher) N), and
-    the patches between them are guessed. Ratios that sum to less than 1 leave the rest to nobody.
-    A sum above 1 or a set without a patch is a ValueError.
+    Returns the student's patches, those that neither sees and the student must guess, and the
+    teacher's. Each set is (batch, n) indices, sorted, drawn uniformly. The arguments are shares of
+    the n_tokens patches. Shares that sum to less than 1 leave the rest unused. A sum above 1 or a
+    set without a patch is a ValueError.
     """
-    unused = 1 - student - learn - teacher
-    student_end = round(student * n_tokens)
-    teacher_start = round((1 - teacher) * n_tokens)
-    learn_end = teacher_start - round(max(unused, 0) * n_tokens)
+    unused = 1 - student - unseen - teacher
+    n_student = round(student * n_tokens)
+    n_teacher = n_tokens - round((1 - teacher) * n_tokens)
+    n_unused = round(max(unused, 0) * n_tokens)
+    n_unseen = n_tokens - n_student - n_teacher - n_unused
     # sums such as 0.2 + 0.2 + 0.6 may exceed 1 by a rounding error
-    if unused < -1e-6 or not 0 < student_end < learn_end <= teacher_start < n_tokens:
-        raise ValueError(f"mask ratios {student} {learn} {teacher} of {n_tokens} patches: each "
+    if unused < -1e-6 or min(n_student, n_unseen, n_teacher) < 1:
+        raise ValueError(f"mask ratios {student} {unseen} {teacher} of {n_tokens} patches: each "
                          f"part needs at least one, and their sum may not exceed 1")
-    order = torch.rand(batch, n_tokens, generator=generator).argsort(1)     # a permutation each
-    parts = (order[:, :student_end],
-             order[:, student_end:learn_end],
-             order[:, teacher_start:])                                                  # eq. (6)
-    return tuple(part.sort(1).values.to(device) for part in parts)
+    noise = torch.rand(batch, n_tokens, generator=generator)
+    order = noise.argsort(1)                                     # (batch, N), a permutation each
+    parts = order.split([n_student, n_unseen, n_unused, n_teacher], dim=1)              # eq. (6)
+    by_student, by_none, _, by_teacher = [part.sort(1).values.to(device) for part in parts]
+    return by_student, by_none, by_teacher
 
 
 def draw_blocks(batch, grid, n_mask, generator, blocks):
@@ -349,14 +351,14 @@ def block_mask(batch, grid, ratio, generator=None, blocks=16):
     # the number of the first rectangle that covers a patch; `blocks`, the last number, if none does
     number = torch.arange(blocks)[:, None, None]
     first = torch.where(covered, number, blocks).amin(1).flatten(1)         # (batch, N)
-    # patches by that number, so that the first n_mask go; a stable sort takes equal ones row by row
+    # Patches by that number, so that the first n_mask go; a stable sort takes equal ones row by
+    # row. Should the rectangles cover too few patches, which is rare, uncovered ones go as well.
     order = first.argsort(stable=True, dim=1)                               # (batch, N)
     return order[:, n_mask:].sort(1).values
 
 
 def blank_patches(x, keep, patch_size):
-    """Set every patch of x (B,C,H,W) that is not in keep (B,n) to 0.5, the middle of the input
-    range.
+    """Set every patch of x (B,C,H,W) that is not in keep (B,n) to 0.5, the sensor's mean.
 
     This masks the input of backbones that cannot drop tokens (ResNet).
     """
@@ -365,7 +367,8 @@ def blank_patches(x, keep, patch_size):
     w = W // patch_size
     kept = torch.zeros(B, h * w, dtype=torch.bool, device=x.device)
     kept = kept.scatter(1, keep, True).reshape(B, 1, h, w)
-    kept = kept.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)   # (B,1,H,W)
+    kept = kept.repeat_interleave(patch_size, dim=2)
+    kept = kept.repeat_interleave(patch_size, dim=3)                                # (B,1,H,W)
     return torch.where(kept, x, 0.5)
 
 
@@ -374,7 +377,7 @@ def blank_patches(x, keep, patch_size):
 
 @torch.no_grad()
 def collapse(features):
-    """Measure over all ranks how spread the features are: (B/W, D) -> (std, effective rank).
+    """Measure over all ranks how spread the features are: (B/R, D) -> (std, effective rank).
 
     std: of the L2-normalised features, a mean over the dimensions, times sqrt(D). It is 1 for
     isotropic noise and 0 when all scenes look alike. Effective rank: the exponential of the
@@ -383,10 +386,12 @@ def collapse(features):
     """
     z = F.normalize(gather(features.float()))                                       # (B,D)
     z = z - z.mean(0)
-    std = z.std(0).mean() * z.shape[1] ** 0.5
-    p = torch.linalg.svdvals(z)
+    D = z.shape[1]
+    std = z.std(0).mean() * D ** 0.5
+    p = torch.linalg.svdvals(z)                                                     # (min(B,D),)
     p = p / p.sum().clamp_min(1e-12)
-    entropy = -(p * (p + 1e-12).log()).sum()
+    log_p = (p + 1e-12).log()
+    entropy = -(p * log_p).sum()
     return float(std), float(entropy.exp())
 
 
@@ -400,6 +405,6 @@ def soft_share(q, hard, soft):
     for part in (hard, soft):
         gradient, = torch.autograd.grad(part, q, retain_graph=True)
         norms.append(gradient.norm())
-    ranks = gather(torch.stack(norms)[None])                                        # (W,2)
+    ranks = gather(torch.stack(norms)[None])                                        # (R,2)
     hard_norm, soft_norm = ranks.norm(dim=0)       # the root of the squares summed over all ranks
     return float(soft_norm / (hard_norm + soft_norm).clamp_min(1e-12))

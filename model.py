@@ -101,6 +101,7 @@ class BatchNorm(nn.BatchNorm2d):
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world == 1 or not self.training:
             return super().forward(x)
+        # channels last; that H and W change places as well, no mean notices
         rows = x.transpose(1, -1).to(self.running_mean.dtype)            # (B, ..., C)
         dims = tuple(range(x.dim() - 1))                                 # all but the last
         count = x.numel() // x.shape[1] * world                          # values a channel
@@ -191,14 +192,21 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x):
+    def feature_maps(self, x):
+        """The outputs of the four layers, from fine to coarse: (B,C,H,W) -> [(B,D/8,H/4,W/4), ...].
+
+        For heads that say something of each pixel; the ViT's last_blocks serve them, too.
+        """
         x = F.relu(self.bn1(self.conv1(x)))                              # (B, 64, H/2, W/2)
         x = F.max_pool2d(x, 3, stride=2, padding=1)                      # (B, 64, H/4, W/4)
-        x = self.layer1(x)                                               # (B, D/8, H/4, W/4)
-        x = self.layer2(x)                                               # (B, D/4, H/8, W/8)
-        x = self.layer3(x)                                               # (B, D/2, H/16, W/16)
-        x = self.layer4(x)                                               # (B, D, H/32, W/32)
-        return x.mean((2, 3))                                            # (B, D)
+        x1 = self.layer1(x)                                              # (B, D/8, H/4, W/4)
+        x2 = self.layer2(x1)                                             # (B, D/4, H/8, W/8)
+        x3 = self.layer3(x2)                                             # (B, D/2, H/16, W/16)
+        x4 = self.layer4(x3)                                             # (B, D, H/32, W/32)
+        return [x1, x2, x3, x4]
+
+    def forward(self, x):
+        return self.feature_maps(x)[-1].mean((2, 3))                     # (B, D)
 
 
 # ---------------------------------------------------------------------------------------- ViT [2]
@@ -368,7 +376,7 @@ class ViT(nn.Module):
         if registers:
             self.register_tokens = nn.Parameter(torch.randn(1, registers, dim) * 1e-6)
         if layerscale:
-            # never used here, since hidden patches are dropped; all of DINOv2's files have it
+            # all of DINOv2's files have this token; here masked patches are dropped instead
             self.mask_token = nn.Parameter(torch.zeros(1, dim), requires_grad=False)
         # a dictionary, because the weights are called patch_embed.proj in DINOv2
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_chans, dim, patch_size, patch_size)})
@@ -468,9 +476,10 @@ def head(widths):
     whose batch norm has neither scale nor shift.
     """
     layers = []
-    for d_in, d_out in zip(widths, widths[1:]):
+    for d_in, d_out in zip(widths[:-2], widths[1:-1]):
         layers += [nn.Linear(d_in, d_out, bias=False), BatchNorm(d_out), nn.ReLU()]
-    layers[-2:] = [BatchNorm(widths[-1], affine=False)]                  # in place of BN and ReLU
+    layers.append(nn.Linear(widths[-2], widths[-1], bias=False))
+    layers.append(BatchNorm(widths[-1], affine=False))
     return nn.Sequential(*layers)
 
 
@@ -501,7 +510,8 @@ class PrototypeHead(nn.Module):
 
     forward returns the embeddings (n, 384) and prototypes() the matrix (out, 384). The caller
     multiplies them, since all n x out products may be too many to hold at once. Row k of the
-    matrix is g_k v_k / |v_k|, and g_k is trained from 1 on.
+    matrix is g_k v_k / |v_k|, and g_k is trained from 1 on. The head that guesses pixels has the
+    same form: there a product is no score but the value of one pixel.
     """
 
     def __init__(self, dim, out, hidden, bottleneck=384):
@@ -540,38 +550,38 @@ class SparseBranch(nn.Module):
             self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, backbone.embed_dim))
             self.pred_head = PrototypeHead(backbone.embed_dim, values, hidden)
 
-    def forward(self, crops, keep, learn=None):
+    def forward(self, crops, keep, unseen=None):
         """Runs all crops at once.
 
         crops: [(b,C,H,W), ...], one tensor for each size, the global crops first.
         keep: [(b,n), ...], the indices of the patches to see of each crop.
-        learn: (b,m), the indices of the patches to guess of the global crops, or None.
+        unseen: (b,m), the indices of the patches to guess of the global crops, or None.
         Returns the embeddings (sum of b, 384), the CLS features (sum of b, D) and the guesses
-        (b,m,PPC), which are None if learn is.
+        (b,m,PPC), which are None if unseen is.
         """
         net = self.backbone
         middle = len(net.blocks) // 2
         x, groups = pack([net.embed(crop, seen) for crop, seen in zip(crops, keep)])     # (T, D)
         for i, block in enumerate(net.blocks):
-            if i == middle and learn is not None:
+            if i == middle and unseen is not None:
                 h, w = check_grid(*crops[0].shape[2:], net.patch_size)
-                x, groups = self.add_mask_tokens(x, groups, net.positions(h, w), learn)
+                x, groups = self.add_mask_tokens(x, groups, net.positions(h, w), unseen)
             x = block(x, groups)
         outputs = unpack(net.norm(x), groups)                            # [(b, 1+R+n, D), ...]
         cls = torch.cat([y[:, 0] for y in outputs])                      # (sum of b, D)
         guess = None
-        if learn is not None:
-            masked = outputs[0][:, -learn.shape[1]:]                     # (b, m, D)
+        if unseen is not None:
+            masked = outputs[0][:, -unseen.shape[1]:]                    # (b, m, D)
             guess = self.pred_head(masked) @ self.pred_head.prototypes().T        # (b, m, PPC)
         return self.cls_head(cls), cls, guess
 
-    def add_mask_tokens(self, x, groups, table, learn):
-        """Appends mask tokens at the positions learn (b,m) to the sequences of the first group.
+    def add_mask_tokens(self, x, groups, table, unseen):
+        """Appends mask tokens at the positions unseen (b,m) to the sequences of the first group.
 
         They stand behind the other tokens, which is as good as any place, since attention knows
         no order. Returns the packed tokens and their groups.
         """
-        tokens = self.mask_token + take(table[:, 1:], learn)             # (b, m, D)
+        tokens = self.mask_token + take(table[:, 1:], unseen)            # (b, m, D)
         sequences = unpack(x, groups)
         sequences[0] = torch.cat([sequences[0], tokens.to(x.dtype)], 1)  # (b, 1+R+n+m, D)
         return pack(sequences)
@@ -934,7 +944,8 @@ def load_pretrained(model, path, adapt="random", quiet=False, weights=None, rgb=
     if problems:
         arch, _ = known_arch(state)
         if arch and arch != model.spec["arch"]:
-            problems.insert(0, f"holds a {arch}, the model is a {model.spec['arch']} (--arch)")
+            problems.insert(0, f"holds a {arch}, take --arch {arch}; the model is a "
+                               f"{model.spec['arch']}")
         raise ValueError(f"{path}: {'; '.join(problems[:3])}")
     model.load_state_dict(target)
     if not quiet:

@@ -3,10 +3,11 @@
     torchrun pretrain.py --modality s1                        toy world, small net, CPU: 4 minutes
     torchrun pretrain.py --modality s2c --data DIR --init dinov2_vits14_pretrain.pth     one GPU
     torchrun --nproc-per-node 8 pretrain.py --method pera --modality rgb --data DIR      eight
+    torchrun pretrain.py --modality my.json --data DIR        images of any sensor, see data.Sensor
 
 SoftCon [1]: the student sees two seasons of a scene with some blocks masked.  For each season it
 must find the teacher's embedding of the other season among those of all scenes of the batch.  How
-similar it may be to the others follows from the scenes' land-cover labels.
+similar it shall be to each of them follows from the scenes' land-cover labels.
 
 PerA [2]: student and teacher see the same crops of one image, in other colours and through masks
 that have no patch in common.  The student must choose the teacher's prototypes, and guess the
@@ -19,7 +20,7 @@ resumed run repeats the undisturbed one, and W ranks together see what one rank 
 [1] Wang, Albrecht, Zhu 2024, Multi-label guided soft contrastive learning
 [2] Shen et al. 2026, PerA, and its repository SathShen/PerA
 
-Read main() first, then the step of one method.  Equations are numbered as in the README.
+The loop is main(), at the end of the file.  Equations are numbered as in the README.
 """
 import argparse
 import dataclasses
@@ -31,11 +32,15 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+
+# Threads that work on one product wait for each other in a loop that keeps their cores busy.  If
+# another program needs a core, they wait for a thread that has none, and a step takes 10 to 50
+# times as long.  After so many turns they sleep instead.  OpenMP reads it when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
@@ -50,14 +55,21 @@ import model as models
 
 # ---------------------------------------------------------------------------------------- presets
 
-# The values of one method on one kind of data: "toy" without --data, "full" with it.  Each value
-# has a flag of its own that changes it.  Where they come from: README, "Where it is ours".
+# The values of one method on one kind of data: "toy" without --data; with it "small" for fewer than
+# SMALL_DATA images, else "full".  Each value has a flag of its own that changes it.  The README's
+# table says where each comes from.
+SMALL_DATA = 20000
 PRESETS = {
     ("softcon", "toy"): dict(
         arch="resnet18", img_size=32, patch_size=4, hidden=512, drop_path=0.0,
         holdout=0.4, crop_min=0.5, jitter=0.0, grey=0.0,
         tau=0.2, soft_weight=0.5, mask_ratio=0.3,
         epochs=28, batch_size=32, lr=5e-4, weight_decay=[0.05, 0.05], momentum=0.9, clip=0.0),
+    ("softcon", "small"): dict(
+        arch="vit_tiny", img_size=112, patch_size=16, hidden=1024, drop_path=0.0,
+        holdout=0.4, crop_min=0.3, jitter=0.0, grey=0.0,
+        tau=0.2, soft_weight=0.5, mask_ratio=0.3,
+        epochs=8, batch_size=64, lr=3e-4, weight_decay=[0.05, 0.05], momentum=0.98, clip=0.0),
     ("softcon", "full"): dict(
         arch="vit_small", img_size=224, patch_size=14, hidden=4096, drop_path=0.0,
         holdout=0.1, crop_min=0.2, jitter=0.4, grey=0.2,
@@ -68,6 +80,11 @@ PRESETS = {
         holdout=0.4, crop_min=0.4, crops=[2, 2], local_size=16, jitter=1.0, grey=0.1,
         tau=0.1, teacher_tau=[0.03, 0.05], ratios=[0.2, 0.2, 0.6], prototypes=512, soft_weight=0.0,
         epochs=8, batch_size=32, lr=5e-4, weight_decay=[0.04, 0.2], momentum=0.95, clip=3.0),
+    ("pera", "small"): dict(
+        arch="vit_tiny", img_size=112, patch_size=16, hidden=1024, drop_path=0.0,
+        holdout=0.4, crop_min=0.3, crops=[2, 2], local_size=48, jitter=1.0, grey=0.1,
+        tau=0.1, teacher_tau=[0.03, 0.05], ratios=[0.2, 0.2, 0.6], prototypes=512, soft_weight=0.0,
+        epochs=8, batch_size=64, lr=3e-4, weight_decay=[0.04, 0.2], momentum=0.98, clip=3.0),
     ("pera", "full"): dict(
         arch="vit_base", img_size=224, patch_size=16, hidden=2048, drop_path=0.3,
         holdout=0.1, crop_min=0.4, crops=[2, 8], local_size=96, jitter=0.4, grey=0.1,
@@ -77,8 +94,8 @@ PRESETS = {
 }
 
 # Flags that mean nothing to the other method, and are refused there.
-ONLY = {"softcon": ["mask_ratio"],
-        "pera": ["crops", "local_size", "prototypes", "teacher_tau", "ratios"]}
+METHOD_FLAGS = {"softcon": ["mask_ratio"],
+                "pera": ["crops", "local_size", "prototypes", "teacher_tau", "ratios"]}
 
 # Flags that a resumed run may change.  All others decide the numbers, so they must stay.
 MAY_CHANGE = ["data", "labels", "max_steps", "out", "resume", "save_every", "log_every",
@@ -116,15 +133,20 @@ temperature = number(float, 1e-4, 100)
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    epilog="Flags without a default take the value of the preset, one for each method and kind of "
-           "data.\nThe README prints the presets as a table.")
+    epilog="Flags without a default take the value of the preset.  The README prints the presets "
+           "as a table.")
 
 flag = parser.add_argument_group("data").add_argument
-flag("--modality", required=True, choices=list(data.SENSORS),
-     help="s1: Sentinel-1 radar; s2c: Sentinel-2 L1C; s2a: L2A, air corrected; rgb")
+flag("--modality", required=True, metavar="SENSOR",
+     help="s1: Sentinel-1 radar; s2c: Sentinel-2 L1C; s2a: L2A, air corrected; rgb; or the JSON "
+          "file of another, which `python data.py stats` writes")
 flag("--data", help="tree, folder or pack of images; without it: the toy world, made in ./toy")
-flag("--labels", help="SSL4EO-S12-ML json (default: ssl4eo_multilabel.json in --data), or "
-                      "'classes': the names of class folders")
+flag("--labels", help="SSL4EO-S12-ML json (default: ssl4eo_multilabel.json in --data); for folders "
+                      "of images 'classes', their names, or a table: csv, a row an image, a "
+                      "column a class, 0 or 1")
+flag("--layout", choices=["eurosat"], help="order of the bands in the files of --data")
+flag("--tile", type=natural, default=0, metavar="N",
+     help="folders: resize images to N x N pixels (default: to the size that most have)")
 flag("--holdout", type=number(float, 0, 0.99),
      help="share of the scenes kept for probe.py, chosen by a hash of their names")
 flag("--img-size", type=positive, help="side of a (global) crop in pixels")
@@ -133,14 +155,19 @@ flag("--crop-min", type=number(float, 0.01, 1),
 flag("--crops", type=natural, nargs=2, metavar=("GLOBAL", "LOCAL"), help="pera: crops of an image")
 flag("--local-size", type=natural, help="pera: side of a local crop in pixels")
 flag("--jitter", type=share,
-     help="strength of brightness and contrast; on radar, pera only: offset of up to 5 x this dB")
+     help="change of brightness and contrast, at most this; radar: none with softcon, with pera an "
+          "offset of up to 5 times this in dB")
 flag("--grey", type=share, help="share of views turned grey; pera: 0.8 of it, student only")
 flag("--cache", type=amount, default=4.0, metavar="GB",
      help="keep the decoded images in memory if they take at most this, per rank (%(default)s)")
 flag("--workers", type=natural, default=2, help="reading processes per rank (%(default)s)")
 
 flag = parser.add_argument_group("model").add_argument
-flag("--method", default="softcon", choices=["softcon", "pera"], help="(%(default)s)")
+flag("--method", default="softcon", choices=["softcon", "pera"],
+     help="what to minimise (%(default)s)")
+flag("--preset", choices=["toy", "small", "full"],
+     help=f"values of the flags not given (default: toy without --data, small for fewer than "
+          f"{SMALL_DATA} images, else full)")
 flag("--arch", choices=[*models.RESNETS, *models.VITS], help="backbone; pera needs a ViT")
 flag("--patch-size", type=positive, help="of a ViT; with a ResNet: the cell of SoftCon's mask")
 flag("--hidden", type=positive, help="width of the heads' hidden layers")
@@ -159,10 +186,12 @@ flag("--teacher-tau", type=temperature, nargs=2, metavar=("FIRST", "LAST"),
 flag("--soft-weight", type=amount, help="weight of the soft label term; see soft_share in the log")
 flag("--soft-form", default="bce", choices=list(losses.SOFT_TAU),
      help="formula of the soft term, see losses.soft_contrastive (%(default)s)")
-flag("--soft-tau", type=temperature, help=f"temperature of the soft term {losses.SOFT_TAU}")
+flag("--soft-tau", type=temperature,
+     help="temperature of the soft term (default: 0.2; 1.0 with --soft-form bce_mean)")
 flag("--mask-ratio", type=share, help="softcon: share of the student's patches that are masked")
-flag("--ratios", type=share, nargs=3, metavar=("STUDENT", "GUESS", "TEACHER"),
-     help="pera: shares of the patches that the student sees, must guess, that the teacher sees")
+flag("--ratios", type=share, nargs=3, metavar=("STUDENT", "UNSEEN", "TEACHER"),
+     help="pera: shares of the patches that the student sees, that neither sees and the student "
+          "must guess, and that the teacher sees")
 
 flag = parser.add_argument_group("optimisation").add_argument
 flag("--epochs", type=positive, help="passes over the scenes")
@@ -194,35 +223,44 @@ flag("--amp", default="auto", choices=["auto", "bf16", "off"],
 flag("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
 
 
-def preset_of(args):
-    return args.method, "full" if args.data else "toy"
+def use_preset(args, kind):
+    """Give the flags that are not given the values of a preset: toy, small or full."""
+    args.preset = kind
+    for name, value in PRESETS[args.method, kind].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def parse(argv=None):
     """Command line -> namespace of flags.  Those not given take the preset's value.
 
-    args.sensor is the data.Sensor that --modality names.  Wrong flags end the program with a line.
+    With --data and without --preset they are None until open_scenes knows how many images there
+    are.  args.sensor is the data.Sensor of --modality.  Wrong flags end the program with a line.
     """
     args = parser.parse_args(argv)
-    for method, names in ONLY.items():
+    for method, names in METHOD_FLAGS.items():
         for name in names:
             if method == args.method:
                 continue
             if getattr(args, name) is not None:
                 parser.error(f"--{name.replace('_', '-')}: has no effect on --method {args.method}")
             delattr(args, name)
-    for name, value in PRESETS[preset_of(args)].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    if args.preset:
+        use_preset(args, args.preset)
+    elif not args.data:
+        use_preset(args, "toy")
     if args.soft_tau is None:
         args.soft_tau = losses.SOFT_TAU[args.soft_form]
+    try:
+        args.sensor = data.find_sensor(args.modality)
+    except ValueError as error:
+        parser.error(str(error))
     if args.out is None:
-        args.out = f"runs/{args.method}_{args.modality}"
+        args.out = f"runs/{args.method}_{args.sensor.name}"
     if not args.data and args.modality not in ("s1", "s2c"):
         parser.error(f"--modality {args.modality}: the toy world has s1 and s2c; give --data")
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         args.resume = True                       # a rank died and torchrun started all of them anew
-    args.sensor = data.find_sensor(args.modality)
     return args
 
 
@@ -233,13 +271,12 @@ def plain_flags(args):
 
 def describe_run(args, world, device):
     """The first lines of a run: its command, preset and what differs from it, versions."""
-    method, kind = preset_of(args)
     changed = []
-    for name, value in PRESETS[method, kind].items():
+    for name, value in PRESETS[args.method, args.preset].items():
         if getattr(args, name) != value:
             changed.append(f"{name} {getattr(args, name)} instead of {value}")
     lines = [shlex.join(sys.argv),
-             f"preset: {method}, {kind}; changed: {', '.join(changed) or 'nothing'}"]
+             f"preset: {args.method}, {args.preset}; changed: {', '.join(changed) or 'nothing'}"]
     for name, value in versions(world, device).items():
         lines.append(f"{name}: {value}")
     return "\n".join(lines)
@@ -328,8 +365,13 @@ def start_processes(args):
     elif world > 1:
         torch.set_num_threads(max(1, os.cpu_count() // local_world))
     if world > 1:
-        # gloo for the few numbers that live on the CPU, NCCL for all that lives on GPUs
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        # gloo for tensors on the CPU (the first step, the wish to stop), NCCL for those on GPUs.
+        # When torchrun restarts all ranks since one has died, its store still holds the addresses
+        # of the dead.  A prefix for each attempt hides them.
+        store, _, _ = next(dist.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=rank,
+                                world_size=world, store=dist.PrefixStore(attempt, store))
     return rank, world, device
 
 
@@ -378,23 +420,56 @@ def stop_requested(world):
 # ------------------------------------------------------------------------------------------- data
 
 
-def open_scenes(args, rank, world, say):
-    """-> (all scenes, numbers of those to train on).  Makes the toy world if there is no --data."""
-    root = args.data or "toy"
+def open_scenes(args, world):
+    """Open --data, or the toy world, which is made if need be, and choose the preset.
+
+    All that is wrong with the flags is a ValueError here, before anything else is written.
+    """
+    if args.preset:
+        refuse_impossible_flags(args)
     if not args.data and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        data.make_toy(root)
+        data.make_toy("toy")
     if world > 1:
         dist.barrier()
     views = 1 if args.method == "pera" else 2
-    scenes = data.open_data(root, args.sensor, args.labels, views)
-    train = np.flatnonzero(~data.held_out(scenes.ids, args.holdout))
+    scenes = data.open_data(args.data or "toy", args.sensor, args.labels, views, args.layout,
+                            args.tile)
+    if not args.preset:
+        images = sum(len(files) for files in scenes.files)
+        use_preset(args, "small" if images < SMALL_DATA else "full")
+        shrink_batch(args, len(scenes_to_train_on(args, scenes)))
+        refuse_impossible_flags(args)
+    return scenes
+
+
+def scenes_to_train_on(args, scenes):
+    """The numbers of the scenes that are not held out."""
+    return np.flatnonzero(~data.held_out(scenes.ids, args.holdout))
+
+
+def shrink_batch(args, scenes):
+    """Halve the small preset's batch until the scenes fill one; a batch that is given stays."""
+    if args.batch_size == PRESETS[args.method, args.preset]["batch_size"]:
+        while args.preset == "small" and args.batch_size > max(scenes, 2):
+            args.batch_size //= 2
+
+
+def prepare_scenes(args, scenes, rank, say):
+    """Say what the data are and read them into memory if they fit -> numbers to train on."""
+    train = scenes_to_train_on(args, scenes)
     if len(train) < args.batch_size:
         raise ValueError(f"--batch-size {args.batch_size} exceeds the {len(train)} training scenes")
 
     images = sum(len(scenes.files[i]) for i in train)
     labelled = sum(int(scenes.labels[i].any(1).sum()) for i in train)
-    say(f"data: {root}: {len(train)} of {len(scenes)} scenes to train on ({images} images of "
-        f"{scenes.size} px, {labelled} labelled), the others held out")
+    say(f"data: {args.data or 'toy'}: {len(train)} of {len(scenes)} scenes to train on ({images} "
+        f"images of {scenes.size} px, {labelled} labelled), the others held out; bands "
+        f"{' '.join(args.sensor.bands)}")
+    for note in scenes.notes:
+        say(f"data: {note}")
+    if rank == 0:
+        for line in data.look_at(scenes, train):
+            say(f"data: {line}")
     if args.soft_weight > 0 and labelled == 0:
         say("no labels: the soft term is 0")
 
@@ -402,7 +477,7 @@ def open_scenes(args, rank, world, say):
     if bytes_in_memory < args.cache * 1e9:
         scenes.preload(train, args.workers)
         args.workers = 0                    # a copy in memory is faster than another process
-    return scenes, train
+    return train
 
 
 def batches(train, args, world, rank, start, stop):
@@ -446,7 +521,8 @@ class StepRandomness:
 
 
 def networks(args, device, load_init=True, quiet=False):
-    """-> namespace of student, teacher, centre (PerA's, else None) and ddp (the student, for now).
+    """-> namespace of student, teacher, centre (PerA's, else None) and ddp: the student, which main
+    wraps if there are several ranks.
 
     The teacher starts as a copy of the student.  It has no predictor and guesses no pixels.
     load_init: fill the student's backbone from --init; False: only its shapes are read there.
@@ -454,14 +530,14 @@ def networks(args, device, load_init=True, quiet=False):
     pera = args.method == "pera"
     channels = len(args.sensor.bands)
     registers = 0
-    layerscale = not pera                                # PerA's ViTs have none ...
+    layerscale = not pera                                # PerA's ViTs have no LayerScale
     if args.init:
         weights = models.read_weights(args.init, in_chans=channels)
         tensors = weights[0]
         if "register_tokens" in tensors:
             registers = tensors["register_tokens"].shape[1]
         if "blocks.0.ls1.gamma" in tensors:
-            layerscale = True                            # ... but DINOv2's weights need theirs
+            layerscale = True                            # but DINOv2's weights need it
 
     def branch(drop_path, predict):
         backbone = models.build(args.arch, channels, args.img_size, args.patch_size, registers,
@@ -486,8 +562,13 @@ def compile_networks(net, device, say):
     """Compile both networks; without a compiler, or on an old GPU, say so and leave them."""
     try:
         torch.compile(lambda x: 2 * x)(torch.ones(2, device=device))     # can it be done here?
-        net.student.compile()
-        net.teacher.compile()
+        for branch in (net.student, net.teacher):
+            # the blocks of a ViT are alike, so what is compiled for one serves them all
+            parts = getattr(branch.backbone, "blocks", [branch])
+            for part in parts:
+                # shapes never change; by default, what differs between student and teacher (tokens,
+                # drop path) would become a variable, which makes the steps slower
+                part.compile(dynamic=False)
     except Exception as error:
         say(f"--compile: not here ({type(error).__name__}), the networks run as they are")
 
@@ -504,11 +585,18 @@ def adamw(student, args):
                              betas=betas, eps=eps, fused=True)
 
 
-def schedule(step, total, start, end, warmup=0, first=0.0):
-    """Value at `step` of `total`: a line from `first` to `start` in `warmup` steps, then half a
-    cosine to `end`.  The line includes both its ends.  [PerA builder.py]"""
+def linear(step, steps, first, last):
+    """Value at `step` of a line from first to last in `steps` steps, both included, then last."""
+    if step >= steps:
+        return last
+    return first + (last - first) * step / max(1, steps - 1)
+
+
+def schedule(step, total, start, end, warmup=0):
+    """Value at `step` of `total`: a line from 0 to `start` in `warmup` steps, then half a cosine to
+    `end`.  So the very first step has the value 0 if there is a warm-up.  [PerA builder.py]"""
     if step < warmup:
-        return first + (start - first) * step / max(1, warmup - 1)
+        return linear(step, warmup, 0.0, start)
     progress = (step - warmup) / max(1, total - warmup)
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
@@ -520,8 +608,7 @@ def schedules(args, step, total):
            "weight_decay": schedule(step, total, *args.weight_decay),
            "momentum": schedule(step, total, args.momentum, 1)}
     if args.method == "pera":
-        first, last = args.teacher_tau
-        now["teacher_tau"] = schedule(step, total, last, last, round(TAU_WARMUP * total), first)
+        now["teacher_tau"] = linear(step, round(TAU_WARMUP * total), *args.teacher_tau)
     return now
 
 
@@ -549,7 +636,7 @@ def softcon_views(x, args, draws):
     views = data.crop(seasons, draws.ours(crops, 2), args.img_size)       # (2B,C,h,w)
     views = data.colour(views, draws.ours(light, 2))
     views = views.contiguous(memory_format=torch.channels_last)
-    return views, draws.ours(keep, 2).to(x.device)
+    return views, draws.ours(keep, 2).to(x.device, non_blocking=True)
 
 
 def softcon_step(net, x, y, args, draws, now):
@@ -577,9 +664,9 @@ def softcon_step(net, x, y, args, draws, now):
     y1, y2 = y.unbind(1)                                                  # (B,L)
     k1, k2 = keys.unbind(1)                                               # (M,256)
     all_y1, all_y2 = labels.unbind(1)                                     # (M,L)
-    flags = args.tau, args.soft_weight, args.soft_form, args.soft_tau
-    loss1, hard1, soft1 = losses.softcon_loss(q1, k2, y1, all_y2, *flags, all_yq=all_y1)
-    loss2, hard2, soft2 = losses.softcon_loss(q2, k1, y2, all_y1, *flags, all_yq=all_y2)
+    flags = dict(tau=args.tau, weight=args.soft_weight, form=args.soft_form, soft_tau=args.soft_tau)
+    loss1, hard1, soft1 = losses.softcon_loss(q1, k2, y1, all_y2, all_yq=all_y1, **flags)
+    loss2, hard2, soft2 = losses.softcon_loss(q2, k1, y2, all_y1, all_yq=all_y2, **flags)
     parts = {"info_nce": (hard1 + hard2) / 2, "soft": (soft1 + soft2) / 2}
     return (loss1 + loss2) / 2, parts, q, features
 
@@ -592,7 +679,9 @@ def aligned_pairs(x, args, draws, count, size, area_min, area_max):
 
     Both see the same pixels in other colours.  Returns student's and teacher's view
     (count B, C, size, size) in [0,1], and three sets of patches that have none in common: those
-    that the student sees (keep), must guess (guess), and that the teacher sees (others).
+    that the student sees (keep), that neither sees and the student must guess (unseen), and that
+    the teacher sees (others).  How often and how much colours change is as released.
+    [PerA augmentation.py]
     """
     total = count * len(x) * draws.world                          # crops of all ranks
     patches = (size // args.patch_size) ** 2
@@ -607,8 +696,8 @@ def aligned_pairs(x, args, draws, count, size, area_min, area_max):
     pixels = data.crop(x.repeat(count, 1, 1, 1), draws.ours(crops, count), size)
     student_view = data.colour(pixels, draws.ours(student_light, count))
     teacher_view = data.colour(pixels, draws.ours(teacher_light, count))
-    keep, guess, others = [draws.ours(mask, count).to(x.device) for mask in masks]
-    return student_view, teacher_view, keep, guess, others
+    keep, unseen, others = [draws.ours(mask, count).to(x.device) for mask in masks]
+    return student_view, teacher_view, keep, unseen, others
 
 
 def pera_step(net, x, y, args, draws, now):
@@ -626,27 +715,27 @@ def pera_step(net, x, y, args, draws, now):
         pairs.append(aligned_pairs(x, args, draws, n_local, args.local_size, LOCAL_AREA_MIN,
                                    args.crop_min))
     # from a pair for each size to a list of student's views, of teacher's views, and so on
-    views, views_t, keep, guess, others = zip(*pairs)
+    views, views_t, keep, unseen, others = zip(*pairs)
     view = views[0]                                      # only in global crops pixels are guessed
-    guess = guess[0]                                                      # (n_global B, m)
+    unseen = unseen[0]                                                    # (n_global B, m)
 
     with autocast(args, x.device):
         with torch.no_grad():
             z_t, features_t, _ = net.teacher(views_t, others)             # (crops B, 384), (.., D)
-        z, features, pixels = net.ddp(views, keep, guess)                 # .. (n_global B, m, PPC)
-        W = net.student.cls_head.prototypes()                             # (K,384)
-        W_t = net.teacher.cls_head.prototypes()
-        dino, koleo = losses.pera_loss(z, z_t, [W, W_t], net.centre.value, now["teacher_tau"],
-                                       n_global + n_local, n_global, args.tau)
+        z, features, guess = net.ddp(views, keep, unseen)                 # .. (n_global B, m, PPC)
+        prototypes = net.student.cls_head.prototypes()                    # (K,384)
+        prototypes_t = net.teacher.cls_head.prototypes()
+        dino, koleo = losses.pera_loss(z, z_t, [prototypes, prototypes_t], net.centre.value,
+                                       now["teacher_tau"], n_global + n_local, n_global, args.tau)
 
-    # [0,1] spans 4 standard deviations, so these are z-scores of the sensor
-    z_scores = 4 * losses.patchify(view - 0.5, args.patch_size)           # (n_global B, N, PPC)
-    pixel = losses.pixel_loss(pixels, z_scores, guess)
+    # From [0,1] to [-2,2]: z-scores of the sensor (but for rgb), as [0,1] spans 4 deviations.
+    target = 4 * losses.patchify(view - 0.5, args.patch_size)             # (n_global B, N, PPC)
+    pixel = losses.pixel_loss(guess, target, unseen)
     loss = dino + KOLEO_WEIGHT * koleo + PIXEL_WEIGHT * pixel                           # eq. (10)
     parts = {"dino": dino, "koleo": koleo, "pixel": pixel}
 
     # scores are linear in z_t, so the scores of the mean are the mean of the scores
-    net.centre.update(z_t.float().mean(0, keepdim=True) @ W_t.T)
+    net.centre.update(z_t.float().mean(0, keepdim=True) @ prototypes_t.T)
 
     # not in PerA: SoftCon's soft term on the CLS features of the global crops
     if args.soft_weight:
@@ -724,7 +813,7 @@ class Log:
         self.soft_share = losses.soft_share(embeddings, loss - soft, soft)
 
     def write(self, step, now, norm, features):
-        """The line of `step` steps done.  All ranks must call it, since they average together."""
+        """Write the line after `step` steps.  All ranks must call it, as they average together."""
         means = self.sums
         if self.world > 1:
             dist.all_reduce(means)
@@ -842,16 +931,15 @@ def save_checkpoint(args, parts, teacher, step, world, content):
     """last.pt to go on from, backbone.pt to use: the teacher's, under upstream names."""
     write_file(f"{args.out}/backbone.pt", models.export_backbone(teacher.backbone))
     state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"step": step, "flags": flags_that_must_stay(args), "world": world, "data": content}
+    state |= {"step": step, "flags": flags_that_must_stay(args), "world": world, "data": content,
+              "sensor": json.dumps(dataclasses.asdict(args.sensor))}
     write_file(f"{args.out}/last.pt", state)
 
 
 def read_checkpoint(path):
     """The dict in last.pt; one ValueError if it is damaged or no checkpoint of a run."""
     try:
-        with zipfile.ZipFile(path) as file:
-            if file.testzip():                           # torch.load does not look at checksums
-                raise zipfile.BadZipFile("wrong checksum")
+        models.check_archive(path)                       # torch.load does not look at checksums
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["step"], state["flags"]
     except Exception as error:                           # torch.load raises half a dozen kinds
@@ -875,6 +963,10 @@ def load_checkpoint(args, parts, world, content, say):
         if state["flags"].get(name) != value:
             raise ValueError(f"--{name.replace('_', '-')} {value}: the run in {args.out} has "
                              f"{state['flags'].get(name)}")
+    sensor = json.dumps(dataclasses.asdict(args.sensor))
+    if state.get("sensor", sensor) != sensor:
+        raise ValueError(f"--modality {args.modality}: the run in {args.out} has another sensor: "
+                         f"{state['sensor']}")
     for name, part in parts.items():
         try:
             part.load_state_dict(state[name])
@@ -907,13 +999,13 @@ def refuse_bad_step(args, step, loss, norm, scenes, train, rank):
 
 def main(argv=None):
     args = parse(argv)
-    refuse_impossible_flags(args)
     rank, world, device = start_processes(args)
     say = tqdm.write if rank == 0 else lambda text: None
-    say(describe_run(args, world, device))
 
     # --------------------------------------------------------------------------------------- data
-    scenes, train = open_scenes(args, rank, world, say)
+    scenes = open_scenes(args, world)
+    say(describe_run(args, world, device))
+    train = prepare_scenes(args, scenes, rank, say)
     content = fingerprint(scenes, train)
     steps_per_epoch = len(train) // args.batch_size
     total = args.epochs * steps_per_epoch                    # what the schedules span

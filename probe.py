@@ -34,6 +34,8 @@ from html import escape
 from itertools import product
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")    # before torch is imported; why: see pretrain.py
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -358,6 +360,9 @@ def cache_paths(folder, nets, images, view, profile):
         files = [path]
         if path.is_dir():                                      # a product: a folder of bands
             files = sorted(path.iterdir())
+        elif path.parent.suffix == ".zip":                     # an image in a zip
+            common.update(str(path).encode())
+            files = [path.parent]
         for file in files:
             stat = file.stat()
             common.update(f"{file} {stat.st_size} {stat.st_mtime_ns} ".encode())
@@ -377,7 +382,7 @@ def save_features(path, rows):
     """Write features aside, flush, then rename, so that a file of the cache is always whole."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     aside = f"{path}.part{os.getpid()}"
-    with open(aside, "wb") as file:
+    with data.file_errors(path, "not written"), open(aside, "wb") as file:
         np.save(file, rows)
         file.flush()
         os.fsync(file.fileno())
@@ -942,7 +947,7 @@ def choose_images(args, protocol, task, scenes, holdout, seeds):
     A protocol that validates takes a fifth of the training scenes where no part is set aside.
     """
     fixed = None                                               # the same for all seeds
-    if args.task == "ssl4eo":
+    if args.task == "ssl4eo" or args.labels:
         train, test = held_out_halves(scenes, holdout)
         fixed = train, [], test
     elif args.lists:
@@ -986,18 +991,23 @@ def run_flags(ckpt):
         return {}
     kinds = {"img_size": int, "holdout": float, "labels": str, "data": str, "modality": str}
     try:
-        flags = json.loads(data.read_text(path)).get("flags", {})
+        config = json.loads(data.read_text(path))
+        flags = config.get("flags", {})
         known = {}
         for name, kind in kinds.items():
             if flags.get(name) is not None:
                 known[name] = kind(flags[name])
+        if known.get("modality", "").endswith(".json"):
+            known["sensor"] = data.make_sensor(config["sensor"])
         return known
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: not a run's config.json ({error})") from None
 
 
 def choose_sensor(args, run, net):
     """Find the sensor: that of --modality, else the run's, else the first with net's channels."""
+    if "sensor" in run and not args.modality:
+        return run["sensor"]
     name = args.modality or run.get("modality")
     if name:
         return data.find_sensor(name)
@@ -1039,7 +1049,8 @@ def load_networks(args, protocol, task):
     runs = [run_flags(path) for path in args.ckpt]
     sensor = choose_sensor(args, runs[0], nets[0])
     for path, net, run in zip(args.ckpt, nets, runs):
-        if net.in_chans != len(sensor.bands) or sensor.name not in task.modalities:
+        unknown = task.modalities and sensor.name not in task.modalities
+        if net.in_chans != len(sensor.bands) or unknown:
             raise ValueError(f"{path}: {net.in_chans} channels, modality {sensor.name} has "
                              f"{len(sensor.bands)}, {args.task} takes {' '.join(task.modalities)}")
         native = run.get("img_size") or getattr(net, "img_size", 224)
@@ -1075,7 +1086,7 @@ def random_network(net, seed):
 @dataclass
 class Task:
     reader: Callable               # of data.py: reader(root, sensor=...) -> Scenes
-    modalities: list               # names of the sensors that it reads
+    modalities: list               # names of the sensors that it reads; empty: any
     multi_label: bool              # several classes an image, or exactly one
     metrics: dict                  # name -> function of scores and labels
     value: str                     # the metric that chooses heads and that the JSON line reports
@@ -1094,7 +1105,7 @@ TASKS = {
         reader=data.EuroSAT, modalities=["s1", "s2c", "rgb"],
         multi_label=False, metrics={"accuracy": accuracy}, value="accuracy"),
     "folder": Task(
-        reader=data.Folder, modalities=list(data.SENSORS),
+        reader=data.Folder, modalities=[],
         multi_label=False, metrics={"accuracy": accuracy}, value="accuracy"),
 }
 
@@ -1119,10 +1130,18 @@ def open_scenes(args, protocol, task, sensor):
         sensor = replace(sensor, **EUROSAT_SCALE)
     if args.task == "ssl4eo":
         labels = args.labels or f"{root}/ssl4eo_multilabel.json"
-        scenes = task.reader(root, sensor=sensor, labels=labels)
+        reader = data.SSL4EOZips if data.find_zips(root, sensor) else task.reader
+        scenes = reader(root, sensor=sensor, labels=labels)
+    elif args.task == "folder":
+        scenes = task.reader(root, sensor=sensor, labels=args.labels or "classes")
     else:
         scenes = task.reader(root, sensor=sensor)
+    if not any(labels.any() for labels in scenes.labels):
+        raise ValueError(f"{root}: its images have no labels: put them into a folder for each "
+                         f"class, or name a table with --labels")
     print(f"{args.task} {root}: {len(scenes)} scenes, {sensor.name}, {len(scenes.classes)} classes")
+    for line in scenes.notes + data.look_at(scenes, range(len(scenes))):
+        print(line)
     return scenes
 
 
@@ -1223,7 +1242,7 @@ def parse(argv=None):
     flag("--task", choices=list(TASKS), default="ssl4eo", help="what the labels are (%(default)s)")
     flag("--data", help="folder of the images; else the toy world")
     flag("--modality", help="a sensor; else the run's, or the one with as many bands")
-    flag("--labels", help="SSL4EO-S12-ML json; else ssl4eo_multilabel.json in --data")
+    flag("--labels", help="SSL4EO-S12-ML json; else ssl4eo_multilabel.json in --data; or a table")
     flag("--holdout", type=float, help="ssl4eo: share of scenes to use; else the run's, or 0.1")
 
     flag = parser.add_argument_group("which images train the head").add_argument
@@ -1427,6 +1446,8 @@ def main(argv=None):
     args = parse(argv)
     protocol = PROTOCOLS[args.protocol]
     task = TASKS[args.task]
+    if args.task == "folder" and args.labels:                  # a table: several classes an image
+        task = replace(task, multi_label=True, metrics=MULTI_LABEL, value="micro_map")
     value, metric = value_metric(protocol, task)
     seeds = range(args.seed, args.seed + args.seeds)
 

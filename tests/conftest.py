@@ -16,7 +16,7 @@ import data  # noqa: E402
 
 # a short training run of a small network
 SMALL = ["--img-size", "24", "--patch-size", "6", "--hidden", "32", "--batch-size", "8", "--epochs",
-         "4", "--log-every", "1", "--save-every", "100", "--workers", "0"]
+         "4", "--log-every", "1", "--save-every", "100", "--workers", "0", "--preset", "full"]
 
 
 @pytest.fixture(scope="session")

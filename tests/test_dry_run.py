@@ -1,4 +1,4 @@
-"""Claims about tests/lab/dry_run.py: it shows the real step, counts right, leaves nothing behind."""
+"""Claims about tests/lab/dry_run.py: it shows the real step, counts right, leaves nothing."""
 import contextlib
 import functools
 import io
@@ -91,10 +91,10 @@ def test_softcon_with_a_resnet_shows_the_greyed_views_and_no_tokens(toy):
 def test_pera_shows_crops_sets_of_patches_and_tokens_before_and_after_the_middle(toy):
     out = printed_once("--modality", "s1", "--data", toy, *PERA)
     pairs = tensors(out, "aligned_pairs")                            # 2 global crops of 8 images
-    assert [pairs[name][0] for name in ("keep", "guess", "others")] == [(16, 3), (16, 3), (16, 10)]
+    assert [pairs[name][0] for name in ("keep", "unseen", "others")] == [(16, 3), (16, 3), (16, 10)]
     step = tensors(out, "pera_step")
     assert step["z"] == step["z_t"] == [(40, 384)] and step["features"] == [(40, 192)]
-    assert step["pixels"] == [(16, 3, 72)] and step["W"] == [(64, 384)]
+    assert step["guess"] == [(16, 3, 72)] and step["prototypes"] == [(64, 384)]
     assert "(8,384)" in out and "(8,64)" in out                      # a crop and its scores
     assert "(16,3,192)" in out and "in soft_contrastive:" in out
     assert re.search("^student: .*, cls_head .*, pred_head ", out, re.M)
@@ -171,7 +171,8 @@ def test_activations_are_what_autograd_keeps(toy):
     flags = [*BIG_BATCH, "--data", toy]
     out = printed_once(*flags)
     net, loss = real_step(flags, torch.randint(256, (32, 2, 13, 24, 24), dtype=torch.uint8))
-    weights = {p.data_ptr() for side in (net.student, net.teacher) for p in side.parameters()}
+    parameters = [*net.student.parameters(), *net.teacher.parameters()]
+    weights = {p.data_ptr() for p in parameters}
     sizes = {}
 
     def keep(tensor):
@@ -204,61 +205,57 @@ def test_schedules_are_shown_at_start_middle_and_end_and_steps_when_data_are_kno
 
 # ---------------------------------------------------------------------------------- what it leaves
 
-# Runs the dry runs of three full-size presets in one process, which says in the end how much
-# memory it ever had: VmHWM is its own, where ru_maxrss would count the process that started it.
-FULL_SIZE = """
-import re, sys
-from lab import dry_run
-for flags in (["--method", "pera"], [], ["--arch", "resnet50"]):
-    dry_run.main(["--modality", "rgb", "--data", sys.argv[1], *flags])
-    print("=====")
-print(re.search(r"VmHWM: *(\\d+) kB", open("/proc/self/status").read().replace("\\t", " "))[1])
-"""
-
 
 @pytest.fixture(scope="module")
-def full_size(tmp_path_factory):
-    """What the full-size presets print, and the most memory that all took, in kilobytes."""
+def images(tmp_path_factory):
+    """A folder of 300 RGB images of 264 px."""
     folder = tmp_path_factory.mktemp("images")
     (folder / "a").mkdir()
     tifffile.imwrite(folder / "a" / "0.tif", np.zeros((264, 264, 3), np.uint8))
     for i in range(1, 300):
         os.link(folder / "a" / "0.tif", folder / "a" / f"{i}.tif")
-    done = subprocess.run([sys.executable, "-c", FULL_SIZE, str(folder)], capture_output=True,
-                          text=True, cwd=ROOT, timeout=600)
-    assert done.returncode == 0, done.stderr
-    *texts, memory = done.stdout.split("=====\n")
-    return texts, int(memory)
+    return str(folder)
 
 
-@pytest.mark.parametrize("number, shown", [
-    (0, "teacher 119 and 23, student 40 and 8, student 79 and 8"),
-    (0, "(131072,384)"),
-    (1, "teacher 257, student 180"),
-    (2, "(512,2048,7,7)")])
-def test_the_full_presets_show_their_tokens_prototypes_and_maps(full_size, number, shown):
-    texts, _ = full_size
-    assert shown in texts[number]
+# Runs the script and says in the end how much memory it ever had: VmHWM is that of the process
+# alone, where ru_maxrss would count the process that started it.
+MEASURED = """
+import re, runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
+"""
 
 
-def test_the_full_presets_allocate_next_to_nothing(full_size):
-    """PerA's student and teacher alone have 1.2 GB of weights."""
-    _, kilobytes = full_size
+def test_the_script_ends_with_0_writes_nothing_and_needs_no_memory_for_131072_prototypes(
+        images, tmp_path):
+    """The weights of PerA's student and teacher alone would take 1.2 GB."""
+    script = str(ROOT / "tests" / "lab" / "dry_run.py")
+    done = subprocess.run([sys.executable, "-c", MEASURED, script, "--modality", "rgb", "--data",
+                           images, "--method", "pera"], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=600)
+    assert done.returncode == 0 and not done.stderr and not os.listdir(tmp_path)
+    assert "(131072,384)" in done.stdout
+    assert "teacher 119 and 23, student 40 and 8, student 79 and 8" in done.stdout
+    kilobytes = int(done.stdout.splitlines()[-1])
     assert kilobytes < 1e6
 
 
-def test_it_ends_with_0_writes_nothing_and_wants_no_data(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "lab" / "dry_run.py"),
-                           "--modality", "s1"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr and not os.listdir(tmp_path)
-    assert "an epoch (a guess: no data are here yet)" in done.stdout
+@pytest.mark.parametrize("flags, shown", [
+    ([], "teacher 257, student 180"), (["--arch", "resnet50"], "(512,2048,7,7)")])
+def test_the_full_presets_of_softcon_show_their_tokens_and_maps(images, flags, shown):
+    assert shown in printed("--modality", "rgb", "--data", images, *flags)
 
 
-def test_the_process_is_as_before(tmp_path, monkeypatch):
-    """Nothing is traced afterwards, nothing written, and autocast is the training's own."""
+@pytest.mark.parametrize("flags", [
+    ["--modality", "s1", "--arch", "resnet18", *SMALL],
+    ["--modality", "s2c", "--method", "pera", "--prototypes", "64", "--crops", "1", "0"]])
+def test_it_wants_no_data_and_leaves_the_process_and_the_folder_as_they_were(
+        flags, tmp_path, monkeypatch):
+    """Nothing is traced afterwards, and autocast is the training's own."""
     monkeypatch.chdir(tmp_path)
     before = sys.gettrace(), pretrain.autocast
-    printed("--modality", "s2c", "--method", "pera", "--prototypes", "64", "--crops", "1", "0")
+    assert "an epoch (a guess: no data are here yet)" in printed(*flags)
     assert (sys.gettrace(), pretrain.autocast) == before and not os.listdir(tmp_path)
 
 

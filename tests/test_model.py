@@ -312,7 +312,7 @@ def test_a_deeper_net_or_one_without_positions_is_refused(tmp_path):
                                          ("resnet18", "resnet50"), ("resnet18", "vit_tiny")])
 def test_a_file_of_another_architecture_says_which_it_is(arch, other, tmp_path):
     torch.save(models.export_backbone(models.build(other, 3, 56, 14)), tmp_path / "x.pth")
-    message = f"x.pth: holds a {other}, the model is a {arch} \\(--arch\\); "
+    message = f"x.pth: holds a {other}, take --arch {other}; the model is a {arch}; "
     with pytest.raises(ValueError, match=message) as error:
         models.load_pretrained(models.build(arch, 3, 56, 14), tmp_path / "x.pth")
     assert "\n" not in str(error.value)

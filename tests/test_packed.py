@@ -447,7 +447,7 @@ def test_an_error_on_the_command_line_is_one_line():
     for arguments, message in (
             (["check", "/nowhere", "--modality", "s1"], "/nowhere: no such folder"),
             (["check", "/nowhere", "--modality", "s9"],
-             "--modality s9: unknown, take one of s1, s2c, s2a, rgb")):
+             "--modality s9: unknown, take one of s1, s2c, s2a, rgb, or a JSON file")):
         run = script(*arguments)
         assert run.returncode == 1 and run.stderr == f"data.py: error: {message}\n"
 
@@ -455,7 +455,7 @@ def test_an_error_on_the_command_line_is_one_line():
 def test_flags_are_not_abbreviated(capsys):
     with pytest.raises(SystemExit):
         data.main(["check", "/nowhere", "--modal", "s1"])
-    assert "required: --modality" in capsys.readouterr().err
+    assert "unrecognized arguments: --modal" in capsys.readouterr().err
 
 
 def test_help_has_an_example_of_each_command(capsys):

@@ -117,16 +117,16 @@ def test_koleo_is_the_log_distance_to_the_nearest_normalised_neighbour():
 
 def test_pixel_loss_is_peras_sum_over_16_by_16_rgb_patches():
     x = torch.rand(2, 3, 32, 48).double()
-    learn = torch.tensor([[0, 5], [2, 3]])
+    unseen = torch.tensor([[0, 5], [2, 3]])
     guess = torch.rand(2, 2, 768).double()
     want = 0.0
     for b in range(2):
         for m in range(2):
-            row, column = divmod(int(learn[b, m]), 3)
+            row, column = divmod(int(unseen[b, m]), 3)
             patch = x[b, :, 16 * row:16 * row + 16, 16 * column:16 * column + 16]
             guessed = guess[b, m].reshape(16, 16, 3)                    # row, column, channel
             want += ((guessed - patch.permute(1, 2, 0)) ** 2).sum() / 4
-    assert abs(float(losses.pixel_loss(guess, losses.patchify(x, 16), learn) - want)) < 1e-9
+    assert abs(float(losses.pixel_loss(guess, losses.patchify(x, 16), unseen) - want)) < 1e-9
 
 
 def test_pera_loss_adds_up_crop_by_crop_with_the_gradients_of_the_whole():
@@ -193,7 +193,7 @@ def attend(block, x, alive):
     return x + block.mlp(block.norm2(x))
 
 
-def plain_student(net, image, keep, learn):
+def plain_student(net, image, keep, unseen):
     """SparseBranch for one crop (2,24,24) on its full grid of 16 patches: the CLS feature and the
     guesses. Mask tokens stand in raster order and come alive in the middle block."""
     vit = net.backbone
@@ -207,12 +207,12 @@ def plain_student(net, image, keep, learn):
     alive = torch.cat([torch.tensor([True]), ~hidden])
     for i, block in enumerate(vit.blocks):
         if i == 6:
-            x[1 + learn] = start[1 + learn]
+            x[1 + unseen] = start[1 + unseen]
             alive = alive.clone()
-            alive[1 + learn] = True
+            alive[1 + unseen] = True
         x = attend(block, x, alive)
     x = vit.norm(x)
-    return x[0], net.pred_head(x[1 + learn]) @ net.pred_head.prototypes().T
+    return x[0], net.pred_head(x[1 + unseen]) @ net.pred_head.prototypes().T
 
 
 def test_the_sparse_student_equals_a_plain_one_crop_at_a_time_restatement():
@@ -222,11 +222,11 @@ def test_the_sparse_student_equals_a_plain_one_crop_at_a_time_restatement():
     net = models.SparseBranch(backbone, 32, 48, predict=True).eval().double()
     torch.nn.init.normal_(backbone.pos_embed)
     crops = [torch.rand(3, 2, 24, 24).double(), torch.rand(4, 2, 12, 12).double()]
-    keep, learn, _ = losses.disjoint_masks(3, 16)
+    keep, unseen, _ = losses.disjoint_masks(3, 16)
     local, _, _ = losses.disjoint_masks(4, 4)
-    z, cls, guess = net(crops, [keep, local], learn)
+    z, cls, guess = net(crops, [keep, local], unseen)
     for b in range(3):
-        want_cls, want_guess = plain_student(net, crops[0][b], keep[b], learn[b])
+        want_cls, want_guess = plain_student(net, crops[0][b], keep[b], unseen[b])
         assert torch.allclose(cls[b], want_cls, atol=1e-9)
         assert torch.allclose(guess[b], want_guess, atol=1e-9)
     assert guess.shape == (3, 3, 72)
@@ -239,9 +239,9 @@ def test_neither_side_ever_computes_what_it_does_not_see():
     lengths = []
     for block in net.backbone.blocks:
         block.register_forward_pre_hook(lambda module, inputs: lengths.append(len(inputs[0])))
-    student, learn, teacher = losses.disjoint_masks(2, 16)
+    student, unseen, teacher = losses.disjoint_masks(2, 16)
     x = torch.rand(2, 2, 24, 24)
-    net([x], [student], learn)
+    net([x], [student], unseen)
     assert lengths == [2 * (1 + 3)] * 6 + [2 * (1 + 3 + 3)] * 6
     lengths.clear()
     net([x], [teacher])
@@ -319,11 +319,11 @@ def test_the_views_of_a_pair_share_the_crop_and_differ_in_colour(jitter, monkeyp
 
 def test_student_and_teacher_get_patches_that_are_disjoint(monkeypatch):
     spies, _, _ = spied_step([], monkeypatch)
-    _, keep, learn = spies["student"].calls[0].values()
+    _, keep, unseen = spies["student"].calls[0].values()
     _, others, *_ = spies["teacher"].calls[0].values()
     assert [part.shape for part in keep] == [(8, 3), (12, 1)]
     assert others[0].shape == (8, 10)
-    for row in torch.cat([keep[0], learn, others[0]], 1):                  # of global crops
+    for row in torch.cat([keep[0], unseen, others[0]], 1):                  # of global crops
         assert row.unique().numel() == 16
     for row in torch.cat([keep[1], others[1]], 1):                         # of local crops
         assert row.unique().numel() == len(row)
@@ -340,9 +340,9 @@ def test_crops_and_colours_are_drawn_as_published(monkeypatch):
 
 def test_targets_temperatures_and_centre_reach_the_losses_as_published(monkeypatch):
     spies, net, before = spied_step(["--tau", "0.2"], monkeypatch)
-    views, _, learn = spies["student"].calls[0].values()
+    views, _, unseen = spies["student"].calls[0].values()
     pixel, = spies["pixel_loss"].calls
-    assert pixel["learn"] is learn
+    assert pixel["unseen"] is unseen
     assert torch.equal(pixel["pixels"], losses.patchify(4 * (views[0] - 0.5), 6))
     pera, = spies["pera_loss"].calls
     assert pera["centre"] is before
@@ -357,7 +357,7 @@ def test_targets_temperatures_and_centre_reach_the_losses_as_published(monkeypat
 def test_schedules_meet_peras_published_numbers_at_their_ends():
     """200 epochs of 50 steps: lr 0 -> 1e-3 in 20 epochs -> 1e-6, weight decay .04 -> .2, momentum
     .992 -> 1, teacher temperature .03 -> .05 in 30 epochs, then still."""
-    args = pretrain.parse(["--modality", "rgb", "--method", "pera", "--data", "x"])
+    args = pretrain.parse(["--modality", "s1", "--method", "pera", "--preset", "full"])
     total = args.epochs * 50
     now = [pretrain.schedules(args, step, total) for step in range(total + 1)]
     lr = [values["lr"] for values in now]
@@ -373,7 +373,7 @@ def test_schedules_meet_peras_published_numbers_at_their_ends():
 
 
 def test_the_full_preset_has_peras_published_values():
-    args = pretrain.parse(["--modality", "rgb", "--method", "pera", "--data", "x"])
+    args = pretrain.parse(["--modality", "s1", "--method", "pera", "--preset", "full"])
     assert args.drop_path == 0.3
     assert args.prototypes == 131072
     assert args.crops == [2, 8] and args.local_size == 96 and args.crop_min == 0.4
@@ -438,7 +438,7 @@ def test_the_students_temperature_is_the_flags(toy, tmp_path):
 
 def error_of_guesses(x, state=None):
     """Pixel loss on images x (n,2,24,24) of a fresh student, or of one with these weights."""
-    keep, learn, _ = losses.disjoint_masks(len(x), 16, generator=seeded())
+    keep, unseen, _ = losses.disjoint_masks(len(x), 16, generator=seeded())
     pixels = losses.patchify(4 * (x - 0.5), 6)
     torch.manual_seed(0)
     backbone = models.build("vit_tiny", 2, 24, 6, layerscale=False)
@@ -446,8 +446,8 @@ def error_of_guesses(x, state=None):
     if state:
         net.load_state_dict(state)
     with torch.no_grad():
-        _, _, guess = net([x], [keep], learn)
-    return float(losses.pixel_loss(guess, pixels, learn))
+        _, _, guess = net([x], [keep], unseen)
+    return float(losses.pixel_loss(guess, pixels, unseen))
 
 
 def test_guesses_of_hidden_pixels_improve_on_held_out_images(toy, tmp_path):

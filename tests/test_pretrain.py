@@ -201,7 +201,7 @@ def test_a_value_given_wins_over_the_presets_and_the_first_output_says_so(capsys
     assert args.epochs == 3 and args.lr == pretrain.PRESETS["softcon", "toy"]["lr"]
     said = pretrain.describe_run(args, 1, torch.device("cpu"))
     assert "preset: softcon, toy; changed: epochs 3 instead of 28\n" in said
-    args = pretrain.parse(["--modality", "rgb", "--method", "pera", "--data", "x"])
+    args = pretrain.parse(["--modality", "s1", "--method", "pera", "--preset", "full"])
     for name, value in pretrain.PRESETS["pera", "full"].items():
         assert getattr(args, name) == value
     assert "preset: pera, full; changed: nothing\n" in pretrain.describe_run(

@@ -233,7 +233,7 @@ def test_a_curve_has_a_panel_a_term_with_named_axes(terms, titles, tmp_path):
     assert drawing.words.count("300") == len(titles)                      # the last step's tick
     points = [line.get("points").split() for line in drawing.elements("polyline")]
     curves = [line for line in points if len(line) == 30]
-    assert len(curves) == len(titles)
+    assert len(curves) == 2 * len(titles)                                 # each and its mean
     falling = [float(point.split(",")[1]) for point in curves[0]]
     rising = [float(point.split(",")[1]) for point in curves[-1]]
     assert falling == sorted(falling) and rising == sorted(rising, reverse=True)   # y points down

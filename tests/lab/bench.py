@@ -5,7 +5,7 @@
     python tests/lab/bench.py --part step --method pera --arch vit_base --batch-size 16 --amp bf16
     python tests/lab/bench.py --part sparse dense       PerA's step against one with all tokens
 
-loader   images/s of a straightforward reader, of this one and of packed data
+loader   images/s of a straightforward reader, of this one, of v1.1's zips and of packed data
 augment  crop, resize, flip and colours of a batch, and its share of a plain copy's bytes/s
 step     one training step: images/s; FLOP/s counted, also as a share of a matrix product's
 drop     forward and backward of a student with 60 % of its tokens dropped, against all of them
@@ -13,6 +13,7 @@ sparse   PerA's step as it is: speed, and peak memory above parameters and optim
 dense    PerA's step with every token in both networks
 loop     the script itself on files of 264 px, against its step alone with data in memory
 gather   SoftCon's global loss over 1 to 8 processes on this machine: bytes and time
+spin     the first run beside 0, 1, 2 busy programs: OpenMP's way of waiting, and pretrain.py's
 
 Each part runs in a process of its own and ends in one JSON line.  Other flags are pretrain.py's;
 the defaults are --modality s2c --arch vit_small --batch-size 8 and the full-size preset.
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import data  # noqa: E402
 import losses  # noqa: E402
 import model as models  # noqa: E402
+import folders  # noqa: E402
 import pretrain  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -113,7 +116,7 @@ def memory_peak():
 class AllTokens:
     """PerA's student or teacher made to compute every patch from the first block on.
 
-    Hidden patches are mask tokens from the start, and pixels are guessed from those in `learn`.
+    Hidden patches are mask tokens from the start, and pixels are guessed from those in `unseen`.
     """
 
     def __init__(self, branch):
@@ -134,10 +137,10 @@ class AllTokens:
         patches = torch.where(visible, tokens[:, first:], masks)
         return torch.cat([tokens[:, :first], patches], 1)
 
-    def __call__(self, crops, keep, learn=None):
+    def __call__(self, crops, keep, unseen=None):
         branch = self.branch
         net = branch.backbone
-        student = learn is not None
+        student = unseen is not None
         tokens = [self.tokens(x, seen, student) for x, seen in zip(crops, keep)]
         x, groups = models.pack(tokens)
         for block in net.blocks:
@@ -146,7 +149,7 @@ class AllTokens:
         cls = torch.cat([x[:, 0] for x in outputs])
         guess = None
         if student:
-            patches = models.take(outputs[0][:, 1 + net.registers:], learn)
+            patches = models.take(outputs[0][:, 1 + net.registers:], unseen)
             guess = branch.pred_head(patches) @ branch.pred_head.prototypes().T
         return branch.cls_head(cls), cls, guess
 
@@ -247,8 +250,8 @@ def loop(args):
         root = data.make_toy(f"{folder}/world", 3 * args.batch_size, 264)
         subprocess.run([
             sys.executable, pretrain.__file__, *args.flags, "--data", root, "--out",
-            f"{folder}/run", "--cache", "0", "--workers", "1", "--epochs", "9", "--max-steps", "8",
-            "--log-every", "4"], capture_output=True, check=True)
+            f"{folder}/run", "--preset", "full", "--cache", "0", "--workers", "1", "--epochs", "9",
+            "--max-steps", "8", "--log-every", "4"], capture_output=True, check=True)
         log = Path(folder, "run", "log.jsonl").read_text().splitlines()
     last = json.loads(log[-1])
     images = images_of_step(args)
@@ -318,6 +321,21 @@ def reading_speeds(name, root, quick):
     return speeds
 
 
+def stack(bands, sensor):
+    return np.stack(bands)
+
+
+def write_zips(tree, root):
+    """The images of a v1.0 tree as v1.1 has them, an image a chunk -> root."""
+    scenes = data.open_data(tree, data.SENSORS["s2c"])
+    read = partial(scenes.decode, scale=stack)
+    x = np.stack([[read(path) for path in paths] for paths in scenes.files])
+    products = [[Path(path).name for path in paths] for paths in scenes.files]
+    folders.write_zip(Path(root, "S2L1C", "a.zarr.zip"), np.int16(x + 1000), scenes.sensor.bands,
+                      scenes.ids, products)
+    return root
+
+
 def loader(args):
     """images/s of training batches: 8 scenes, 2 seasons, 13 bands, 264 px."""
     torch.set_num_threads(1)                                          # as in a worker
@@ -326,9 +344,10 @@ def loader(args):
         tree = data.make_toy(f"{folder}/toy", 24, 264)
         packed = f"{folder}/packed"
         data.pack(data.open_data(tree, data.SENSORS["s2c"]), packed)
-        for name, root in (("plain", tree), ("tiff", tree), ("packed", packed)):
+        zips = write_zips(tree, f"{folder}/zips")
+        for name, root in (("plain", tree), ("tiff", tree), ("zips", zips), ("packed", packed)):
             rows[name] = reading_speeds(name, root, args.quick)
-    for name in ("tiff", "packed"):
+    for name in ("tiff", "zips", "packed"):
         rows[f"{name} / plain"] = {k: v / rows["plain"][k] for k, v in rows[name].items()}
     moved = 2 * 13 * 264 * 264                                        # bytes, read and written
     rows["packed_of_a_copy"] = rows["packed"]["0"] * moved / copy_speed()
@@ -376,10 +395,33 @@ def gather(args, batch=256, width=256):
     return rows
 
 
+def spin(args):
+    """Seconds a step of the first run with two threads, by busy neighbours and turns of waiting."""
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        root = data.make_toy(f"{folder}/world", 200)
+        for neighbours in (0, 1, 2):
+            busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                    for _ in range(neighbours)]
+            for turns in ("300000", "1000"):             # OpenMP's own number, and ours
+                out = f"{folder}/{neighbours}_{turns}"
+                environment = os.environ | {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": turns}
+                subprocess.run([
+                    sys.executable, pretrain.__file__, "--modality", "s1", "--preset", "toy",
+                    "--data", root, "--out", out, "--device", "cpu", "--max-steps", "8",
+                    "--log-every", "4"], env=environment, capture_output=True, check=True)
+                last = json.loads(Path(out, "log.jsonl").read_text().splitlines()[-1])
+                rows[f"{neighbours} busy, {turns} turns"] = 64 / last["images_per_s"]
+            for process in busy:
+                process.kill()
+                process.wait()
+    return rows
+
+
 # ------------------------------------------------------------------------------------ command line
 
 PARTS = {"loader": loader, "augment": augment, "step": step, "drop": drop, "sparse": sparse,
-         "dense": dense, "loop": loop, "gather": gather}
+         "dense": dense, "loop": loop, "gather": gather, "spin": spin}
 
 
 def training_args(ours, rest):
@@ -390,7 +432,7 @@ def training_args(ours, rest):
         if "pera" in rest:
             flags += ["--local-size", "48"]
     flags += rest
-    args = pretrain.parse(["--data", "none", *flags])
+    args = pretrain.parse(["--data", "none", "--preset", "full", *flags])
     if args.amp == "auto":
         args.amp = "bf16" if CUDA else "off"
     args.flags = flags

@@ -16,7 +16,6 @@ import os
 import sys
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -211,21 +210,23 @@ def look_at_data(args):
     """-> (side of an image, number of label classes, steps an epoch, are these guessed)"""
     if not args.data and not os.path.isdir("toy"):
         return TOY_SIZE, len(data.CLASSES), GUESSED_STEPS, True
-    args.cache = 0                                        # no image is read, none kept in memory
-    scenes, train = pretrain.open_scenes(args, 0, 1, lambda text: None)
+    scenes = pretrain.open_scenes(args, 1)
+    train = pretrain.scenes_to_train_on(args, scenes)
     return scenes.size, scenes.labels[0].shape[1], len(train) // args.batch_size, False
 
 
 def main(argv=None):
     args = pretrain.parse(argv)
-    allowed = SimpleNamespace(**vars(args))
-    allowed.resume = True                                 # a run that lies in --out does not matter
-    pretrain.refuse_impossible_flags(allowed)
+    resume = args.resume
+    args.resume = True                                    # a run that lies in --out does not matter
+    if args.preset:
+        pretrain.refuse_impossible_flags(args)
     if os.environ.get("RANK", "0") != "0":
         return
     world = int(os.environ.get("WORLD_SIZE", 1))
-    print_settings(args, world)
     size, classes, steps_per_epoch, guessed = look_at_data(args)
+    args.resume = resume
+    print_settings(args, world)
 
     micro_batch = args.batch_size // world // args.accum
     views = 1 if args.method == "pera" else 2

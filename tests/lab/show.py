@@ -107,8 +107,8 @@ RED = (0.9, 0.1, 0.2)
 
 def flags(method, modality, root):
     """pretrain.py's flags for data of this kind: the full-size preset, but small views."""
-    return pretrain.parse(["--method", method, "--modality", modality, "--data", root,
-                           "--img-size", str(SIDE), "--patch-size", str(PATCH)])
+    return pretrain.parse(["--method", method, "--modality", modality, "--data", root, "--preset",
+                           "full", "--img-size", str(SIDE), "--patch-size", str(PATCH)])
 
 
 def area_of(patches):
@@ -371,6 +371,16 @@ def ticks(low, high, about=4):
     return [k * step for k in range(first, last + 1)]
 
 
+def running_mean(values):
+    """The mean of each value and its neighbours, over about a tenth of the run."""
+    reach = len(values) // 20
+    means = []
+    for i in range(len(values)):
+        near = values[max(0, i - reach):i + reach + 1]
+        means.append(sum(near) / len(near))
+    return means
+
+
 def draw_panel(svg, left, top, width, height, title, steps, values):
     """One curve with its axes; (left, top) is the corner of the area between them."""
     margin = 0.05 * (max(values) - min(values)) or 1          # a constant gets room, too
@@ -392,7 +402,8 @@ def draw_panel(svg, left, top, width, height, title, steps, values):
     for step in ticks(0, steps[-1]):
         svg.text(x_of(step), bottom + 16, f"{step:g}", 11, GREY, text_anchor="middle")
     svg.line([(left, top), (left, bottom), (right, bottom)], GREY)
-    svg.line([(x_of(s), y_of(v)) for s, v in zip(steps, values)], "#1f5fa8", 1.6)
+    svg.line([(x_of(s), y_of(v)) for s, v in zip(steps, values)], "#9dbfe3")
+    svg.line([(x_of(s), y_of(v)) for s, v in zip(steps, running_mean(values))], "#1f5fa8", 2)
     svg.text(left + width / 2, bottom + 34, "step", 12, text_anchor="middle")
 
 
@@ -405,7 +416,10 @@ def draw_curve(log):
         columns = 2
     width = 900 // columns
     height = 230
-    svg = Svg(900, math.ceil(len(names) / columns) * height)
+    lines = math.ceil(len(names) / columns)
+    svg = Svg(900, lines * height + 30)
+    svg.text(46, lines * height + 14, "Light: each line of the log. Dark: the mean over a tenth of "
+             "the run.", 12, GREY)
     steps = [row["step"] for row in log]
     for k, (name, title) in enumerate(names.items()):
         values = [row[name] for row in log]

@@ -314,6 +314,9 @@ def chip_folder(modality, share, seed):
     return f"runs/study/chips/{modality}_{share}_{seed}"
 
 
+CHIP_LAYOUT = {"s2c": ["--layout", "eurosat"], "rgb": []}
+
+
 def chip_probes(modality, share, seed, heads):
     """Each head on CLS, then each on CLS and the mean patch."""
     folder = chip_folder(modality, share, seed)
@@ -328,7 +331,8 @@ def chip_probes(modality, share, seed, heads):
 
 def chip_run(modality, seed, share, flags, heads=("ridge",), switch=None):
     """A run on `share` % of the real chips of a modality."""
-    flags = ["--data", f"{chip_folder(modality, share, seed)}/train", *flags]
+    flags = ["--data", f"{chip_folder(modality, share, seed)}/train", "--preset", "full",
+             *CHIP_LAYOUT[modality], *flags]
     return toy_run(modality, seed, flags, switch, chip_probes(modality, share, seed, heads))
 
 
@@ -345,7 +349,8 @@ def eurosat_runs():
             "s2c", seed, 70, [*optical, *CHIP_METHODS["InfoNCE + mask"]], heads, no_predictor)
 
     every_chip = f"{chip_folder('s2c', 70, 0)}/all"
-    flags = ["--data", every_chip, *optical, *CHIP_METHODS["PerA"]]
+    flags = ["--data", every_chip, "--preset", "full", *CHIP_LAYOUT["s2c"], *optical,
+             *CHIP_METHODS["PerA"]]
     probes = []
     for feature, head in itertools.product(("cls", "cls+mean"), heads):
         probes.append(["--task", "eurosat", "--data", every_chip, "--seeds", "5",

@@ -719,7 +719,7 @@ def readme_table():
         dict(title="ResNet-18, random weights", run="long/both", network="random"),
         dict(title="InfoNCE, 28 epochs", run="long/InfoNCE"),
         dict(title="+ soft term, 28 epochs", run="long/+ soft"),
-        dict(title="+ soft term and mask: SoftCon, the preset", run="long/both"),
+        dict(title="+ soft, mask: the preset", run="long/both"),
         dict(title="ViT-tiny/4, random weights", run="pera/PerA", network="random"),
         dict(title="PerA, the preset", run="pera/PerA")]
     rows = []
