@@ -299,7 +299,12 @@ def commit():
 
 
 def refuse_impossible_flags(args):
-    """ValueError, naming the flag, for what is seen to fail before anything is read or written."""
+    """ValueError, naming the flag, for what is seen to fail before anything is read or written.
+
+    As long as no preset is chosen there is nothing to see; open_scenes calls it again.
+    """
+    if not args.preset:
+        return
     pera = args.method == "pera"
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % (world * args.accum):
@@ -423,10 +428,8 @@ def stop_requested(world):
 def open_scenes(args, world):
     """Open --data, or the toy world, which is made if need be, and choose the preset.
 
-    All that is wrong with the flags is a ValueError here, before anything else is written.
+    With the preset all flags are known.  ValueError: some cannot be, see refuse_impossible_flags.
     """
-    if args.preset:
-        refuse_impossible_flags(args)
     if not args.data and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         data.make_toy("toy")
     if world > 1:
@@ -915,6 +918,14 @@ def write_file(path, content):
         part.unlink(missing_ok=True)
 
 
+def write_config(args, world, device):
+    """config.json in the run's folder: all that the run was asked for, and with what."""
+    os.makedirs(args.out, exist_ok=True)
+    config = {"flags": plain_flags(args), "sensor": dataclasses.asdict(args.sensor)}
+    config |= versions(world, device)
+    write_file(f"{args.out}/config.json", json.dumps(config, indent=1))
+
+
 def fingerprint(scenes, train):
     """The list of training scenes and their labels, each as a count and a checksum."""
     names = " ".join(scenes.ids[i] for i in train).encode()
@@ -999,6 +1010,7 @@ def refuse_bad_step(args, step, loss, norm, scenes, train, rank):
 
 def main(argv=None):
     args = parse(argv)
+    refuse_impossible_flags(args)
     rank, world, device = start_processes(args)
     say = tqdm.write if rank == 0 else lambda text: None
 
@@ -1032,10 +1044,7 @@ def main(argv=None):
         raise ValueError(f"--out {args.out}: the ranks see different checkpoints; it must be one "
                          f"folder for all")
     if rank == 0:
-        os.makedirs(args.out, exist_ok=True)
-        write_file(f"{args.out}/config.json", json.dumps({
-            "flags": plain_flags(args), "sensor": dataclasses.asdict(args.sensor),
-            **versions(world, device)}, indent=1))
+        write_config(args, world, device)
     log = Log(args, rank, world, start, total, steps_per_epoch, device)
     matrices, vectors = optimiser.param_groups               # loading a checkpoint makes new ones
 

@@ -82,7 +82,7 @@ def test_softcon_with_a_vit_shows_every_tensor_of_its_step(toy):
 def test_softcon_with_a_resnet_shows_the_greyed_views_and_no_tokens(toy):
     out = printed("--modality", "s1", "--data", toy, "--arch", "resnet18", *SMALL)
     assert tensors(out, "blank_patches")["x"] == [(16, 2, 24, 24)]
-    assert re.search(r"x \(16,2,24,24\) +in ResNet.forward:$", out, re.M)
+    assert re.search(r"x \(16,2,24,24\) +in ResNet.feature_maps:$", out, re.M)
     assert re.search(r"x \(16,64,6,6\) +in \w*Block.forward:$", out, re.M)
     assert "tokens of a view, CLS included: none" in out
     assert "backbone 11.17, projector 0.03" in out
@@ -232,8 +232,8 @@ def test_the_script_ends_with_0_writes_nothing_and_needs_no_memory_for_131072_pr
     """The weights of PerA's student and teacher alone would take 1.2 GB."""
     script = str(ROOT / "tests" / "lab" / "dry_run.py")
     done = subprocess.run([sys.executable, "-c", MEASURED, script, "--modality", "rgb", "--data",
-                           images, "--method", "pera"], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=600)
+                           images, "--method", "pera", "--preset", "full"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and not done.stderr and not os.listdir(tmp_path)
     assert "(131072,384)" in done.stdout
     assert "teacher 119 and 23, student 40 and 8, student 79 and 8" in done.stdout
@@ -244,7 +244,7 @@ def test_the_script_ends_with_0_writes_nothing_and_needs_no_memory_for_131072_pr
 @pytest.mark.parametrize("flags, shown", [
     ([], "teacher 257, student 180"), (["--arch", "resnet50"], "(512,2048,7,7)")])
 def test_the_full_presets_of_softcon_show_their_tokens_and_maps(images, flags, shown):
-    assert shown in printed("--modality", "rgb", "--data", images, *flags)
+    assert shown in printed("--modality", "rgb", "--data", images, "--preset", "full", *flags)
 
 
 @pytest.mark.parametrize("flags", [

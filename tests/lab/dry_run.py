@@ -219,8 +219,7 @@ def main(argv=None):
     args = pretrain.parse(argv)
     resume = args.resume
     args.resume = True                                    # a run that lies in --out does not matter
-    if args.preset:
-        pretrain.refuse_impossible_flags(args)
+    pretrain.refuse_impossible_flags(args)
     if os.environ.get("RANK", "0") != "0":
         return
     world = int(os.environ.get("WORLD_SIZE", 1))
