@@ -93,7 +93,9 @@ PRESETS = {
         epochs=200, batch_size=192, lr=1e-3, weight_decay=[0.04, 0.2], momentum=0.992, clip=3.0),
 }
 
-# Flags that mean nothing to the other method, and are refused there.
+VIEWS = {"softcon": 2, "pera": 1}          # images of a scene that a step takes: its seasons
+
+# Flags that only one method has.  The others refuse them.
 METHOD_FLAGS = {"softcon": ["mask_ratio"],
                 "pera": ["crops", "local_size", "prototypes", "teacher_tau", "ratios"]}
 
@@ -434,7 +436,7 @@ def open_scenes(args, world):
         data.make_toy("toy")
     if world > 1:
         dist.barrier()
-    views = 1 if args.method == "pera" else 2
+    views = VIEWS[args.method]
     scenes = data.open_data(args.data or "toy", args.sensor, args.labels, views, args.layout,
                             args.tile)
     if not args.preset:
@@ -824,8 +826,7 @@ class Log:
         std, effective_rank = losses.collapse(features)
         seconds = time.perf_counter() - self.last_time
         images = self.args.batch_size * (step - self.last_step)
-        if self.args.method == "softcon":
-            images *= 2                                                    # two seasons a scene
+        images *= VIEWS[self.args.method]
         line = {"step": step, "epoch": step / self.steps_per_epoch}
         line |= dict(zip(self.names, means.tolist()))
         line |= now

@@ -1297,6 +1297,8 @@ def check_flags(args):
         raise ValueError("--lists, --split: ssl4eo tests on scenes held out, it takes neither")
     if args.lists and (len(args.lists) not in (2, 3) or args.split):
         raise ValueError("--lists: takes two or three files, and no --split beside it")
+    if args.labels and args.task not in ("ssl4eo", "folder"):
+        raise ValueError(f"--labels: --task {args.task} has labels of its own")
     if args.task != "ssl4eo" and not args.data:
         raise ValueError(f"--task {args.task}: needs --data")
     if len(set(args.ckpt)) < len(args.ckpt):

@@ -170,7 +170,7 @@ def make_step(args, all_tokens=False):
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
 
-    views = 1 if args.method == "pera" else 2
+    views = pretrain.VIEWS[args.method]
     side = max(args.img_size, getattr(args, "local_size", 0)) + 40
     shape = (args.batch_size, views, len(args.sensor.bands), side, side)
     x = torch.randint(256, shape, dtype=torch.uint8, device=DEVICE)
@@ -189,7 +189,7 @@ def make_step(args, all_tokens=False):
 
 def images_of_step(args):
     """SoftCon reads two seasons of a scene, PerA one."""
-    return args.batch_size * (1 if args.method == "pera" else 2)
+    return args.batch_size * pretrain.VIEWS[args.method]
 
 
 def step(args):

@@ -228,7 +228,7 @@ def main(argv=None):
     print_settings(args, world)
 
     micro_batch = args.batch_size // world // args.accum
-    views = 1 if args.method == "pera" else 2
+    views = pretrain.VIEWS[args.method]
     with torch.device("meta"):
         net = pretrain.networks(args, torch.device("meta"), quiet=True)
         x = torch.empty(micro_batch, views, len(args.sensor.bands), size, size, dtype=torch.uint8)

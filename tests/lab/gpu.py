@@ -91,7 +91,7 @@ class Training:
         self.net = pretrain.networks(args, device, quiet=True)
         self.optimiser = pretrain.adamw(self.net.student, args)
         generator = torch.Generator().manual_seed(1)
-        views = 1 if args.method == "pera" else 2
+        views = pretrain.VIEWS[args.method]
         side = args.img_size * 264 // 224
         shape = (args.batch_size, views, len(args.sensor.bands), side, side)
         x = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
