@@ -542,7 +542,8 @@ def test_a_split_to_train_on_a_single_scene_is_refused(toy, labels):
 
 
 def choose(scenes, task, protocol="ridge", fractions=(1.0,), split=None, holdout=0.4, seeds=(1, 2)):
-    args = argparse.Namespace(task=task, lists=None, split=split, train_frac=list(fractions))
+    args = argparse.Namespace(task=task, labels=None, lists=None, split=split,
+                              train_frac=list(fractions))
     return probe.choose_images(args, probe.PROTOCOLS[protocol], probe.TASKS[task], scenes, holdout,
                                seeds)
 

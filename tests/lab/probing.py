@@ -1,6 +1,7 @@
 """Probes by protocol, on real chips and on the toy world; one line each in results/probing.jsonl.
 
     python tests/lab/probing.py run NAME ...    runs these probes, or all that have no line yet
+    python tests/lab/probing.py floors          the floor of image statistics on RGB, three ways
     python tests/lab/probing.py table           makes results/probing.md and its figures of them
 
 The folder in which it runs must hold what the flags name: eurosat_ms and eurosat_rgb, folders of
@@ -15,10 +16,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import data  # noqa: E402
 import model  # noqa: E402
 import probe  # noqa: E402
 from lab import study, tables  # noqa: E402
@@ -26,10 +29,10 @@ from lab import study, tables  # noqa: E402
 # EuroSAT at its own 64 pixels: 224 would take 14 times as long
 RGB = ["--task", "eurosat", "--data", "eurosat_rgb", "--ckpt", "vit_tiny_in1k.pth",
        "--split", "2000", "1000", "1000", "--img-size", "64"]
-MS = ["--task", "eurosat", "--data", "eurosat_ms", "--ckpt", "vit_tiny_s2c.pth",
-      "--img-size", "64"]
-THREE = ["--seeds", "3"]
-TOY = ["--ckpt", "runs/softcon_s1/backbone.pt"]
+CHIPS = ["--task", "eurosat", "--data", "eurosat_ms", "--ckpt", "vit_tiny_s2c.pth"]
+MS = [*CHIPS, "--img-size", "64"]
+MS_THREE = [*CHIPS, "--seeds", "3", "--img-size", "64"]
+TOY = ["--ckpt", "runs/softcon_s1/backbone.pt", "--seeds", "3"]
 CURVE = ["--train-frac", "0.01", "0.05", "0.1", "1"]
 
 RUNS = {
@@ -37,11 +40,11 @@ RUNS = {
     "rgb torchgeo-bench-knn": [*RGB, "--protocol", "torchgeo-bench-knn"],
     "rgb copernicus-bench": [*RGB, "--protocol", "copernicus-bench"],
     "rgb ridge": [*RGB, "--protocol", "ridge"],
-    "ms torchgeo-bench": [*MS, *THREE, "--protocol", "torchgeo-bench"],
-    "ms torchgeo-bench-knn": [*MS, *THREE, "--protocol", "torchgeo-bench-knn"],
+    "ms torchgeo-bench": [*MS_THREE, "--protocol", "torchgeo-bench"],
+    "ms torchgeo-bench-knn": [*MS_THREE, "--protocol", "torchgeo-bench-knn"],
     "ms copernicus-bench": [*MS, "--protocol", "copernicus-bench"],
     "ms ridge": [*MS, "--protocol", "ridge", "--layers"],
-    "toy ridge": [*TOY, *THREE, "--protocol", "ridge", *CURVE],
+    "toy ridge": [*TOY, "--protocol", "ridge", *CURVE],
 }
 
 
@@ -68,6 +71,60 @@ def run(name):
             "minutes": round((time.time() - start) / 60, 1), **report}
     with (tables.RESULTS / "probing.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
+
+
+# ---------------------------------------------------------------------------------------- floors
+
+
+def image_statistics(x, names):
+    """Statistics of each band of images x (n,C,H,W), side by side: (n, len(names) * C)."""
+    functions = {"mean": np.mean, "std": np.std, "min": np.min, "max": np.max}
+    return np.concatenate([functions[name](x, axis=(2, 3)) for name in names], 1)
+
+
+def floor(x, y, parts):
+    """Accuracy of torchgeo-bench's head on features x (n,D), labels y (n,L).
+
+    parts: the rows to train, to validate and to test on.
+    """
+    train, validation, test = [probe.Rows(x[rows][None], y[rows], None) for rows in parts]
+    scores, _ = probe.chosen_logistic(train, validation, test.x[0], probe.accuracy, False)
+    return float(probe.accuracy(scores, test.y))
+
+
+def print_floors(title, x, y, seeds, shares):
+    """Print the floor of six and of twelve numbers of RGB images x, over splits by chance."""
+    for names in (["mean", "std"], ["mean", "std", "min", "max"]):
+        features = image_statistics(x, names)
+        values = []
+        for seed in range(seeds):
+            order = np.random.default_rng(seed).permutation(len(y))
+            ends = np.round(np.cumsum(shares) * len(y)).astype(int)
+            parts = order[:ends[0]], order[ends[0]:ends[1]], order[ends[1]:ends[2]]
+            values.append(floor(features, y, parts))
+        print(f"{title}, {' '.join(names)}: {cell(values)} ({seeds} splits)", flush=True)
+
+
+def floors():
+    """What the statistics are, and of which pixels, decides how high their floor is."""
+    rgb = data.EuroSAT("eurosat_rgb", data.SENSORS["rgb"])
+    optical = data.EuroSAT("eurosat_ms", data.SENSORS["s2c"])
+    index = {name: i for i, name in enumerate(rgb.ids)}
+    both = [(index[name], j) for j, name in enumerate(optical.ids) if name in index]
+    labels = np.array([rgb.labels[i][0] for i, _ in both])
+    jpeg = np.stack([rgb.image(i, 0) for i, _ in both]).astype(float)
+    print_floors(f"{len(both)} chips, JPEG", jpeg, labels, 5, (0.6, 0.2, 0.2))
+    reflectance = []
+    for _, j in both:
+        bands = data.read_tiff(optical.files[j][0])                      # (H,W,13)
+        reflectance.append(bands[..., [3, 2, 1]].transpose(2, 0, 1).astype(float))
+    print_floors(f"{len(both)} chips, reflectance", np.stack(reflectance), labels, 5,
+                 (0.6, 0.2, 0.2))
+
+    x = np.stack([rgb.image(i, 0) for i in range(len(rgb))]).astype(np.float32)
+    labels = np.array([rows[0] for rows in rgb.labels])
+    shares = np.array([2000, 1000, 1000]) / len(rgb)
+    print_floors("2,000 / 1,000 / 1,000 chips, JPEG", x, labels, 3, shares)
 
 
 # ------------------------------------------------------------------------------------------ page
@@ -177,7 +234,7 @@ def page():
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "table"])
+    parser.add_argument("what", choices=["run", "floors", "table"])
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(RUNS))
     args = parser.parse_args(argv)
     if args.what == "run":
@@ -185,6 +242,8 @@ def main(argv=None):
         for name in args.names or RUNS:
             if name not in done:
                 run(name)
+    elif args.what == "floors":
+        floors()
     else:
         (tables.RESULTS / "probing.md").write_text(page())
         draw_curves()
