@@ -113,7 +113,7 @@ def soft_contrastive(q, k, yq, yk, form="bce", tau=None, all_yq=None):
     term is 0 if no row has any. A labelled row that shares no class with any key adds 0 to ce.
 
     all_yq (M,L) is yq of all ranks. It is needed when k and yk are those of all ranks: then mean_i
-    is over the labelled rows of all ranks.
+    is over the labelled rows of all ranks, and the term is the mean of what the ranks return.
     """
     if tau is None:
         tau = SOFT_TAU[form]
@@ -292,7 +292,7 @@ def disjoint_masks(batch, n_tokens, student=0.2, unseen=0.2, teacher=0.6, genera
     """
     unused = 1 - student - unseen - teacher
     n_student = round(student * n_tokens)
-    n_teacher = n_tokens - round((1 - teacher) * n_tokens)
+    n_teacher = n_tokens - round((1 - teacher) * n_tokens)       # rounded as in the release
     n_unused = round(max(unused, 0) * n_tokens)
     n_unseen = n_tokens - n_student - n_teacher - n_unused
     # sums such as 0.2 + 0.2 + 0.6 may exceed 1 by a rounding error

@@ -101,7 +101,7 @@ class BatchNorm(nn.BatchNorm2d):
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world == 1 or not self.training:
             return super().forward(x)
-        # channels last; that H and W change places as well, no mean notices
+        # channels last; the means below do not depend on the order of H and W
         rows = x.transpose(1, -1).to(self.running_mean.dtype)            # (B, ..., C)
         dims = tuple(range(x.dim() - 1))                                 # all but the last
         count = x.numel() // x.shape[1] * world                          # values a channel

@@ -101,7 +101,7 @@ PROTOCOLS = {
         clip_radar=True, eurosat_scale=True, shares=(0.6, 0.2, 0.2),
         epochs=50, batch=64, weight_decay=1e-4, lr={"one label": 0.1, "multi-label": 1.0}),
     "torchgeo-bench": Protocol(
-        source="torchgeo-bench [5]: logistic regression, C by a validation part, then refit with it",
+        source="torchgeo-bench [5]: logistic regression, C by a validation part, then refit",
         head="chosen logistic", features=["mean"], size=224, zscore=True,
         shares=(0.6, 0.2, 0.2), validation=True),
 }
@@ -1297,6 +1297,8 @@ def check_flags(args):
         raise ValueError("--lists, --split: ssl4eo tests on scenes held out, it takes neither")
     if args.lists and (len(args.lists) not in (2, 3) or args.split):
         raise ValueError("--lists: takes two or three files, and no --split beside it")
+    if args.labels and (args.lists or args.split):
+        raise ValueError("--lists, --split: not beside --labels, which tests scenes held out")
     if args.labels and args.task not in ("ssl4eo", "folder"):
         raise ValueError(f"--labels: --task {args.task} has labels of its own")
     if args.task != "ssl4eo" and not args.data:
