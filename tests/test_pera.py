@@ -346,7 +346,7 @@ def test_targets_temperatures_and_centre_reach_the_losses_as_published(monkeypat
     assert torch.equal(pixel["pixels"], losses.patchify(4 * (views[0] - 0.5), 6))
     pera, = spies["pera_loss"].calls
     assert pera["centre"] is before
-    assert (pera["tau_teacher"], pera["tau"], pera["crops"], pera["n_global"]) == (0.04, 0.2, 5, 2)
+    assert (pera["tau_teacher"], pera["tau"], pera["n_crops"], pera["n_global"]) == (0.04, 0.2, 5, 2)
     scores = pera["teacher"].mean(0) @ net.teacher.cls_head.prototypes().T
     assert torch.allclose(net.centre.value, 0.9 * before + 0.1 * scores, atol=1e-5)
 

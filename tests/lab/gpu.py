@@ -74,7 +74,8 @@ def needs_cuda(options):
 
 def training_args(options, *flags):
     """pretrain.py's flags -> its namespace; the GPU is set up as pretrain.py does it."""
-    args = pretrain.parse(["--data", "none", "--device", options.device, *flags])
+    args = pretrain.parse(["--data", "none", "--preset", "full", "--device", options.device,
+                           *flags])
     pretrain.start_processes(args)                      # decides args.amp, allows TF32, and so on
     return args
 
@@ -219,7 +220,7 @@ def random_pack(folder, scenes, size):
 def run_pretrain(options, folder, *flags):
     """pretrain.py in this process -> (lines of its log, what it printed).  folder: --out."""
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        pretrain.main(["--device", options.device, "--out", str(folder), *flags])
+        pretrain.main(["--device", options.device, "--preset", "full", "--out", str(folder), *flags])
     log = Path(folder, "log.jsonl").read_text().splitlines()
     return [json.loads(line) for line in log], said.getvalue()
 
@@ -437,8 +438,8 @@ def memory(options):
     """The GPU gives a hundredth of its memory; the batch takes more."""
     needs_cuda(options)
     with tempfile.TemporaryDirectory() as folder:
-        flags = [*small_world(folder), *SHORT["softcon"], "--device", "cuda", "--img-size", "1020",
-                 "--batch-size", "16"]
+        flags = [*small_world(folder), *SHORT["softcon"], "--preset", "full", "--device", "cuda",
+                 "--img-size", "1020", "--batch-size", "16"]
         status, line = run_script(
             flags, folder, before="import torch; torch.cuda.set_per_process_memory_fraction(0.01)")
     passed = status == 1 and "out of GPU memory" in line and "--batch-size" in line
