@@ -220,7 +220,8 @@ def random_pack(folder, scenes, size):
 def run_pretrain(options, folder, *flags):
     """pretrain.py in this process -> (lines of its log, what it printed).  folder: --out."""
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        pretrain.main(["--device", options.device, "--preset", "full", "--out", str(folder), *flags])
+        pretrain.main(["--device", options.device, "--preset", "full", "--out", str(folder),
+                       *flags])
     log = Path(folder, "log.jsonl").read_text().splitlines()
     return [json.loads(line) for line in log], said.getvalue()
 
