@@ -146,12 +146,12 @@ REMARKS = """\
   ones (`torchgeo-bench`). There a gain over band statistics says little.
 - torchgeo-bench prints .865 for image statistics on all bands of its EuroSAT; mean and deviation of
   the 13 bands give .867 ± .015 here. On RGB it prints .769 (2,000 / 1,000 / 1,000 images); the six
-  numbers give .669 ± .014 here (three splits of 21,600 chips), .100 less. Two reasons were tried.
-  With minimum and maximum of each band it is .704 (two splits). Its RGB are probably bands of
-  reflectance, ours JPEG bytes: on the 943 chips that are here as both, the 12 numbers give .672
-  from JPEG and .704 from reflectance, the six .626 and .624 (three splits of 565 / 189 / 189, each
-  ± .03). Together they would explain about .07. What is left is another sub-sample, and a
-  definition of the statistics that our sources do not give.
+  numbers give .666 ± .001 here (`probing.py floors`, three splits of 21,600 chips), .103 less. Two
+  reasons were tried. With minimum and maximum of each band it is .699 ± .010. And its RGB are
+  probably bands of reflectance, ours JPEG bytes: on the 943 chips that are here as both, five
+  splits, the six numbers give .631 ± .028 from JPEG and .629 ± .037 from reflectance, the twelve
+  .678 ± .021 and .701 ± .028. Together they would explain half of it, .056. What is left is another
+  sub-sample, and a definition of the statistics that our sources do not give.
 - The value of a block is measured on the test images: to choose a block by it would be to choose on
   the test set.
 - A share keeps at least one image of each class on EuroSAT, so that 1 % is a few shots a class."""
