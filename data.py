@@ -1852,6 +1852,7 @@ EXAMPLES = """examples:
 
 
 def parse(argv):
+    """Command line -> namespace of flags.  Wrong flags end the program with one line."""
     parser = argparse.ArgumentParser(
         description="Make, check, measure and pack folders of satellite images.", epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)

@@ -520,6 +520,7 @@ def fit_logistic(x, y, W, b, penalty, multi_label, accuracy, iterations):
                                   tolerance_change=accuracy / 100, line_search_fn="strong_wolfe")
 
     def closure():
+        """Loss and gradients at the present W and b; LBFGS calls it several times a step."""
         logits = x @ W + b                                     # (n,L)
         if multi_label:
             loss = F.binary_cross_entropy_with_logits(logits, y) * y.shape[1]
