@@ -6,7 +6,7 @@ takes any number of channels (Sentinel-1: 2, Sentinel-2: 12 or 13, RGB: 3). The 
 depend on the satellite.
 
     build(arch, in_chans) -> module    load_pretrained(module, path)    python model.py inspect FILE
-    build_from(path) -> module         export_backbone(module)
+    build_from(path) -> module         export_backbone(module)          python model.py fold -h
 
 [1] He et al. 2016, Deep residual learning; the stride sits on the 3x3 as in torchvision (v1.5)
 [2] Dosovitskiy et al. 2021, ViT; Oquab et al. 2023, DINOv2 (LayerScale, SwiGLU, position table)
@@ -17,6 +17,7 @@ Letters: B batch, C channels, H W pixels, P patch side, N = (H/P)(W/P) patches, 
 """
 import argparse
 import math
+import os
 import re
 import sys
 import zipfile
@@ -981,6 +982,34 @@ def shorten(names):
     return ", ".join(f"{part}.* ({count})" for part, count in counts.items())
 
 
+def fold_normalisation(state, mean, std):
+    """Weights of a network that takes (x - mean) / std -> weights of one that takes x itself.
+
+    state is a backbone's tensors as read_weights returns them, mean and std have a number for each
+    channel. Networks of natural images expect such input, while everything here has x in [0, 1]:
+        w (x - mean) / std + b  =  (w / std) x  +  (b - sum of w mean / std)
+    A ResNet's first layer has no bias, so there the constant goes into its batch norm. That is
+    exact but for a rim of 3 pixels, since zeros around the image are black instead of its mean.
+    Raises ValueError if there are other channels, or a deviation is not above 0.
+    """
+    layer = "conv1.weight" if is_resnet(state) else "patch_embed.proj.weight"
+    channels = state[layer].shape[1]
+    if not channels == len(mean) == len(std):
+        raise ValueError(f"{channels} channels, but {len(mean)} means and {len(std)} deviations")
+    if min(std) <= 0:
+        raise ValueError(f"deviations {std}: must be above 0")
+    mean = torch.tensor(mean)[:, None, None]                                   # (C,1,1)
+    std = torch.tensor(std)[:, None, None]
+    state = dict(state)
+    state[layer] = state[layer] / std                                          # (D,C,k,k)
+    constant = (state[layer] * mean).sum((1, 2, 3))                            # (D,)
+    if is_resnet(state):
+        state["bn1.running_mean"] = state["bn1.running_mean"] + constant
+    else:
+        state["patch_embed.proj.bias"] = state["patch_embed.proj.bias"] - constant
+    return state
+
+
 def export_backbone(model, timm=False):
     """The state dict to publish, on the CPU.
 
@@ -1001,10 +1030,32 @@ def export_backbone(model, timm=False):
     return state
 
 
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Checkpoint files", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser("inspect", help="say what a file holds and how it loads")
+    fold = commands.add_parser("fold", help="make weights that expect (x - mean) / std, x in "
+                               "[0, 1], take x itself, as all networks here do")
+    for command in (inspect, fold):
+        command.add_argument("file")
+    fold.add_argument("out", help="file to write")
+    fold.add_argument("--mean", nargs="+", type=float, required=True,
+                      help="of each channel; ImageNet's: 0.485 0.456 0.406")
+    fold.add_argument("--std", nargs="+", type=float, required=True,
+                      help="of each channel; ImageNet's: 0.229 0.224 0.225")
+    args = parser.parse_args(argv)
+    if args.command == "inspect":
+        build_from(args.file, quiet=False)
+    else:
+        state, _ = read_weights(args.file)
+        folded = fold_normalisation(state, args.mean, args.std)
+        with open(f"{args.out}.part", "wb") as file:                   # whole, or not there at all
+            torch.save(folded, file)
+        os.replace(f"{args.out}.part", args.out)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] != "inspect":
-        sys.exit("usage: python model.py inspect FILE")
     try:
-        build_from(sys.argv[2], quiet=False)
-    except ValueError as error:
+        main()
+    except (ValueError, OSError) as error:
         sys.exit(f"model.py: error: {error}")

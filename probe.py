@@ -948,11 +948,11 @@ def choose_images(args, protocol, task, scenes, holdout, seeds):
     A protocol that validates takes a fifth of the training scenes where no part is set aside.
     """
     fixed = None                                               # the same for all seeds
-    if args.task == "ssl4eo" or args.labels:
+    if args.lists:
+        fixed = listed_images(args, scenes)
+    elif args.task == "ssl4eo" or args.labels:
         train, test = held_out_halves(scenes, holdout)
         fixed = train, [], test
-    elif args.lists:
-        fixed = listed_images(args, scenes)
     shares = np.array(args.split or protocol.shares, float)
     if shares.sum() > 1.001:
         shares = shares / len(scenes)                          # numbers of images
@@ -1298,8 +1298,8 @@ def check_flags(args):
         raise ValueError("--lists, --split: ssl4eo tests on scenes held out, it takes neither")
     if args.lists and (len(args.lists) not in (2, 3) or args.split):
         raise ValueError("--lists: takes two or three files, and no --split beside it")
-    if args.labels and (args.lists or args.split):
-        raise ValueError("--lists, --split: not beside --labels, which tests scenes held out")
+    if args.labels and args.split:
+        raise ValueError("--split: divides classes, images of a table have several; take --lists")
     if args.labels and args.task not in ("ssl4eo", "folder"):
         raise ValueError(f"--labels: --task {args.task} has labels of its own")
     if args.task != "ssl4eo" and not args.data:

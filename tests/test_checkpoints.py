@@ -801,12 +801,13 @@ def test_inspect_says_what_a_file_is_and_how_it_loads_in_a_few_lines(
     assert len(out.splitlines()) <= 8
 
 
-def test_inspect_ends_what_it_cannot_read_in_one_line(tmp_path, monkeypatch):
+def test_inspect_ends_what_it_cannot_read_in_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "x").write_text("<html>")
     with pytest.raises(SystemExit, match="model.py: error: .*x: damaged"):
         inspect(monkeypatch, "inspect", tmp_path / "x")
-    with pytest.raises(SystemExit, match="usage"):
+    with pytest.raises(SystemExit, match="2"):
         inspect(monkeypatch)
+    assert capsys.readouterr().err.startswith("usage: model.py")
 
 
 # ------------------------------------------------------------------------ what would load wrongly
@@ -851,3 +852,43 @@ def test_one_flipped_bit_of_a_weight_is_noticed(tmp_path):
     assert torch.load(tmp_path / "a.pt", weights_only=True).keys() == state.keys()
     with pytest.raises(ValueError, match="a.pt: damaged"):
         models.read_weights(str(tmp_path / "a.pt"))
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "vit_small"])
+def test_folded_weights_make_of_an_image_what_the_file_makes_of_the_normalised_one(
+        small, tmp_path, arch):
+    """For a ResNet: in the middle of its map, as the image's rim meets zeros that mean black."""
+    torch.manual_seed(0)
+    network = models.build(arch, 3, 224, 14)
+    if arch == "resnet18":
+        torch.nn.init.normal_(network.bn1.running_mean)
+        torch.nn.init.uniform_(network.bn1.running_var, 0.5, 2)
+    torch.save(models.export_backbone(network), tmp_path / "a.pt")
+    mean, std = ["0.485", "0.456", "0.406"], ["0.229", "0.224", "0.225"]
+    models.main(["fold", str(tmp_path / "a.pt"), str(tmp_path / "b.pt"), "--mean", *mean, "--std",
+                 *std])
+    folded = models.build_from(tmp_path / "b.pt").double()
+    network = network.eval().double()
+    x = torch.rand(2, 3, 224, 224, dtype=torch.float64)
+    shift = torch.tensor([float(m) for m in mean]).double()[:, None, None]
+    scale = torch.tensor([float(s) for s in std]).double()[:, None, None]
+    normalised = (x - shift) / scale
+    with torch.no_grad():
+        if arch == "resnet18":
+            ours = folded.bn1(folded.conv1(x))[..., 2:-2, 2:-2]
+            theirs = network.bn1(network.conv1(normalised))[..., 2:-2, 2:-2]
+        else:
+            ours, theirs = folded(x), network(normalised)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("numbers, message", [
+    (["--mean", "0", "--std", "1"], "3 channels, but 1 means and 1 deviations"),
+    (["--mean", "0", "0", "0", "--std", "1", "1", "0"], "must be above 0")])
+def test_means_and_deviations_that_do_not_fit_are_refused_and_nothing_is_written(
+        tmp_path, numbers, message):
+    torch.save(models.export_backbone(models.build("resnet18", 3)), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=message):
+        models.main(["fold", str(tmp_path / "a.pt"), str(tmp_path / "b.pt"), *numbers])
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
