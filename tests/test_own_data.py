@@ -434,5 +434,9 @@ def test_the_example_of_fine_tuning_learns(tmp_path, tiny):
     torch.manual_seed(0)
     backbone = model.build("vit_tiny", 3, 24, 4)
     torch.save(model.export_backbone(backbone), tmp_path / "b.pt")
-    accuracy = finetune.finetune(str(tmp_path / "b.pt"), str(root), "rgb", epochs=30, lr=1e-3)
-    assert accuracy > 0.9
+    command = [str(tmp_path / "b.pt"), "rgb", "--data", str(root), "--epochs", "30", "--lr", "1e-3"]
+    assert finetune.main(command)["accuracy"] > 0.9
+    rows = "".join(f"{i},{i % 2},1\n" for i in range(60))
+    (tmp_path / "table.csv").write_text(f"image,light,there\n{rows}")
+    several = finetune.main([*command, "--labels", str(tmp_path / "table.csv")])
+    assert several["micro_map"] > 0.9 and several["macro_map"] > 0.9

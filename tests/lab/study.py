@@ -2,7 +2,7 @@
 
     python tests/lab/study.py run softcon pera --workers 2     what is missing of these studies, two
                                                                runs at a time, one thread each
-    python tests/lab/study.py run eurosat 'pera/*/s1/0' --shared DIR   DIR: eurosat_ms, eurosat_rgb
+    python tests/lab/study.py run ucm 'pera/*/s1/0' --shared DIR       DIR: see real.py
     python tests/lab/study.py tables                           writes results/README.md
 
 A run is named study/name/modality/seed.  Its line has the flags, the commit, the device, the last
@@ -21,6 +21,8 @@ init        what a network trained on another sensor is worth as a start, by --a
 eurosat     real chips: pretrained without labels on 70 % of them, tested on the other 30 %; and
             pretrained without labels on all of them
 classes     the soft term on the classes of 30 % of the multispectral chips
+ucm         UC Merced with its real labels, from the weights of natural images: see real.py
+continual   EuroSAT from the weights of natural images: see real.py
 """
 import argparse
 import fnmatch
@@ -32,9 +34,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
@@ -42,149 +42,15 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import data  # noqa: E402
-import losses  # noqa: E402
-import model as models  # noqa: E402
 import pretrain  # noqa: E402
 import probe  # noqa: E402
-from lab import supervised, tables  # noqa: E402
+from lab import finetune, real, supervised, tables  # noqa: E402
+from lab.runs import (Run, as_optical, betas, decay_everything, labelled_only,  # noqa: E402
+                      no_predictor, no_vertical_flip, one_direction, one_offset, run_folder,
+                      scattered, small_layerscale, toy_run)
 from lab.tables import RESULTS, read_lines, readme_table  # noqa: E402, F401
 
-# ------------------------------------------------------------------------- switches without a flag
-
-# Each of these changes one thing that no flag changes, by replacing a function of the five files
-# in the process of that one run.
-
-
-def one_direction():
-    """The loss is that of q1 against k2 alone: the mean (a + b) / 2 becomes (2 a + 0 b) / 2."""
-    softcon_loss = losses.softcon_loss
-    factors = itertools.cycle((2, 0))
-
-    def weighted(*args, **keywords):
-        factor = next(factors)
-        return tuple(factor * part for part in softcon_loss(*args, **keywords))
-    losses.softcon_loss = weighted
-
-
-def no_predictor():
-    """The student's query comes from the projector, as the teacher's key does."""
-    branch = models.Branch
-
-    def without_predictor(backbone, hidden, predict=False):
-        return branch(backbone, hidden, False)
-    models.Branch = without_predictor
-
-
-def labelled_only():
-    """Images without labels do not take part."""
-    open_data = data.open_data
-
-    def open_labelled(*args, **keywords):
-        scenes = open_data(*args, **keywords)
-        ids = []
-        files = []
-        labels = []
-        for i, name in enumerate(scenes.ids):
-            labelled = np.flatnonzero(scenes.labels[i].any(1))
-            if len(labelled) > 0:
-                ids.append(name)
-                files.append([scenes.files[i][s] for s in labelled])
-                labels.append(scenes.labels[i][labelled])
-        scenes.ids = ids
-        scenes.files = files
-        scenes.labels = labels
-        return scenes
-    data.open_data = open_labelled
-
-
-def scattered():
-    """The same share of cells is masked, each drawn by itself instead of in blocks."""
-    def mask(batch, grid, ratio, generator=None):
-        cells = grid[0] * grid[1]
-        order = torch.rand(batch, cells, generator=generator).argsort(1)
-        return order[:, round(ratio * cells):].sort(1).values
-    losses.block_mask = mask
-
-
-def no_vertical_flip():
-    """Views are flipped left to right only."""
-    draw_crops = data.draw_crops
-
-    def draw_unflipped(n, *args, **keywords):
-        crops = draw_crops(n, *args, **keywords)
-        crops["flip_y"] = torch.ones(n)
-        return crops
-    data.draw_crops = draw_unflipped
-
-
-def betas():
-    """AdamW has its usual betas (0.9, 0.999)."""
-    adamw = torch.optim.AdamW
-
-    def usual_adamw(groups, **keywords):
-        keywords["betas"] = (0.9, 0.999)
-        return adamw(groups, **keywords)
-    torch.optim.AdamW = usual_adamw
-
-
-def decay_everything():
-    """Norms and biases decay, too."""
-    adamw = torch.optim.AdamW
-
-    def decaying_adamw(groups, **keywords):
-        parameters = []
-        for group in groups:
-            parameters += group["params"]
-        nothing = {"params": [], "weight_decay": 0}            # training asks for two groups
-        return adamw([{"params": parameters}, nothing], **keywords)
-    torch.optim.AdamW = decaying_adamw
-
-
-def small_layerscale():
-    """LayerScale starts from 1e-5, as DINOv2 was trained."""
-    class SmallLayerScale(models.LayerScale):
-        def __init__(self, dim):
-            super().__init__(dim)
-            torch.nn.init.constant_(self.gamma, 1e-5)
-    models.LayerScale = SmallLayerScale
-
-
-def one_offset():
-    """VV and VH are offset by the same decibels."""
-    draw_colours = data.draw_colours
-
-    def draw_together(n, sensor, *args, **keywords):
-        drawn = draw_colours(n, sensor, *args, **keywords)
-        std = torch.tensor(sensor.std)
-        drawn["offset"] = drawn["offset"][:, :1] * (std[0] / std)
-        return drawn
-    data.draw_colours = draw_together
-
-
-def as_optical():
-    """Radar images change in brightness and contrast, as optical ones do."""
-    draw_colours = data.draw_colours
-
-    def draw_optical(n, sensor, *args, **keywords):
-        return draw_colours(n, data.SENSORS["s2c"], *args, **keywords)
-    data.draw_colours = draw_optical
-
-
 # ------------------------------------------------------------------------------------------- runs
-
-
-@dataclass
-class Run:
-    """One training and the probes of its backbone, or one measurement by another script."""
-    flags: list                                   # of pretrain.py; supervised, costs: of theirs
-    switch: Callable | None = None                # what is replaced before the run
-    probes: list = field(default_factory=list)    # lists of flags of probe.py, one a probe
-
-
-def toy_run(modality, seed, flags, switch=None, probes=([],)):
-    """A run of pretrain.py, by default on the toy world, with one default probe."""
-    return Run(["--modality", modality, *flags, "--seed", str(seed)], switch, list(probes))
-
 
 SOFTCON = {                                       # the two additions to InfoNCE
     "both": [],
@@ -412,11 +278,9 @@ def all_runs():
     runs = {}
     for study in studies:
         runs.update(study())
+    runs.update(real.ucm_runs())
+    runs.update(real.continual_runs(chip_folder, chip_probes))
     return runs
-
-
-def run_folder(key):
-    return f"runs/study/{key.replace(' ', '_')}"
 
 
 def make_chips(root, folder):
@@ -483,24 +347,29 @@ def train_and_probe(key, run):
     """One run of pretrain.py, its probes, and its line."""
     folder = run_folder(key)
     start = time.time()
-    shutil.rmtree(folder, ignore_errors=True)              # what a killed run left there
     if run.switch:
         run.switch()
-    flags = [*run.flags, "--amp", "bf16", "--workers", "0", "--save-every", "1000000"]
-    pretrain.main([*flags, "--out", folder])
-    log = Path(folder, "log.jsonl").read_text().splitlines()
+    flags = run.flags
+    networks = run.flags
+    log = None
+    if run.train:
+        shutil.rmtree(folder, ignore_errors=True)          # what a killed run left there
+        flags = [*run.flags, "--amp", run.amp, "--workers", "0", "--save-every", "1000000"]
+        pretrain.main([*flags, "--out", folder])
+        log = json.loads(Path(folder, "log.jsonl").read_text().splitlines()[-1])
+        networks = ["--ckpt", f"{folder}/backbone.pt"]
 
     probes = []
     for probe_flags in run.probes:
-        found = probe.main(["--ckpt", f"{folder}/backbone.pt", "--bootstrap", "0", "--cache",
-                            "runs/study/cache", "--workers", "0", *probe_flags])
+        found = probe.main([*networks, "--bootstrap", "0", "--cache", "runs/study/cache",
+                            "--workers", "0", *probe_flags])
         numbers = {"flags": " ".join(probe_flags)}
         for name in ("n_train", "n_test", "all", "interval", "gain"):
             if name in found:
                 numbers[name] = found[name]
         probes.append(numbers)
     record(key, flags, switch=run.switch and run.switch.__name__,
-           minutes=(time.time() - start) / 60, log=json.loads(log[-1]), probes=probes)
+           minutes=(time.time() - start) / 60, log=log, probes=probes)
 
 
 def measure(key, run):
@@ -519,16 +388,15 @@ def run_one(key):
         record(key, run.flags, **supervised.main(run.flags))
     elif study in ("costs", "reading"):
         measure(key, run)
+    elif "/fine-tuned/" in key:
+        record(key, run.flags, **finetune.main(run.flags))
     else:
         train_and_probe(key, run)
 
 
-def source(key, runs):
-    """The run whose network this one starts from, or None."""
-    for other in runs:
-        if f"{run_folder(other)}/backbone.pt" in runs[key].flags:
-            return other
-    return None
+def sources(key, runs):
+    """The runs whose networks this one starts from, or probes."""
+    return [other for other in runs if f"{run_folder(other)}/backbone.pt" in runs[key].flags]
 
 
 def choose(names, runs):
@@ -545,9 +413,9 @@ def choose(names, runs):
                 chosen.append(key)
     lost = []
     for key in chosen:
-        start = source(key, runs)
-        if start and start not in lost and not Path(run_folder(start), "backbone.pt").exists():
-            lost.append(start)
+        for start in sources(key, runs):
+            if start not in lost and not Path(run_folder(start), "backbone.pt").exists():
+                lost.append(start)
     return lost + [key for key in chosen if key not in lost]
 
 
@@ -555,7 +423,8 @@ def link_chips(keys, runs, shared):
     """The folders of real chips that these runs read."""
     folders = set()
     for key in keys:
-        folders |= {Path(flag).parent for flag in runs[key].flags if "/chips/" in flag}
+        flags = sum(runs[key].probes, runs[key].flags)
+        folders |= {Path(flag).parent for flag in flags if "/chips/" in flag}
     for folder in folders:
         kind = "eurosat_rgb" if folder.name.startswith("rgb") else "eurosat_ms"
         if not folder.exists():
@@ -578,10 +447,12 @@ def run_many(names, workers, shared):
     runs = all_runs()
     waiting = choose(names, runs)
     link_chips(waiting, runs, shared)
+    if any(key.startswith(("ucm/", "continual/")) for key in waiting):
+        real.make_folders(waiting, shared)
     busy = {}
     while waiting or busy:
         unfinished = [*busy, *waiting]
-        ready = [key for key in waiting if source(key, runs) not in unfinished]
+        ready = [key for key in waiting if not set(sources(key, runs)) & set(unfinished)]
         for key in ready[:workers - len(busy)]:
             waiting.remove(key)
             busy[key] = start_process(key)

@@ -1,0 +1,207 @@
+"""Runs on real images, from real weights: the studies `ucm` and `continual` of study.py.
+
+They read a folder DIR, given by --shared, with these parts.  All are public:
+
+DIR/ucm_multilabel/images/{class}/*.jpg    UC Merced, 21 folders; USGS images, public domain, 317 MB
+    weegee.vision.ucmerced.edu/datasets/landuse.html; here 80 of 100 images of each folder, resized
+    from 256 to 128 px (bicubic, JPEG quality 92)
+DIR/ucm_multilabel/LandUse_Multilabeled.txt    17 labels an image, Chaudhuri et al. 2018; 1 MB; no
+    licence stated, citation asked: bigearth.eu/datasets, "Multi-label UC Merced"
+DIR/vit_tiny_in1k/vit_tiny_patch16_224.pth     ViT-Tiny of natural images; Apache-2.0, 22 MB
+    huggingface.co/timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k
+DIR/eurosat_ms/{class}/*.tif    1,180 chips of EuroSAT-MS; MIT, zenodo.org/records/7711810; all: 2 GB
+DIR/eurosat_rgb/{class}/*.jpg   21,600 chips of EuroSAT-RGB, the same record; 107 MB
+
+UC Merced is split five times: of each folder 80 % to pretrain on and to fit the head, 20 % to test.
+Networks see labels of the 80 % alone, or of a share of them.  Training is in float32.
+"""
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import model as models
+from lab.runs import Run, no_predictor, run_folder, thaw
+
+SPLITS = range(5)
+SHARES = (100, 30, 10, 3)                         # % of the images to train on that have labels
+UCM = "runs/study/ucm"                            # where make_ucm puts links, tables and lists
+WEIGHTS = "runs/study/weights/vit_tiny.pth"       # take x in [0, 1], see models.fold_normalisation
+WEIGHTS_S2C = "runs/study/weights/vit_tiny_s2c.pth"       # see B4, B3, B2 and no other band
+SIZE = 64                                         # pixels a side; PerA's crops have 112
+
+# ------------------------------------------------------------------------------------- UC Merced
+
+SMALL = ["--preset", "small", "--holdout", "0", "--epochs", "4"]
+INFO_NCE = ["--soft-weight", "0", "--mask-ratio", "0"]
+SOFT = ["--mask-ratio", "0"]
+METHODS = {                                       # from the weights, on five splits
+    "InfoNCE": INFO_NCE,
+    "+ soft": SOFT,
+    "+ mask": ["--soft-weight", "0"],
+    "+ both": [],
+    "PerA": ["--method", "pera", "--soft-weight", "0"],
+    "PerA + soft": ["--method", "pera", "--soft-weight", "0.5"]}
+FORMS = {                                         # "+ soft", but for these flags
+    "soft weight 0.1": ["--soft-weight", "0.1"],
+    "soft weight 2": ["--soft-weight", "2"],
+    "soft-tau 0.1": ["--soft-tau", "0.1"],
+    "soft-tau 0.5": ["--soft-tau", "0.5"],
+    "form ce, weight 1": ["--soft-form", "ce", "--soft-weight", "1"],
+    "form bce_mean": ["--soft-form", "bce_mean"]}
+
+
+def ucm_run(split, flags, share=100, start=WEIGHTS, switch=None):
+    """A training run on 80 % of the images, `share` % of them with labels; ridge heads."""
+    root = f"{UCM}/{split}"
+    flags = ["--modality", "rgb", "--data", f"{root}/train", "--labels",
+             f"{root}/train_{share}.tsv", *SMALL, *flags, "--seed", str(split)]
+    if "pera" not in flags:
+        flags += ["--img-size", str(SIZE)]
+    if start:
+        flags += ["--init", start]
+    return Run(flags, switch, ucm_probes(split), amp="off")
+
+
+def ucm_probes(split, head="ridge", shares=SHARES):
+    """The head on CLS and the mean patch, fit on each share of the training images."""
+    root = f"{UCM}/{split}"
+    probes = []
+    for share in shares:
+        probes.append([
+            "--task", "folder", "--modality", "rgb", "--data", f"{root}/all",
+            "--labels", f"{root}/labels.tsv", "--lists", f"{root}/fit_{share}.txt",
+            f"{root}/test.txt", "--feature", "cls+mean", "--protocol", head, "--seed", str(split)])
+    return probes
+
+
+def ucm_runs():
+    runs = {}
+    for split in SPLITS:
+        for size in (SIZE, 112):
+            probes = [[*probe, "--img-size", str(size)] for probe in ucm_probes(split)]
+            name = "frozen" if size == SIZE else f"frozen, {size} px"
+            runs[f"ucm/{name}/rgb/{split}"] = Run(["--ckpt", WEIGHTS], None, probes, train=False)
+    for split, name in itertools.product(SPLITS, METHODS):
+        runs[f"ucm/{name}/rgb/{split}"] = ucm_run(split, METHODS[name])
+    for split in SPLITS:
+        flags = ["--data", f"{UCM}/{split}/all", "--labels", f"{UCM}/{split}/labels.tsv", "--lists",
+                 f"{UCM}/{split}/fit_100.txt", f"{UCM}/{split}/test.txt", "--epochs", "12",
+                 "--img-size", str(SIZE), "--seed", str(split)]
+        runs[f"ucm/fine-tuned/rgb/{split}"] = Run([WEIGHTS, "rgb", *flags])
+        runs[f"ucm/logistic/rgb/{split}"] = logistic_run(split)
+    for split, name in itertools.product(range(3), ("InfoNCE", "+ soft")):
+        runs[f"ucm/{name}, scratch/rgb/{split}"] = ucm_run(split, METHODS[name], start=None)
+    for split, share in itertools.product(range(3), SHARES[1:]):
+        runs[f"ucm/+ soft, {share} % labelled/rgb/{split}"] = ucm_run(split, SOFT, share)
+    for split, name in itertools.product(range(3), FORMS):
+        runs[f"ucm/{name}/rgb/{split}"] = ucm_run(split, [*SOFT, *FORMS[name]])
+    for split, name in itertools.product(range(3), ("InfoNCE", "+ soft")):
+        runs[f"ucm/{name}, no predictor/rgb/{split}"] = ucm_run(
+            split, METHODS[name], switch=no_predictor)
+        runs[f"ucm/{name}, thawed/rgb/{split}"] = ucm_run(split, METHODS[name], switch=thaw)
+    for split, name in itertools.product(range(3), ("InfoNCE", "+ soft")):
+        runs[f"ucm/{name}, 12 epochs/rgb/{split}"] = ucm_run(
+            split, [*METHODS[name], "--epochs", "12"])
+    return runs
+
+
+def logistic_run(split):
+    """One probe of several networks, since band statistics and random weights are the same."""
+    files = [WEIGHTS]
+    for name in ("InfoNCE", "+ soft"):
+        files.append(f"{run_folder(f'ucm/{name}/rgb/{split}')}/backbone.pt")
+    [probe] = ucm_probes(split, "logistic", [100])
+    return Run(["--ckpt", *files], None, [[*probe, "--img-size", str(SIZE)]], train=False)
+
+
+def make_ucm(shared, folder):
+    """Links to the images, tables of labels and lists of names of one split.
+
+    folder: .../SPLIT.  In it: all, train/{class}; labels.tsv, and train_S.tsv with the rows that
+    pretraining may see; fit_S.txt and test.txt for the probe.  S is a share of SHARES.
+    """
+    rng = np.random.default_rng(int(folder.name))
+    (folder / "train").mkdir(parents=True)
+    (folder / "all").symlink_to(Path(shared, "images").resolve())
+    header, *lines = Path(shared, "LandUse_Multilabeled.txt").read_text().splitlines()
+    rows = {line.split("\t")[0]: line for line in lines}
+    shuffled = []                                 # the names of each class, those to train on first
+    test = []
+    for class_folder in sorted(Path(shared, "images").iterdir()):
+        files = sorted(class_folder.iterdir())
+        files = [files[i] for i in rng.permutation(len(files))]
+        count = round(0.8 * len(files))
+        (folder / "train" / class_folder.name).mkdir()
+        for file in files[:count]:
+            (folder / "train" / class_folder.name / file.name).symlink_to(file.resolve())
+        shuffled.append([file.stem for file in files[:count]])
+        test += [file.stem for file in files[count:]]
+    (folder / "test.txt").write_text("\n".join(test))
+    (folder / "labels.tsv").write_text("\n".join([header, *rows.values()]))
+    for share in SHARES:
+        names = []
+        for class_names in shuffled:
+            names += class_names[:round(share / 100 * len(class_names))]
+        (folder / f"fit_{share}.txt").write_text("\n".join(names))
+        table = [header, *[rows[name] for name in names]]
+        (folder / f"train_{share}.tsv").write_text("\n".join(table))
+
+
+# --------------------------------------------------------------- from natural images to 13 bands
+
+CHIPS = ["--preset", "small", "--layout", "eurosat", "--holdout", "0", "--img-size", str(SIZE),
+         "--epochs", "12", *INFO_NCE]
+STARTS = {
+    "scratch": [],
+    "random": ["--init", WEIGHTS, "--adapt", "random"],
+    "mean": ["--init", WEIGHTS, "--adapt", "mean"],
+    "rgb": ["--init", WEIGHTS, "--adapt", "rgb"]}
+
+
+def continual_runs(chip_folder, chip_probes):
+    """EuroSAT-MS: three splits, four starts.  The functions are study.py's."""
+    runs = {}
+    heads = ("ridge", "logistic")
+    for seed in range(3):
+        folder = f"{chip_folder('s2c', 70, seed)}/train"
+        probes = chip_probes("s2c", 70, seed, heads)
+        runs[f"continual/frozen/s2c/{seed}"] = Run(
+            ["--ckpt", WEIGHTS_S2C], None, probes, train=False)
+        for name, flags in STARTS.items():
+            flags = ["--modality", "s2c", "--data", folder, *CHIPS, *flags, "--seed", str(seed)]
+            runs[f"continual/{name}/s2c/{seed}"] = Run(flags, None, probes, amp="off")
+            runs[f"continual/{name}, thawed/s2c/{seed}"] = Run(flags, thaw, probes, amp="off")
+    rgb_probes = chip_probes("rgb", 80, 0, heads)
+    runs["continual/frozen/rgb/0"] = Run(["--ckpt", WEIGHTS], None, rgb_probes, train=False)
+    for name in ("scratch", "random"):
+        flags = ["--modality", "rgb", "--data", f"{chip_folder('rgb', 80, 0)}/train", "--preset",
+                 "small", "--holdout", "0", "--img-size", str(SIZE), "--epochs", "3", *INFO_NCE,
+                 *STARTS[name], "--seed", "0"]
+        runs[f"continual/{name}/rgb/0"] = Run(flags, None, rgb_probes, amp="off")
+    return runs
+
+
+def make_weights(shared):
+    """The weights of natural images for x in [0, 1], and the same for 13 bands, of which it sees
+    three."""
+    folder = Path(WEIGHTS).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    state, _ = models.read_weights(str(Path(shared, "vit_tiny_in1k/vit_tiny_patch16_224.pth")))
+    state = models.fold_normalisation(state, [0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
+    torch.save(state, WEIGHTS)
+    layer = state["patch_embed.proj.weight"]
+    nothing = torch.zeros(layer.shape[0], 13, *layer.shape[2:])
+    state["patch_embed.proj.weight"] = models.adapt_input(layer, nothing, "rgb")
+    torch.save(state, WEIGHTS_S2C)
+
+
+def make_folders(keys, shared):
+    """What the runs of these keys read."""
+    if not Path(WEIGHTS_S2C).exists():
+        make_weights(shared)
+    for key in keys:
+        folder = Path(UCM, key.split("/")[-1])
+        if key.startswith("ucm/") and not folder.exists():
+            make_ucm(Path(shared, "ucm_multilabel"), folder)
