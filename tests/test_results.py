@@ -3,7 +3,8 @@ import re
 
 import pytest
 
-from lab import probing, study, tables
+import data
+from lab import lines, probing, real, study, tables
 
 PROBES = study.RESULTS / "probing.jsonl"               # its lines are of probes alone
 
@@ -49,17 +50,17 @@ def line(key, *micro):
 
 
 def test_equal_values_of_different_splits_all_count_and_repeated_ones_count_once(monkeypatch):
-    lines = [line("eurosat/a/s2c/0", .8, .9, .8), line("eurosat/b/s2c/0", .8, .8, .8)]
-    monkeypatch.setattr(tables, "read_lines", lambda study: lines)
-    assert tables.values("eurosat/a", "s2c", "micro_map") == [.8, .9, .8]
-    assert tables.values("eurosat/b", "s2c", "micro_map") == [.8]
+    found = [line("eurosat/a/s2c/0", .8, .9, .8), line("eurosat/b/s2c/0", .8, .8, .8)]
+    monkeypatch.setattr(lines, "read_lines", lambda study: found)
+    assert lines.values("eurosat/a", "s2c", "micro_map") == [.8, .9, .8]
+    assert lines.values("eurosat/b", "s2c", "micro_map") == [.8]
 
 
 def test_gains_pair_runs_by_their_seed(monkeypatch):
-    lines = {"long": [line("long/+ soft/s1/2", .7), line("long/+ soft/s1/0", .5),
+    found = {"long": [line("long/+ soft/s1/2", .7), line("long/+ soft/s1/0", .5),
                       line("long/InfoNCE/s1/0", .4), line("long/InfoNCE/s1/1", .9),
                       line("long/InfoNCE/s1/2", .5)]}
-    monkeypatch.setattr(tables, "read_lines", lambda study: lines.get(study, []))
+    monkeypatch.setattr(lines, "read_lines", lambda study: found.get(study, []))
     text = tables.gains_section()
     assert "| soft term over InfoNCE | 28 | yes | s1 | +0.150 | 0.050 | 2 |" in text
     assert "| soft term over InfoNCE | 28 | yes | s2c | not run | not run | 0 |" in text
@@ -80,3 +81,25 @@ def test_chips_are_divided_by_class_without_overlap(tmp_path):
         assert (len(train), len(fit), len(test)) == sizes
         assert not (train | fit) & test and (fit == train) == (share == 70)
         assert len(list((folder / "all").glob("*/*"))) == 20
+
+
+def test_uc_merced_is_divided_by_folder_and_labels_are_those_of_the_training_part(tmp_path):
+    """Of 10 images a folder 8 train; a share of 30 % are 2 of them."""
+    rows = ["image\tsea\tsand"]
+    for name in ("beach", "harbour"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for n in range(10):
+            (tmp_path / "images" / name / f"{name}{n}.jpg").touch()
+            rows.append(f"{name}{n}\t1\t{n % 2}")
+    (tmp_path / "LandUse_Multilabeled.txt").write_text("\n".join(rows))
+    real.make_ucm(tmp_path, tmp_path / "splits" / "3")
+    folder = tmp_path / "splits" / "3"
+    train = {path.stem for path in (folder / "train").glob("*/*")}
+    test = (folder / "test.txt").read_text().split()
+    assert (len(train), len(test)) == (16, 4) and not train & set(test)
+    assert sum(name.startswith("beach") for name in test) == 2
+    for share, count in ((100, 16), (30, 4)):
+        fit = (folder / f"fit_{share}.txt").read_text().split()
+        _, table = data.read_table(str(folder / f"train_{share}.tsv"))
+        assert len(fit) == count and set(fit) <= train and set(table) == set(fit)
+    assert len(data.read_table(str(folder / "labels.tsv"))[1]) == 20

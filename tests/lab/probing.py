@@ -24,7 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import data  # noqa: E402
 import model  # noqa: E402
 import probe  # noqa: E402
-from lab import study, tables  # noqa: E402
+from lab import study  # noqa: E402
+from lab.lines import RESULTS, markdown, read_lines  # noqa: E402
 
 # EuroSAT at its own 64 pixels: 224 would take 14 times as long
 RGB = ["--task", "eurosat", "--data", "eurosat_rgb", "--ckpt", "vit_tiny_in1k.pth",
@@ -69,7 +70,7 @@ def run(name):
             "commit": study.commit(), "device": "cpu", "threads": torch.get_num_threads(),
             "torch": torch.__version__, "python": platform.python_version(),
             "minutes": round((time.time() - start) / 60, 1), **report}
-    with (tables.RESULTS / "probing.jsonl").open("a") as file:
+    with (RESULTS / "probing.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -202,32 +203,32 @@ def figure(name):
 
 def draw_curves():
     """Draw value against labels for the lines that have a curve."""
-    for line in tables.read_lines("probing"):
+    for line in read_lines("probing"):
         if "curve" in line:
             title = f"{line['metric']}, {line['name']}"
-            probe.draw_curve(tables.RESULTS.parent / figure(line["name"]), line["curve"],
+            probe.draw_curve(RESULTS.parent / figure(line["name"]), line["curve"],
                              line["metric"], title)
 
 
 def page():
     """The text of results/probing.md."""
-    lines = tables.read_lines("probing")
+    lines = read_lines("probing")
     lines.sort(key=lambda line: list(RUNS).index(line["name"]))
     values = ["run", "metric", "train", "test", "pixels", "seeds", "checkpoint", "random", "stats"]
     parts = ["# Probes by protocol", INTRODUCTION, "## Values",
-             tables.markdown(values, value_rows(lines)), REMARKS]
+             markdown(values, value_rows(lines)), REMARKS]
     for line in lines:
         if "curve" in line:
             header = ["share", "images", "checkpoint", "random", "stats"]
             parts += [f"## Labels against {line['metric']}: {line['name']}",
-                      tables.markdown(header, curve_rows(line)),
+                      markdown(header, curve_rows(line)),
                       f"![Value against training images](../{figure(line['name'])})"]
         if "layers" in line:
             layers = [[k + 1, f"{value:.3f}"] for k, value in enumerate(line["layers"])]
             parts += [f"## Blocks of the checkpoint, last seed: {line['name']}",
-                      tables.markdown(["block", line["metric"]], layers)]
+                      markdown(["block", line["metric"]], layers)]
     header = ["run", "command", "commit", "device", "torch", "minutes"]
-    parts += ["## Commands", tables.markdown(header, run_rows(lines))]
+    parts += ["## Commands", markdown(header, run_rows(lines))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -238,14 +239,14 @@ def main(argv=None):
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(RUNS))
     args = parser.parse_args(argv)
     if args.what == "run":
-        done = [line["name"] for line in tables.read_lines("probing")]
+        done = [line["name"] for line in read_lines("probing")]
         for name in args.names or RUNS:
             if name not in done:
                 run(name)
     elif args.what == "floors":
         floors()
     else:
-        (tables.RESULTS / "probing.md").write_text(page())
+        (RESULTS / "probing.md").write_text(page())
         draw_curves()
 
 

@@ -48,7 +48,8 @@ from lab import finetune, real, supervised, tables  # noqa: E402
 from lab.runs import (Run, as_optical, betas, decay_everything, labelled_only,  # noqa: E402
                       no_predictor, no_vertical_flip, one_direction, one_offset, run_folder,
                       scattered, small_layerscale, toy_run)
-from lab.tables import RESULTS, read_lines, readme_table  # noqa: E402, F401
+from lab.lines import RESULTS, read_lines  # noqa: E402
+from lab.tables import readme_table  # noqa: E402, F401
 
 # ------------------------------------------------------------------------------------------- runs
 
@@ -443,9 +444,10 @@ def start_process(key):
 
 def run_many(names, workers, shared):
     """The chosen runs, `workers` at a time; a run waits for the one that it starts from."""
-    data.make_toy("toy")
     runs = all_runs()
     waiting = choose(names, runs)
+    if any("--data" not in runs[key].flags for key in waiting):
+        data.make_toy("toy")
     link_chips(waiting, runs, shared)
     if any(key.startswith(("ucm/", "continual/")) for key in waiting):
         real.make_folders(waiting, shared)

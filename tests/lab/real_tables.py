@@ -1,0 +1,251 @@
+"""The sections of results/README.md on real images: what the studies `ucm` and `continual` found.
+
+tables.py puts them on the page.  A test holds the page to the lines of ucm.jsonl and
+continual.jsonl, from which all numbers come.
+"""
+import numpy as np
+
+from lab import real
+from lab.lines import caption, cell, find, markdown, paragraph, standard_error, values
+
+METRICS = ("micro_map", "macro_map")
+
+# a row: what it is called on the page, and the run that it comes from
+MAIN_ROWS = [
+    dict(title="mean and std of each band", run="ucm/frozen", network="stats", size=64),
+    dict(title="random weights", run="ucm/frozen", network="random", size=64),
+    dict(title="natural-image weights, frozen", run="ucm/frozen", size=64),
+    dict(title="InfoNCE", run="ucm/InfoNCE", size=64),
+    dict(title="+ soft term", run="ucm/+ soft", size=64),
+    dict(title="+ mask", run="ucm/+ mask", size=64),
+    dict(title="+ soft term, mask", run="ucm/+ both", size=64),
+    dict(title="natural-image weights, frozen", run="ucm/frozen, 112 px", size=112),
+    dict(title="PerA", run="ucm/PerA", size=112),
+    dict(title="PerA + soft term", run="ucm/PerA + soft", size=112),
+    dict(title="InfoNCE from scratch", run="ucm/InfoNCE, scratch", size=64),
+    dict(title="+ soft term from scratch", run="ucm/+ soft, scratch", size=64)]
+GAIN_ROWS = [
+    dict(title="InfoNCE over the frozen weights", run="ucm/InfoNCE", base="ucm/frozen"),
+    dict(title="soft term over InfoNCE", run="ucm/+ soft", base="ucm/InfoNCE"),
+    dict(title="mask over InfoNCE", run="ucm/+ mask", base="ucm/InfoNCE"),
+    dict(title="mask over InfoNCE + soft term", run="ucm/+ both", base="ucm/+ soft"),
+    dict(title="soft term over InfoNCE, both masked", run="ucm/+ both", base="ucm/+ mask"),
+    dict(title="soft term over InfoNCE, 12 epochs", run="ucm/+ soft, 12 epochs",
+         base="ucm/InfoNCE, 12 epochs"),
+    dict(title="soft term over InfoNCE, from scratch", run="ucm/+ soft, scratch",
+         base="ucm/InfoNCE, scratch"),
+    dict(title="soft term over InfoNCE, no predictor", run="ucm/+ soft, no predictor",
+         base="ucm/InfoNCE, no predictor"),
+    dict(title="no predictor over predictor, + soft term", run="ucm/+ soft, no predictor",
+         base="ucm/+ soft"),
+    dict(title="backbone still at first, over not, InfoNCE", run="ucm/InfoNCE, thawed",
+         base="ucm/InfoNCE"),
+    dict(title="backbone still at first, over not, + soft term", run="ucm/+ soft, thawed",
+         base="ucm/+ soft"),
+    dict(title="PerA over the frozen weights, 112 px", run="ucm/PerA", base="ucm/frozen, 112 px"),
+    dict(title="soft term in PerA", run="ucm/PerA + soft", base="ucm/PerA")]
+FORM_ROWS = [
+    dict(title="`bce`, weight .5, temperature .2: the preset", run="ucm/+ soft"),
+    dict(title="none", run="ucm/InfoNCE"),
+    dict(title="weight .1", run="ucm/soft weight 0.1"),
+    dict(title="weight 2", run="ucm/soft weight 2"),
+    dict(title="temperature .1", run="ucm/soft-tau 0.1"),
+    dict(title="temperature .5", run="ucm/soft-tau 0.5"),
+    dict(title="`ce`, weight 1", run="ucm/form ce, weight 1"),
+    dict(title="`bce_mean`, temperature 1", run="ucm/form bce_mean")]
+START_ROWS = [
+    dict(title="mean and std of each band", run="continual/frozen", network="stats"),
+    dict(title="random weights", run="continual/frozen", network="random"),
+    dict(title="natural-image weights on B4 B3 B2, frozen", run="continual/frozen"),
+    dict(title="InfoNCE from scratch", run="continual/scratch"),
+    dict(title="from the weights, input layer fresh", run="continual/random"),
+    dict(title="from the weights, input layer: their mean", run="continual/mean"),
+    dict(title="from the weights, input layer: their rgb", run="continual/rgb"),
+    dict(title="fresh, backbone still at first", run="continual/random, thawed"),
+    dict(title="rgb, backbone still at first", run="continual/rgb, thawed")]
+
+
+def first_values(run, metric, network="checkpoint", probe=0, modality="rgb"):
+    """{split: the metric of one probe}."""
+    return {split: line["probes"][probe]["all"][network][metric][0]
+            for split, line in sorted(find(run, modality).items())}
+
+
+def gain(run, base, metric, probe=0, modality="rgb", base_probe=None):
+    """Differences run - base on the splits that both have."""
+    ours = first_values(run, metric, "checkpoint", probe, modality)
+    theirs = first_values(base, metric, "checkpoint", probe if base_probe is None else base_probe,
+                          modality)
+    return [ours[split] - theirs[split] for split in sorted(ours.keys() & theirs.keys())]
+
+
+def gain_cells(gains):
+    """Mean, standard error, and their ratio."""
+    if len(gains) < 2:
+        return ["not run", "not run", "not run"]
+    error = standard_error(gains)
+    return [f"{np.mean(gains):+.4f}", f"{error:.4f}", f"{np.mean(gains) / error:+.1f}"]
+
+
+def minutes(run):
+    lines = find(run, "rgb").values()
+    trained = [line["minutes"] for line in lines if line.get("log")]
+    return f"{np.median(trained):.0f}" if trained else "-"
+
+
+def runs_of(rows):
+    return list(dict.fromkeys(row[name] for row in rows for name in ("run", "base") if name in row))
+
+
+def fine_tuned_cells():
+    lines = find("ucm/fine-tuned", "rgb").values()
+    return [cell([line[metric] for line in lines]) for metric in METRICS] + [len(lines)]
+
+
+def main_section():
+    rows = []
+    for row in MAIN_ROWS:
+        found = [list(first_values(row["run"], metric, row.get("network", "checkpoint")).values())
+                 for metric in METRICS]
+        rows.append([row["title"], row["size"], *map(cell, found), len(found[0]),
+                     minutes(row["run"]) if "network" not in row else "-"])
+    micro, macro, count = fine_tuned_cells()
+    rows.append(["fine-tuned with the labels", 64, micro, macro, count, "-"])
+    text = paragraph(
+        "Data: 1,680 aerial images of UC Merced, 128 px, with 17 real labels, 3.3 an image. Each",
+        "of five splits pretrains a ViT-Tiny/16 on 1,344 of them with their labels, fits a ridge",
+        "head on CLS and the mean patch of the same, and tests it on the other 336. SoftCon: 4",
+        "epochs at 64 px; PerA: 4 epochs at 112 px. All but the last rows start from ViT-Tiny",
+        "weights of natural images, into which their normalisation is folded (`model.py fold`).",
+        "Average precision; minutes of a run on one busy core. The fine-tuned network learns from",
+        "the labels themselves, 12 epochs.")
+    above = caption(text, "ucm --shared DIR", runs_of(MAIN_ROWS), ["rgb"])
+    header = ["network", "px", "micro", "macro", "splits", "minutes"]
+    return f"## Real images with real labels\n\n{above}\n\n{markdown(header, rows)}"
+
+
+def gain_section():
+    rows = []
+    for row in GAIN_ROWS:
+        cells = []
+        for metric in METRICS:
+            cells += gain_cells(gain(row["run"], row["base"], metric))
+        rows.append([row["title"], *cells, len(gain(row["run"], row["base"], METRICS[0]))])
+    text = paragraph(
+        "Differences between two runs of the same split: their mean, its standard error, and the",
+        "one by the other. Ridge head, runs of the table above and below.")
+    header = ["UC Merced", "micro", "error", "ratio", "macro", "error", "ratio", "splits"]
+    return f"## Gains on real labels\n\n{text}\n\n{markdown(header, rows)}"
+
+
+def logistic_values(column, metric):
+    """The values of a network in the logistic probes; column: its place in their tables."""
+    found = []
+    for _, line in sorted(find("ucm/logistic", "rgb").items()):
+        table = line["probes"][0]["all"]
+        found.append(list(table.values())[column][metric][0])
+    return found
+
+
+def logistic_section():
+    titles = {-1: "mean and std of each band", -2: "random weights",
+              0: "natural-image weights, frozen", 1: "InfoNCE", 2: "+ soft term"}
+    rows = []
+    for column, title in titles.items():
+        found = [logistic_values(column, metric) for metric in METRICS]
+        rows.append([title, *map(cell, found), len(found[0])])
+    gains = []
+    for metric in METRICS:
+        pairs = zip(logistic_values(2, metric), logistic_values(1, metric))
+        gains += gain_cells([soft - bare for soft, bare in pairs])
+    text = paragraph("The networks at 64 px of the table above, with a logistic head.")
+    above = caption(text, "'ucm/logistic/*' --shared DIR", ["ucm/logistic"], ["rgb"])
+    below = paragraph(
+        f"The soft term over InfoNCE with this head: micro {gains[0]} ± {gains[1]} (standard",
+        f"error), macro {gains[3]} ± {gains[4]}.")
+    return (f"## A logistic head on real labels\n\n{above}\n\n"
+            f"{markdown(['network', 'micro', 'macro', 'splits'], rows)}\n\n{below}")
+
+
+def share_rows():
+    """For each share of labels: the head on frozen weights, on InfoNCE, and on the soft term with
+    all labels and with that share."""
+    rows = []
+    for probe, share in enumerate(real.SHARES):
+        name = "ucm/+ soft" if share == 100 else f"ucm/+ soft, {share} % labelled"
+        columns = [first_values("ucm/frozen", "micro_map", "checkpoint", probe),
+                   first_values("ucm/InfoNCE", "micro_map", "checkpoint", probe),
+                   first_values(name, "micro_map", "checkpoint", probe)]
+        rows.append((share, columns, gain(name, "ucm/InfoNCE", "micro_map", probe)))
+    return rows
+
+
+def share_section():
+    rows = []
+    for share, columns, gains in share_rows():
+        rows.append([f"{share} %", round(1344 * share / 100),
+                     *[cell(list(column.values())) for column in columns], *gain_cells(gains),
+                     len(gains)])
+    text = paragraph(
+        "Fewer labels: pretraining sees all 1,344 images but the labels of a share of them only,",
+        "and the ridge head is fit on the same share. Micro average precision.")
+    above = caption(text, "'ucm/+ soft*labelled/*' --shared DIR",
+                    [f"ucm/+ soft, {share} % labelled" for share in real.SHARES[1:]], ["rgb"])
+    header = ["labelled", "images, about", "frozen", "InfoNCE", "+ soft term",
+              "soft over InfoNCE", "error", "ratio", "splits"]
+    return f"## Few labels\n\n{above}\n\n{markdown(header, rows)}"
+
+
+def form_section():
+    rows = []
+    for row in FORM_ROWS:
+        cells = []
+        for metric in METRICS:
+            found = first_values(row["run"], metric)
+            common = [found[split] for split in found if split < 3]
+            cells.append(cell(common))
+        gains = gain(row["run"], "ucm/+ soft", "micro_map")[:3]
+        rows.append([row["title"], *cells, *gain_cells(gains)[:2], min(len(found), 3)])
+    rows[0][3:5] = ["-", "-"]
+    text = paragraph(
+        "The soft term's form, weight and temperature on UC Merced: the row \"+ soft term\" above",
+        "with one choice changed, on splits 0 to 2.")
+    studies = " ".join(f"'ucm/{name}/*'" for name in real.FORMS)
+    above = caption(text, f"{studies} --shared DIR", runs_of(FORM_ROWS), ["rgb"])
+    header = ["soft term", "micro", "macro", "over the preset, micro", "error", "splits"]
+    return f"## The soft term's form on real labels\n\n{above}\n\n{markdown(header, rows)}"
+
+
+def start_section():
+    parts = []
+    # of study.chip_probes: ridge and logistic on CLS, then both on CLS and the mean patch
+    heads = {"ridge": 2, "logistic": 3}
+    for modality, kind in (("s2c", "1,180 multispectral"), ("rgb", "21,600 RGB")):
+        rows = []
+        for row in START_ROWS:
+            title = row["title"]
+            if modality == "rgb":
+                if not (row["run"] in ("continual/frozen", "continual/scratch")
+                        or row["run"] == "continual/random"):
+                    continue
+                title = title.replace(" on B4 B3 B2", "").replace(", input layer fresh", "")
+            network = row.get("network", "checkpoint")
+            cells = [cell(values(row["run"], modality, "accuracy", network, probe))
+                     for probe in heads.values()]
+            rows.append([title, *cells, len(find(row["run"], modality))])
+        training = ("12 epochs on 70 % of the chips, the head on the same, the test on 30 %"
+                    if modality == "s2c" else
+                    "3 epochs on 80 % of the chips, the head on the same, the test on 20 %")
+        text = paragraph(
+            f"{kind} EuroSAT chips, ViT-Tiny/16 at 64 px, InfoNCE without labels: {training}.",
+            "Heads on CLS and the mean patch. Accuracy.")
+        above = caption(text, f"'continual/*/{modality}/*' --shared DIR", runs_of(START_ROWS),
+                        [modality])
+        table = markdown(["network", *heads, "splits"], rows)
+        parts.append(f"{above}\n\n{table}")
+    return "## From natural images to other sensors\n\n" + "\n\n".join(parts)
+
+
+def sections():
+    return [main_section(), gain_section(), logistic_section(), share_section(), form_section(),
+            start_section()]
