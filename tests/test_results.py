@@ -4,7 +4,7 @@ import re
 import pytest
 
 import data
-from lab import lines, probing, real, study, tables
+from lab import charts, lines, probing, real, study, tables
 
 PROBES = study.RESULTS / "probing.jsonl"               # its lines are of probes alone
 
@@ -18,6 +18,12 @@ def test_the_readmes_table_has_its_eight_rows_and_no_empty_cell():
     assert len(rows) == 8
     for row in rows:
         assert row.count("|") == header.count("|") and "not run" not in row
+
+
+@pytest.mark.parametrize("name", charts.DRAWINGS)
+def test_the_figures_are_drawn_from_the_lines(name, tmp_path):
+    charts.DRAWINGS[name]().save(tmp_path / name)
+    assert (charts.FIGURES / name).read_text() == (tmp_path / name).read_text()
 
 
 def test_the_page_of_probes_is_made_of_its_lines_and_each_can_be_repeated():

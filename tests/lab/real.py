@@ -152,7 +152,7 @@ def make_ucm(shared, folder):
 # --------------------------------------------------------------- from natural images to 13 bands
 
 CHIPS = ["--preset", "small", "--layout", "eurosat", "--holdout", "0", "--img-size", str(SIZE),
-         "--epochs", "12", *INFO_NCE]
+         "--epochs", "8", *INFO_NCE]
 STARTS = {
     "scratch": [],
     "random": ["--init", WEIGHTS, "--adapt", "random"],
@@ -177,7 +177,7 @@ def continual_runs(chip_folder, chip_probes):
     runs["continual/frozen/rgb/0"] = Run(["--ckpt", WEIGHTS], None, rgb_probes, train=False)
     for name in ("scratch", "random"):
         flags = ["--modality", "rgb", "--data", f"{chip_folder('rgb', 80, 0)}/train", "--preset",
-                 "small", "--holdout", "0", "--img-size", str(SIZE), "--epochs", "3", *INFO_NCE,
+                 "small", "--holdout", "0", "--img-size", str(SIZE), "--epochs", "1", *INFO_NCE,
                  *STARTS[name], "--seed", "0"]
         runs[f"continual/{name}/rgb/0"] = Run(flags, None, rgb_probes, amp="off")
     return runs

@@ -233,9 +233,9 @@ def start_section():
             cells = [cell(values(row["run"], modality, "accuracy", network, probe))
                      for probe in heads.values()]
             rows.append([title, *cells, len(find(row["run"], modality))])
-        training = ("12 epochs on 70 % of the chips, the head on the same, the test on 30 %"
+        training = ("8 epochs on 70 % of the chips, the head on the same, the test on 30 %"
                     if modality == "s2c" else
-                    "3 epochs on 80 % of the chips, the head on the same, the test on 20 %")
+                    "one epoch on 80 % of the chips, the head on the same, the test on 20 %")
         text = paragraph(
             f"{kind} EuroSAT chips, ViT-Tiny/16 at 64 px, InfoNCE without labels: {training}.",
             "Heads on CLS and the mean patch. Accuracy.")
