@@ -173,6 +173,15 @@ def continual_runs(chip_folder, chip_probes):
             flags = ["--modality", "s2c", "--data", folder, *CHIPS, *flags, "--seed", str(seed)]
             runs[f"continual/{name}/s2c/{seed}"] = Run(flags, None, probes, amp="off")
             runs[f"continual/{name}, thawed/s2c/{seed}"] = Run(flags, thaw, probes, amp="off")
+        flags = ["--modality", "s2c", "--data", folder, *CHIPS, *STARTS["rgb"], "--epochs", "24",
+                 "--seed", str(seed)]
+        runs[f"continual/rgb, 24 epochs/s2c/{seed}"] = Run(flags, None, probes, amp="off")
+        for name in ("rgb", "rgb, 24 epochs"):
+            ckpt = f"{run_folder(f'continual/{name}/s2c/{seed}')}/backbone.pt"
+            chips = chip_folder("s2c", 70, seed)
+            runs[f"continual/{name} and statistics/s2c/{seed}"] = Run([
+                ckpt, "--modality", "s2c", "--data", f"{chips}/all", "--lists", f"{chips}/fit.txt",
+                f"{chips}/test.txt"])
     rgb_probes = chip_probes("rgb", 80, 0, heads)
     runs["continual/frozen/rgb/0"] = Run(["--ckpt", WEIGHTS], None, rgb_probes, train=False)
     for name in ("scratch", "random"):

@@ -44,7 +44,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import data  # noqa: E402
 import pretrain  # noqa: E402
 import probe  # noqa: E402
-from lab import finetune, real, supervised, tables  # noqa: E402
+from lab import beside, finetune, real, supervised, tables  # noqa: E402
 from lab.runs import (Run, as_optical, betas, decay_everything, labelled_only,  # noqa: E402
                       no_predictor, no_vertical_flip, one_direction, one_offset, run_folder,
                       scattered, small_layerscale, toy_run)
@@ -391,6 +391,8 @@ def run_one(key):
         measure(key, run)
     elif "/fine-tuned/" in key:
         record(key, run.flags, **finetune.main(run.flags))
+    elif " and statistics/" in key:
+        record(key, run.flags, **beside.main(run.flags))
     else:
         train_and_probe(key, run)
 
