@@ -598,7 +598,7 @@ def opening():
         "without ± is one run. Micro average precision pools all classes, macro is the mean over",
         "classes. Training was in bf16 unless a table says otherwise. The papers' own numbers",
         "stand in the last table.")
-    findings = bullets(*soft_findings(), *chip_findings(), *other_findings())
+    findings = bullets(*real_tables.findings(), *soft_findings(), *chip_findings(), *other_findings())
     return f"# Results\n\n{headline()}\n\n{files}\n\n{numbers}\n\n## Findings\n\n{findings}"
 
 
