@@ -95,6 +95,9 @@ def ucm_runs():
         runs[f"ucm/{name}, scratch/rgb/{split}"] = ucm_run(split, METHODS[name], start=None)
     for split, share in itertools.product(range(3), SHARES[1:]):
         runs[f"ucm/+ soft, {share} % labelled/rgb/{split}"] = ucm_run(split, SOFT, share)
+        weight = str(0.5 * share / 100)
+        runs[f"ucm/+ soft, {share} % labelled, weight {weight}/rgb/{split}"] = ucm_run(
+            split, [*SOFT, "--soft-weight", weight], share)
     for split, name in itertools.product(range(3), FORMS):
         runs[f"ucm/{name}/rgb/{split}"] = ucm_run(split, [*SOFT, *FORMS[name]])
     for split, name in itertools.product(range(3), ("InfoNCE", "+ soft")):

@@ -49,7 +49,7 @@ from lab.runs import (Run, as_optical, betas, decay_everything, labelled_only,  
                       no_predictor, no_vertical_flip, one_direction, one_offset, run_folder,
                       scattered, small_layerscale, toy_run)
 from lab.lines import RESULTS, read_lines  # noqa: E402
-from lab.tables import readme_table  # noqa: E402, F401
+from lab.real_tables import readme_table  # noqa: E402, F401
 
 # ------------------------------------------------------------------------------------------- runs
 

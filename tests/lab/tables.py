@@ -608,20 +608,3 @@ def page():
                 pera_section(), start_section(), *real_tables.sections(), chip_section(), class_section(), rgb_section(),
                 cost_section(), reading_section(), traffic_section(), published_section()]
     return "\n\n".join(sections) + "\n"
-
-
-def readme_table():
-    """The table of eight rows in the README: micro and macro average precision on the toy world."""
-    chosen = [
-        dict(title="mean and std of each band", run="long/both", network="stats"),
-        dict(title="ResNet-18, random weights", run="long/both", network="random"),
-        dict(title="InfoNCE, 28 epochs", run="long/InfoNCE"),
-        dict(title="+ soft term, 28 epochs", run="long/+ soft"),
-        dict(title="+ soft, mask: the preset", run="long/both"),
-        dict(title="ViT-tiny/4, random weights", run="pera/PerA", network="random"),
-        dict(title="PerA, the preset", run="pera/PerA")]
-    rows = []
-    for row in chosen:
-        rows.append([row["title"], *toy_cells(row["run"], row.get("network", "checkpoint"))])
-    rows.append(["ResNet-18, supervised", *supervised_values()])
-    return markdown(["toy world", "s1 micro", "s1 macro", "s2c micro", "s2c macro"], rows)
