@@ -11,12 +11,25 @@ FOLDERS = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "lab")]
 sys.path[:0] = FOLDERS
 os.environ["PYTHONPATH"] = os.pathsep.join(FOLDERS)            # for the scripts that tests start
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+os.environ["OMP_NUM_THREADS"] = "1"                            # for these, too
 
 import data  # noqa: E402
+import model  # noqa: E402
 
 # a short training run of a small network
 SMALL = ["--img-size", "24", "--patch-size", "6", "--hidden", "32", "--batch-size", "8", "--epochs",
          "4", "--log-every", "1", "--save-every", "100", "--workers", "0", "--preset", "full"]
+
+
+# the two smallest networks with fewer blocks, for claims that do not depend on their number
+FEW_BLOCKS = {"resnet18": dict(depths=(1, 1, 1, 1), bottleneck=False),
+              "vit_tiny": dict(width=192, depth=2, heads=3)}
+
+
+@pytest.fixture
+def few_blocks(monkeypatch):
+    monkeypatch.setitem(model.RESNETS, "resnet18", FEW_BLOCKS["resnet18"])
+    monkeypatch.setitem(model.VITS, "vit_tiny", FEW_BLOCKS["vit_tiny"])
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +41,17 @@ def toy(tmp_path_factory):
 @pytest.fixture
 def labels(toy):
     return f"{toy}/ssl4eo_multilabel.json"
+
+
+@pytest.fixture
+def start():
+    """A function that starts a programs.Program; those that a failed test leaves are killed."""
+    from programs import Program
+    started = []
+
+    def start_program(function, *arguments, **options):
+        started.append(Program(function, *arguments, **options))
+        return started[-1]
+    yield start_program
+    for program in started:
+        program.kill()
