@@ -6,14 +6,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 
 import data
 import losses
@@ -21,6 +20,7 @@ import model
 import pretrain
 from conftest import ROOT
 from lab.kill import equal
+from programs import rank_environments, script
 
 FLAGS = ["--modality", "s1", "--arch", "vit_tiny", "--img-size", "12", "--patch-size", "6",
          "--hidden", "16", "--batch-size", "4", "--epochs", "50", "--log-every", "1",
@@ -28,7 +28,6 @@ FLAGS = ["--modality", "s1", "--arch", "vit_tiny", "--img-size", "12", "--patch-
          "--preset", "full"]
 PERA = ["--method", "pera", "--prototypes", "16", "--local-size", "0", "--crops", "2", "0",
         "--ratios", "0.25", "0.25", "0.5", "--drop-path", "0.2", "--soft-weight", "0.3"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -43,42 +42,30 @@ TINY = {"width": 32, "depth": 2, "heads": 1}
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     monkeypatch.setitem(model.VITS, "vit_tiny", TINY)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")               # the same bits here and in a script
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)                                 # the same bits here and in a program
     yield
     torch.set_num_threads(threads)
 
 
+def flags_of(world, out, *flags):
+    return [*FLAGS, "--data", str(world), "--out", str(out), *map(str, flags)]
+
+
 def run(world, out, *flags):
-    pretrain.main([*FLAGS, "--data", str(world), "--out", str(out), *map(str, flags)])
+    pretrain.main(flags_of(world, out, *flags))
     return torch.load(out / "last.pt", weights_only=True)
 
 
-def command(world, out, *flags, torchrun=()):
-    """Start pretrain.py as a program of its own, with the tiny net."""
-    script = out.parent / "tiny.py"
-    script.write_text(f"""
-import runpy, sys, model
-model.VITS["vit_tiny"] = {TINY}
-sys.argv[0] = "pretrain.py"
-runpy.run_path("{ROOT}/pretrain.py", run_name="__main__")
-""")
-    said = open(f"{out}.txt", "w")                                     # a pipe would fill up
-    return subprocess.Popen([*(torchrun or [sys.executable]), str(script), *FLAGS, "--data", world,
-                             "--out", str(out), *map(str, flags)], stdout=said, stderr=said)
+def tiny_script(name, *flags):
+    """What a program does: a script with the tiny net."""
+    model.VITS["vit_tiny"] = TINY
+    script(name, *flags)
 
 
-def ended(process, out, seconds=90):
-    """(exit code, what it said), without the progress bar"""
-    code = process.wait(seconds)
-    lines = Path(f"{out}.txt").read_text().splitlines()
-    return code, "\n".join(x for x in lines if "it/s" not in x)
-
-
-def wait_for(found, process, seconds=60):
+def wait_for(found, program, seconds=60):
     end = time.monotonic() + seconds
-    while not found() and process.poll() is None and time.monotonic() < end:
+    while not found() and program.running() and time.monotonic() < end:
         time.sleep(0.01)
     assert found()
 
@@ -108,11 +95,11 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_ends_in_the_same_bits(world, tm
     assert equal(*(torch.load(tmp_path / n / "backbone.pt", weights_only=True) for n in "ab"))
 
 
-def test_killed_at_any_moment_and_resumed_a_run_ends_in_the_same_bits():
-    done = subprocess.run([sys.executable, str(ROOT / "tests/lab/kill.py"), "--kills", "6"],
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:] + done.stdout
-    result = json.loads(done.stdout.splitlines()[-1])
+def test_killed_at_any_moment_and_resumed_a_run_ends_in_the_same_bits(start):
+    """Two kills while it starts, two amid its steps, two while it saves."""
+    done = start(script, "tests/lab/kill.py", "--kills", 6).end()
+    assert done.code == 0, done.err[-2000:] + done.out
+    result = json.loads(done.out.splitlines()[-1])
     assert result["kills"] == 6
     assert result["unreadable"] == 0 and result["identical"] and result["resumed_from"] > 1
 
@@ -184,79 +171,129 @@ def test_a_resumed_run_says_that_scenes_or_labels_are_others_and_goes_on(world, 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_after_its_step_saved_and_says_how_to_go_on(
-        world, tmp_path, number):
+        world, tmp_path, number, start):
     out = tmp_path / "r"
-    process = command(world, out, "--max-steps", 10000, "--workers", 1, "--cache", 0)
-    wait_for(lambda: len(steps(out)) > 2, process)
-    os.kill(process.pid, number)
-    code, said = ended(process, out)
-    assert code == 0, said
+    flags = flags_of(world, out, "--max-steps", 10000, "--workers", 1, "--cache", 0)
+    program = start(tiny_script, "pretrain.py", *flags)
+    wait_for(lambda: len(steps(out)) > 2, program)
+    os.kill(program.pid, number)
+    done = program.end()
+    assert done.code == 0, done.err
     step = torch.load(out / "last.pt", weights_only=True)["step"]
-    assert said.splitlines()[-1] == (
+    assert done.out.splitlines()[-1] == (
         f"stopped at step {step}, saved; the same command with --resume goes on")
     assert steps(out)[-1] == step
     again = run(world, out, "--resume", "--max-steps", step + 2)
     assert equal(again, run(world, tmp_path / "whole", "--max-steps", step + 2))
 
 
-def test_a_second_signal_ends_the_run_at_once(tmp_path):
+def endless_step():
+    pretrain.catch_signals()
+    print("ready", flush=True)
+    while True:
+        time.sleep(0.01)
+
+
+def test_a_second_signal_ends_the_run_at_once(start):
     """In a step that lasts for ever: the first signal waits for its end, the second does not; one
     that follows at once, as torchrun passes it on, counts with the first."""
-    process = subprocess.Popen([sys.executable, "-c", "import pretrain, time\npretrain.catch_signals()\n"
-                                "print('ready', flush=True)\nwhile True: time.sleep(0.01)"],
-                               stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()
-    process.terminate()
+    program = start(endless_step)
+    wait_for(lambda: "ready" in program.out(), program)
+    os.kill(program.pid, signal.SIGTERM)
     time.sleep(0.1)
-    process.terminate()
+    os.kill(program.pid, signal.SIGTERM)
     time.sleep(1.2)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 128 + signal.SIGINT
+    assert program.running()
+    os.kill(program.pid, signal.SIGINT)
+    assert program.end().code == 128 + signal.SIGINT
+
+
+# ------------------------------------------------------------------------------------ several ranks
+
+
+def train_on_two_ranks(start, *flags):
+    """Two programs that know of each other, to their end."""
+    ranks = []
+    for place in rank_environments(2):
+        ranks.append(start(tiny_script, "pretrain.py", *flags, environment=place))
+    for rank in ranks:
+        done = rank.end()
+        assert done.code == 0, done.err
+
+
+def torchrun(*words):
+    """What a program does that is torchrun with two ranks."""
+    torch.distributed.run.main(["--standalone", "--nproc-per-node", "2", *map(str, words)])
 
 
 def children(pid):
     return [int(x) for x in open(f"/proc/{pid}/task/{pid}/children").read().split()]
 
 
-def test_two_ranks_stop_together_resume_exactly_and_outlive_the_death_of_one(world, tmp_path):
-    """One run left alone; one stopped by SIGTERM and resumed; one whose second rank is killed."""
+@pytest.fixture
+def tiny_file(tmp_path):
+    """pretrain.py with the tiny net, as a file for torchrun."""
+    path = tmp_path / "tiny.py"
+    path.write_text("import sys\n"
+                    "import test_faults\n"
+                    "test_faults.tiny_script('pretrain.py', *sys.argv[1:])\n")
+    return path
+
+
+def resumed_at(program, out):
+    """The step at which torchrun's ranks have said to resume, or None."""
+    found = re.search(rf"resumed {out}/last.pt at step (\d+)", program.out())
+    return found and int(found[1])
+
+
+def test_torchrun_outlives_a_death_of_a_rank_and_shows_why_another_ends_all_and_no_bit_changes(
+        world, tmp_path, tiny_file, start):
+    """With one restart allowed.  The run left alone is one of two programs without torchrun."""
     out = tmp_path / "b"
-    process = command(world, out, "--max-steps", 300, "--workers", 1, "--cache", 0,
-                      torchrun=TORCHRUN)
-    wait_for(lambda: len(steps(out)) > 2, process)
-    process.terminate()
-    said = ended(process, out)[1]
+    flags = flags_of(world, out, "--max-steps", 10000, "--save-every", 2)
+    program = start(torchrun, "--max-restarts", 1, tiny_file, *flags)
+    wait_for(lambda: len(steps(out)) > 4, program)
+    os.kill(children(program.pid)[1], signal.SIGKILL)
+
+    wait_for(lambda: resumed_at(program, out), program)
+    wait_for(lambda: steps(out)[-1] > resumed_at(program, out) + 2, program)
+    ranks = children(program.pid)
+    os.kill(ranks[1], signal.SIGKILL)
+    done = program.end()
+    assert done.code != 0 and "Signal 9 (SIGKILL)" in done.err
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks)
+
     step = torch.load(out / "last.pt", weights_only=True)["step"]
-    assert f"stopped at step {step}, saved" in said
-    assert 2 < step < 300
-    end = ["--max-steps", step + 30]
-    process = command(world, out, *end, "--resume", torchrun=TORCHRUN)
-    assert ended(process, out)[0] == 0
-    whole = command(world, tmp_path / "a", *end, torchrun=TORCHRUN)
-    assert ended(whole, tmp_path / "a")[0] == 0
+    assert step > 4
+    end = ["--max-steps", step + 4]
+    train_on_two_ranks(start, *flags_of(world, out, *end, "--resume"))
+    train_on_two_ranks(start, *flags_of(world, tmp_path / "a", *end))
     whole = torch.load(tmp_path / "a" / "last.pt", weights_only=True)
     assert equal(whole, torch.load(out / "last.pt", weights_only=True))
 
-    out = tmp_path / "c"
-    process = command(world, out, *end, "--save-every", 2,
-                      torchrun=[*TORCHRUN, "--max-restarts", "1"])
-    wait_for(lambda: len(steps(out)) > 4, process)
-    os.kill(children(process.pid)[1], signal.SIGKILL)
-    code, said = ended(process, out)
-    assert code == 0, said
-    assert f"resumed {out}/last.pt at step" in said
+
+FORKED = ["--run-path", "--start-method", "fork"]     # torchrun's ranks need not import PyTorch
+
+
+def test_two_ranks_under_torchrun_stop_together_and_resume_exactly(
+        world, tmp_path, tiny_file, start):
+    out = tmp_path / "b"
+    flags = flags_of(world, out, "--max-steps", 10000, "--workers", 1, "--cache", 0)
+    program = start(torchrun, *FORKED, tiny_file, *flags)
+    wait_for(lambda: len(steps(out)) > 2, program)
+    os.kill(program.pid, signal.SIGTERM)
+    done = program.end()
+    step = torch.load(out / "last.pt", weights_only=True)["step"]
+    assert f"stopped at step {step}, saved" in done.out
+    assert 2 < step < 10000
+
+    end = ["--max-steps", step + 10]
+    flags = flags_of(world, out, *end, "--resume")
+    done = start(torchrun, *FORKED, tiny_file, *flags).end()
+    assert done.code == 0, done.err
+    train_on_two_ranks(start, *flags_of(world, tmp_path / "a", *end))
+    whole = torch.load(tmp_path / "a" / "last.pt", weights_only=True)
     assert equal(whole, torch.load(out / "last.pt", weights_only=True))
-
-
-def test_the_death_of_a_rank_ends_the_others_and_shows_why(world, tmp_path):
-    process = command(world, tmp_path / "r", "--max-steps", 10000, torchrun=TORCHRUN)
-    wait_for(lambda: len(steps(tmp_path / "r")) > 1, process)
-    ranks = children(process.pid)
-    os.kill(ranks[1], signal.SIGKILL)
-    code, said = ended(process, tmp_path / "r")
-    assert code != 0 and "Signal 9 (SIGKILL)" in said
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks)
 
 
 def test_another_number_of_ranks_goes_on_and_says_what_is_not_exact(world, tmp_path, capsys):
@@ -333,10 +370,10 @@ def test_a_folder_that_cannot_be_written_is_named(world, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def broken(tmp_path):
-    """120 scenes, some 108 to train on, of which one lacks a band in every season."""
+def broken(world, tmp_path):
+    """30 scenes, 28 to train on, of which one lacks a band in every season."""
     tree = tmp_path / "tree"
-    data.make_toy(str(tree), 120, 12, seed=2, workers=1)
+    shutil.copytree(world, tree)
     scene = [i for i in sorted(os.listdir(tree / "s1")) if not data.held_out([i], 0.1)[0]][7]
     for product in (tree / "s1" / scene).iterdir():
         (product / "VH.tif").unlink()
@@ -423,21 +460,41 @@ def test_collapse_is_said_once_after_ten_logged_steps(world, tmp_path, capsys, m
     assert len(said) == 1 and said[0].startswith("step 20: ")
 
 
+def probe_with_a_slow_disk(*flags):
+    """probe.py where the disk takes a tenth of a second to write a file."""
+    fsync = os.fsync
+
+    def slowly(file):
+        time.sleep(0.1)
+        fsync(file)
+    os.fsync = slowly
+    tiny_script("probe.py", *flags)
+
+
 def test_a_killed_probe_leaves_whole_features_or_none_and_the_next_one_ends_in_the_same(
-        toy, tmp_path):
+        toy, tmp_path, start):
+    """Killed while it computes features, while it writes the first, and while it writes the third
+    of five files."""
     path, cache = tmp_path / "b.pt", tmp_path / "cache"
-    torch.save(model.export_backbone(model.build("resnet18", 2)), path)
-    command = [sys.executable, str(ROOT / "probe.py"), "--ckpt", str(path), "--data", toy,
-               "--holdout", "0.4", "--img-size", "64", "--workers", "0", "--seeds", "3", "--cache",
-               str(cache)]
-    wait = np.random.default_rng(0).uniform(2, 5, 3)
-    for seconds in wait:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(seconds)
-        process.kill()
-        process.wait()
-        for file in cache.glob("*.npy") if cache.exists() else ():
+    torch.save(model.export_backbone(model.build("vit_tiny", 2, 24, 6)), path)
+    flags = ["--ckpt", path, "--data", toy, "--holdout", 0.4, "--workers", 0, "--seeds", 3]
+    with_cache = [*flags, "--cache", cache]
+    fresh = start(tiny_script, "probe.py", *flags)
+
+    def is_writing(program, whole_files):
+        part = list(cache.glob(f"*.part{program.pid}"))
+        return part and len(list(cache.glob("*.npy"))) >= whole_files
+
+    for whole_files in (None, 0, 2):
+        program = start(probe_with_a_slow_disk, *with_cache)
+        if whole_files is None:
+            time.sleep(0.3)
+        else:
+            wait_for(lambda: is_writing(program, whole_files), program)
+        program.kill()
+        for file in cache.glob("*.npy"):
             assert np.isfinite(np.load(file)).all()
-    again = subprocess.run(command, text=True, stdout=subprocess.PIPE, check=True).stdout
-    fresh = subprocess.run(command[:-2], capture_output=True, text=True, check=True).stdout
-    assert again == fresh and len(list(cache.glob("*.npy"))) == 5
+    assert len(list(cache.glob("*.npy"))) == 2
+    again = start(tiny_script, "probe.py", *with_cache).end()
+    assert again.code == 0 and again.out == fresh.end().out
+    assert len(list(cache.glob("*.npy"))) == 5
