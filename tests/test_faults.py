@@ -388,7 +388,8 @@ def test_a_bad_file_stops_the_run_by_its_name(broken, tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["deleted", "garbage"])
-def test_a_file_lost_during_the_run_is_named_and_when_it_is_back_the_run_goes_on(world, tmp_path, harm, monkeypatch):
+def test_a_file_lost_during_the_run_is_named_and_when_it_is_back_the_run_goes_on(
+        world, tmp_path, harm, monkeypatch):
     tree, update = tmp_path / "tree", model.ema_update
     shutil.copytree(world, tree)
     scene = np.random.default_rng([0, 0]).permutation(np.flatnonzero(~data.held_out(

@@ -1,25 +1,33 @@
 """Two gloo processes with half the batch each compute what one process computes with all of it."""
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 import losses
 import model
-from conftest import ROOT, SMALL
+import pretrain
+from conftest import FEW_BLOCKS, SMALL
+from programs import rank_environments, script_with_few_blocks
+
+pytestmark = pytest.mark.usefixtures("few_blocks")
 
 B = 8
 
 
-def start_rank(rank, folder):
+def join_ranks(rank, folder):
     """Make this process one of two that meet through a file in `folder`."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+
+
+def run_on_two_ranks(start, function, *arguments):
+    """Two programs that call function(rank, *arguments)."""
+    ranks = [start(function, rank, *arguments) for rank in (0, 1)]
+    for rank in ranks:
+        done = rank.end()
+        assert done.code == 0, done.err
 
 
 def half(rank):
@@ -61,7 +69,9 @@ def step(net, x, k, y):
 
 
 def train_rank(rank, arch, folder):
-    start_rank(rank, folder)
+    join_ranks(rank, folder)
+    model.RESNETS["resnet18"] = FEW_BLOCKS["resnet18"]
+    model.VITS["vit_tiny"] = FEW_BLOCKS["vit_tiny"]
     net = DistributedDataParallel(branch(arch))
     x, k, y = batch()
     rows = half(rank)
@@ -71,12 +81,13 @@ def train_rank(rank, arch, folder):
     buffers = dict(net.module.named_buffers())
     torch.save({"loss": loss / 2, "gradients": gradients, "buffers": buffers},
                f"{folder}/{rank}.pt")
+    del net                                      # as pretrain.main: DDP goes before its group
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "vit_tiny"])
-def test_two_ranks_equal_one_rank_in_loss_gradients_and_batch_statistics(arch, tmp_path):
-    mp.spawn(train_rank, (arch, str(tmp_path)), nprocs=2)
+def test_two_ranks_equal_one_rank_in_loss_gradients_and_batch_statistics(arch, tmp_path, start):
+    run_on_two_ranks(start, train_rank, arch, str(tmp_path))
     net = branch(arch)
     loss = step(net, *batch())
     for rank in (0, 1):
@@ -104,7 +115,7 @@ def two_parts(q, rows):
 
 
 def gather_rank(rank, folder):
-    start_rank(rank, folder)
+    join_ranks(rank, folder)
     rows = half(rank)
     q = embeddings()
     for whole in (q, q.bfloat16(), (100 * q).to(torch.uint8), q.reshape(B, 4, 4).mT):
@@ -117,8 +128,8 @@ def gather_rank(rank, folder):
     dist.destroy_process_group()
 
 
-def test_all_ranks_get_all_rows_in_rank_order_and_log_what_one_rank_logs(tmp_path):
-    mp.spawn(gather_rank, (str(tmp_path),), nprocs=2)
+def test_all_ranks_get_all_rows_in_rank_order_and_log_what_one_rank_logs(tmp_path, start):
+    run_on_two_ranks(start, gather_rank, str(tmp_path))
     q = embeddings()
     want = [*losses.collapse(q), losses.soft_share(q, *two_parts(q, slice(0, B)))]
     for rank in (0, 1):
@@ -136,22 +147,66 @@ def test_one_rank_gathers_its_rows_without_a_copy_and_without_gradient():
 # --------------------------------------------------------------------------------------- the script
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "vit_tiny"])
-def test_the_script_on_two_ranks_follows_one_rank(arch, toy, tmp_path):
-    """Seasons, crops, masks and loss are the same: the first steps agree to rounding."""
+def logs_on_one_rank_and_on_two(start, folder, flags):
+    """What pretrain.py logs in this process, and what it logs as two programs."""
+    ranks = []
+    for place in rank_environments(2):
+        ranks.append(start(script_with_few_blocks, "pretrain.py", *flags, "--out", folder / "2",
+                           environment=place))
+    pretrain.main([*flags, "--out", str(folder / "1")])
+    for rank in ranks:
+        done = rank.end()
+        assert done.code == 0, done.err
     logs = []
-    for ranks in (1, 2):
-        out = tmp_path / str(ranks)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                   "--nproc-per-node", ranks, ROOT / "pretrain.py", "--modality", "s1",
-                   "--data", toy, "--arch", arch, *SMALL, "--max-steps", 3, "--out", out]
-        run = subprocess.run([str(word) for word in command], capture_output=True, text=True,
-                             timeout=300)
-        assert run.returncode == 0, run.stderr
-        logs.append([json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()])
-    assert [row["step"] for row in logs[0]] == [1, 2, 3]
+    for name in ("1", "2"):
+        lines = (folder / name / "log.jsonl").read_text().splitlines()
+        logs.append([json.loads(line) for line in lines])
+    return logs
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "vit_tiny"])
+def test_the_script_on_two_ranks_follows_one_rank(arch, toy, tmp_path, start):
+    """Seasons, crops, masks and loss are the same: the first steps agree to rounding."""
+    flags = ["--modality", "s1", "--data", toy, "--arch", arch, *SMALL, "--max-steps", "3"]
+    logs = logs_on_one_rank_and_on_two(start, tmp_path, flags)
+    assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]] == [1, 2, 3]
     for one, two in zip(*logs):
         for name in ("loss", "soft"):
             assert abs(one[name] - two[name]) < 2e-3 * one[name], name
         for name in ("soft_share", "feature_std", "effective_rank"):
             assert abs(one[name] - two[name]) < 1e-2 * one[name], name
+
+
+# ------------------------------------------------------------------------------------------- PerA
+
+
+def centre_after(rows):
+    """PerA's centre after four steps, of which a rank sees these rows of six."""
+    generator = torch.Generator().manual_seed(2)
+    centre = losses.Centre(5)
+    for scores in torch.randn(4, 6, 5, generator=generator):
+        centre.update(scores[rows])
+    return centre.value
+
+
+def centre_rank(rank, folder):
+    join_ranks(rank, folder)
+    torch.save(centre_after(slice(3 * rank, 3 * rank + 3)), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_the_centre_of_two_ranks_is_that_of_one(tmp_path, start):
+    run_on_two_ranks(start, centre_rank, str(tmp_path))
+    for rank in (0, 1):
+        value = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert torch.allclose(value, centre_after(slice(0, 6)), atol=1e-6)
+
+
+def test_the_script_on_two_ranks_follows_one_rank_up_to_koleo(toy, tmp_path, start):
+    """KoLeo looks for neighbours within a rank, as released; views, masks, dino, pixels agree."""
+    flags = ["--method", "pera", "--modality", "s1", "--data", toy, "--arch", "vit_tiny", *SMALL,
+             "--local-size", "12", "--crops", "2", "3", "--prototypes", "64", "--batch-size", "4",
+             "--drop-path", "0", "--soft-weight", "0.1", "--max-steps", "1"]
+    (one,), (two,) = logs_on_one_rank_and_on_two(start, tmp_path, flags)
+    for name in ("dino", "pixel", "soft", "feature_std", "effective_rank"):
+        assert abs(one[name] - two[name]) < 1e-4 * one[name], name
