@@ -41,8 +41,9 @@ class Program:
         self.said = tempfile.TemporaryDirectory()
         for name in ("out", "err"):
             Path(self.said.name, name).touch()
-        everything = (self.said.name, str(folder), environment or {}, function, arguments)
-        self.process = forks.Process(target=run, args=everything)
+        method = multiprocessing.get_start_method()        # for processes that it starts itself
+        self.process = forks.Process(target=run, args=(
+            method, self.said.name, str(folder), environment or {}, function, arguments))
         self.process.start()
         self.pid = self.process.pid
 
@@ -69,9 +70,10 @@ class Program:
         return Ended(self.process.exitcode, self.out(), self.err())
 
 
-def run(said, folder, environment, function, arguments):
+def run(method, said, folder, environment, function, arguments):
     """What a program does, from its first line on."""
     os.setsid()
+    multiprocessing.set_start_method(method, force=True)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{said}/{name}", os.O_WRONLY | os.O_APPEND), number)
     os.chdir(folder)

@@ -2,7 +2,6 @@
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -18,16 +17,11 @@ from torch.utils.data import DataLoader, default_convert
 
 import data
 import pretrain
-from conftest import ROOT, SMALL
+from conftest import SMALL
 from data import SENSORS
+from programs import script
 
 S1, S2C, RGB = SENSORS["s1"], SENSORS["s2c"], SENSORS["rgb"]
-
-
-def script(*arguments, **options):
-    """Run `python data.py ...` to its end."""
-    command = [sys.executable, str(ROOT / "data.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 def pack(source, out, name, *flags):
@@ -105,26 +99,27 @@ def test_a_batch_is_what_each_of_its_keys_gives(toy, labels, packed, source, wor
         assert np.array_equal(x[k], scenes[key][0]) and np.array_equal(y[k], scenes[key][1])
 
 
-SLOW = """import sys, time, data
-read = data.read_product
-def slowly(*arguments, **options):
-    time.sleep(0.01)
-    return read(*arguments, **options)
-data.read_product = slowly
-data.main(sys.argv[1:])"""
+def slow_script(*arguments):
+    """data.py's main, where reading an image takes 10 ms."""
+    read = data.read_product
+
+    def slowly(*arguments, **options):
+        time.sleep(0.01)
+        return read(*arguments, **options)
+    data.read_product = slowly
+    data.main(arguments)
 
 
-def test_a_killed_pack_goes_on_where_it_stopped_and_ends_in_the_same_bytes(toy, packed, tmp_path):
+def test_a_killed_pack_goes_on_where_it_stopped_and_ends_in_the_same_bytes(
+        toy, packed, tmp_path, start):
     out, sizes = tmp_path / "out", []
     arguments = ["pack", toy, str(out), "--modality", "s2c", "--workers", "1"]
     for least in (1, 120_000, 400_000):
-        run = subprocess.Popen([sys.executable, "-c", SLOW, *arguments], cwd=ROOT,
-                               stderr=subprocess.DEVNULL, start_new_session=True)
+        program = start(slow_script, *arguments)
         while sum(file.stat().st_size for file in tmp_path.glob("out.part*/images*")) < least:
-            assert run.poll() is None
+            assert program.running()
             time.sleep(0.01)
-        os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
+        program.kill()
         (part,) = tmp_path.iterdir()
         assert part.name.startswith("out.part")
         sizes.append((part / "images.uint8").stat().st_size)
@@ -133,7 +128,8 @@ def test_a_killed_pack_goes_on_where_it_stopped_and_ends_in_the_same_bytes(toy, 
         with (part / "images.uint8").open("ab") as file:
             file.write(b"half an image")
     assert sizes == sorted(set(sizes)) and sizes[-1] < 240 * 13 * 24 * 24
-    assert script(*arguments).returncode == 0
+    done = start(script, "data.py", *arguments).end()
+    assert done.code == 0, done.err
     for name in ("images.uint8", "index.jsonl"):
         assert (out / name).read_bytes() == (packed / name).read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -187,18 +183,19 @@ def test_two_packs_never_write_the_same_file(toy, tmp_path, monkeypatch):
     data.pack(scenes, str(out))                                                  # free again
 
 
-def allow_a_megabyte():
+def script_with_a_megabyte(*arguments):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    script(*arguments)
 
 
-def test_a_pack_that_the_disk_does_not_take_says_so_with_the_file(toy, tmp_path):
+def test_a_pack_that_the_disk_does_not_take_says_so_with_the_file(toy, tmp_path, start):
     arguments = ["pack", toy, tmp_path / "out", "--modality", "s2c", "--workers", "0"]
-    run = script(*arguments, preexec_fn=allow_a_megabyte)
-    assert run.returncode == 1
-    last = run.stderr.splitlines()[-1]
+    done = start(script_with_a_megabyte, "data.py", *arguments).end()
+    assert done.code == 1
+    last = done.err.splitlines()[-1]
     assert last.startswith(f"data.py: error: {tmp_path}/out.part")
     assert last.endswith("images.uint8: not written (File too large)")
-    assert script(*arguments).returncode == 0                                    # and goes on
+    assert start(script, "data.py", *arguments).end().code == 0                  # and goes on
     assert data.open_data(str(tmp_path / "out"), S2C).memory.shape == (240, 13, 24, 24)
 
 
@@ -275,11 +272,12 @@ def test_a_pack_has_its_own_sensor_and_labels(labels, packed):
 
 
 @pytest.mark.parametrize("cache", ["4", "0"])
-def test_training_from_a_pack_equals_training_from_the_tree(toy, packed, tmp_path, cache):
+def test_training_from_a_pack_equals_training_from_the_tree(
+        toy, packed, tmp_path, cache, few_blocks):
     weights = []
     for name, source in (("tree", toy), ("pack", packed)):
         out = tmp_path / name
-        pretrain.main(["--modality", "s2c", "--arch", "resnet18", *SMALL, "--data", str(source),
+        pretrain.main(["--modality", "s2c", "--arch", "vit_tiny", *SMALL, "--data", str(source),
                        "--max-steps", "3", "--cache", cache, "--soft-weight", "0.5",
                        "--out", str(out)])
         weights.append(torch.load(out / "backbone.pt", weights_only=True))
@@ -342,18 +340,19 @@ def test_check_of_whole_files_says_so(toy, capsys):
     assert capsys.readouterr().out == f"{toy}: 240 images of 60 scenes, 0 bad files\n"
 
 
-def test_the_script_exits_with_1_where_files_are_bad(toy, tmp_path):
+def test_the_script_exits_with_1_where_files_are_bad(toy, tmp_path, start):
     want = damage_five_files(toy, tmp_path)["s1"]
-    run = script("check", tmp_path, "--modality", "s1")
-    assert run.returncode == 1
-    assert run.stdout.splitlines() == [*want, f"{tmp_path}: 20 images of 5 scenes, 1 bad files"]
+    done = start(script, "data.py", "check", tmp_path, "--modality", "s1").end()
+    assert done.code == 1
+    assert done.out.splitlines() == [*want, f"{tmp_path}: 20 images of 5 scenes, 1 bad files"]
 
 
-def test_pack_stops_with_the_first_bad_file_in_one_line(toy, tmp_path):
+def test_pack_stops_with_the_first_bad_file_in_one_line(toy, tmp_path, start):
     want = damage_five_files(toy, tmp_path)["s2c"][0]
-    run = script("pack", tmp_path, tmp_path / "out", "--modality", "s2c")
-    assert run.returncode == 1 and "Traceback" not in run.stderr
-    assert run.stderr.splitlines()[-1] == f"data.py: error: {want}"
+    flags = [tmp_path, tmp_path / "out", "--modality", "s2c"]
+    done = start(script, "data.py", "pack", *flags).end()
+    assert done.code == 1 and "Traceback" not in done.err
+    assert done.err.splitlines()[-1] == f"data.py: error: {want}"
     assert not (tmp_path / "out").exists()
 
 
@@ -443,13 +442,13 @@ def test_rgb_and_packed_images_have_no_statistics_in_sensor_units(packed, tmp_pa
 # ----------------------------------------------------------------------------------- command line
 
 
-def test_an_error_on_the_command_line_is_one_line():
+def test_an_error_on_the_command_line_is_one_line(start):
     for arguments, message in (
             (["check", "/nowhere", "--modality", "s1"], "/nowhere: no such folder"),
             (["check", "/nowhere", "--modality", "s9"],
              "--modality s9: unknown, take one of s1, s2c, s2a, rgb, or a JSON file")):
-        run = script(*arguments)
-        assert run.returncode == 1 and run.stderr == f"data.py: error: {message}\n"
+        done = start(script, "data.py", *arguments).end()
+        assert done.code == 1 and done.err == f"data.py: error: {message}\n"
 
 
 def test_flags_are_not_abbreviated(capsys):

@@ -428,7 +428,7 @@ def error_of_guesses(x, state=None):
 
 
 def test_guesses_of_hidden_pixels_improve_on_held_out_images(toy, tmp_path, few_blocks):
-    state = run(toy, tmp_path / "r", "--crops", 1, 0, "--epochs", 5, "--lr", 1e-3)
+    state = run(toy, tmp_path / "r", "--crops", 1, 0, "--epochs", 8, "--lr", 2e-3)
     scenes = data.SSL4EO(toy, data.find_sensor("s1"), f"{toy}/ssl4eo_multilabel.json")
     held_out = np.flatnonzero(data.held_out(scenes.ids, 0.1))
     x = torch.from_numpy(np.stack([scenes.image(i, 0) for i in held_out])) / 255

@@ -2,8 +2,6 @@
 import base64
 import json
 import shutil
-import subprocess
-import sys
 from xml.etree import ElementTree
 
 import imagecodecs
@@ -17,6 +15,7 @@ import model
 import pretrain
 from conftest import ROOT
 from lab import diagrams, show
+from programs import script
 
 FIGURES = ROOT / "tests" / "lab" / "figures"
 TINTS = {"student": (26, 102, 255), "guess": (255, 230, 26), "teacher": (230, 26, 51)}
@@ -268,13 +267,12 @@ def test_bad_requests_are_named_in_one_line(toy, tmp_path, words, message):
     assert not (tmp_path / "x.svg").exists()
 
 
-def test_the_command_line_ends_in_one_line_and_a_non_zero_exit(tmp_path):
-    script = str(ROOT / "tests" / "lab" / "show.py")
-    run = subprocess.run([sys.executable, script, "curve", "no.jsonl", "--out", "x.svg"],
-                         capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode
-    assert run.stderr.startswith("show.py: error: no.jsonl")
-    assert run.stderr.count("\n") == 1
+def test_the_command_line_ends_in_one_line_and_a_non_zero_exit(tmp_path, start):
+    done = start(script, "tests/lab/show.py", "curve", "no.jsonl", "--out", "x.svg",
+                 folder=tmp_path).end()
+    assert done.code
+    assert done.err.startswith("show.py: error: no.jsonl")
+    assert done.err.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------- the committed figures
