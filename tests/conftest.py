@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "lab")]
 sys.path[:0] = FOLDERS
 os.environ["PYTHONPATH"] = os.pathsep.join(FOLDERS)            # for the scripts that tests start
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
-os.environ["OMP_NUM_THREADS"] = "1"                            # for these, too
+os.environ["OMP_NUM_THREADS"] = "1"      # sizes are small: more threads mostly wait for each other
+torch.set_num_threads(1)
 
 import data  # noqa: E402
 import model  # noqa: E402

@@ -4,7 +4,6 @@ import functools
 import io
 import os
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -15,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import pretrain
-from conftest import ROOT, SMALL
+from conftest import SMALL
 from lab import dry_run
+from programs import script
 
 PERA = ["--method", "pera", "--arch", "vit_tiny", *SMALL, "--local-size", "12", "--crops", "2", "3",
         "--prototypes", "64", "--soft-weight", "0.1"]
@@ -63,7 +63,7 @@ def number(pattern, text):
 # ---------------------------------------------------------------------------------- what it shows
 
 
-def test_softcon_with_a_vit_shows_every_tensor_of_its_step(toy):
+def test_softcon_with_a_vit_shows_every_tensor_of_its_step(toy, few_blocks):
     """24 px, patches of 6: 16 patches, of which 30 %, 5, are masked."""
     out = printed("--modality", "s2c", "--data", toy, "--arch", "vit_tiny", *SMALL)
     step = tensors(out, "softcon_step")
@@ -88,7 +88,8 @@ def test_softcon_with_a_resnet_shows_the_greyed_views_and_no_tokens(toy):
     assert "backbone 11.17, projector 0.03" in out
 
 
-def test_pera_shows_crops_sets_of_patches_and_tokens_before_and_after_the_middle(toy):
+def test_pera_shows_crops_sets_of_patches_and_tokens_before_and_after_the_middle(
+        toy, few_blocks):
     out = printed_once("--modality", "s1", "--data", toy, *PERA)
     pairs = tensors(out, "aligned_pairs")                            # 2 global crops of 8 images
     assert [pairs[name][0] for name in ("keep", "unseen", "others")] == [(16, 3), (16, 3), (16, 10)]
@@ -101,7 +102,7 @@ def test_pera_shows_crops_sets_of_patches_and_tokens_before_and_after_the_middle
     assert "included: teacher 11 and 3, student 4 and 2, student 7 and 2\n" in out
 
 
-def test_preset_and_flags_stand_on_top(toy):
+def test_preset_and_flags_stand_on_top(toy, few_blocks):
     flags = ["--modality", "s1", "--data", toy, *PERA]
     out = printed_once(*flags)
     top = " ".join(out[:out.index("parameters in millions")].split())
@@ -127,7 +128,7 @@ def real_step(flags, x):
 BIG_BATCH = ["--modality", "s2c", "--arch", "resnet18", *SMALL, "--batch-size", "32"]
 
 
-def test_parameters_operations_and_memory_are_those_of_a_real_step(toy):
+def test_parameters_operations_and_memory_are_those_of_a_real_step(toy, few_blocks):
     """Operations against a count on real numbers; memory against the networks themselves."""
     flags = [*BIG_BATCH, "--data", toy]
     out = printed_once(*flags)
@@ -143,7 +144,7 @@ def test_parameters_operations_and_memory_are_those_of_a_real_step(toy):
             f"AdamW {8e-9 * student:.2f}, teacher {4e-9 * teacher:.2f}, activations") in out
 
 
-def test_two_micro_batches_have_the_operations_of_one_batch(toy):
+def test_two_micro_batches_have_the_operations_of_one_batch(toy, few_blocks):
     out = printed("--modality", "s1", "--data", toy, "--arch", "resnet18", *SMALL,
                   "--accum", "2")
     part, whole = re.search(r"operations: (\S+) TFLOP.*, (\S+) TFLOP", out).groups()
@@ -166,7 +167,7 @@ def test_attention_is_counted_among_the_operations(tmp_path, monkeypatch):
     assert 0.97 < flops / expected < 1.06                            # embedding, heads, loss
 
 
-def test_activations_are_what_autograd_keeps(toy):
+def test_activations_are_what_autograd_keeps(toy, few_blocks):
     """Against the unique storages kept by the same step on real numbers."""
     flags = [*BIG_BATCH, "--data", toy]
     out = printed_once(*flags)
@@ -186,7 +187,8 @@ def test_activations_are_what_autograd_keeps(toy):
     assert abs(number(r"activations ([\d.]+)", out) - expected) < 0.006 + 0.1 * expected
 
 
-def test_schedules_are_shown_at_start_middle_and_end_and_steps_when_data_are_known(toy):
+def test_schedules_are_shown_at_start_middle_and_end_and_steps_when_data_are_known(
+        toy, few_blocks):
     flags = ["--modality", "s1", "--data", toy, *PERA]
     out = printed_once(*flags)
     train = (~data.held_out([f"{i:07d}" for i in range(60)], 0.1)).sum()
@@ -217,27 +219,24 @@ def images(tmp_path_factory):
     return str(folder)
 
 
-# Runs the script and says in the end how much memory it ever had: VmHWM is that of the process
-# alone, where ru_maxrss would count the process that started it.
-MEASURED = """
-import re, runpy, sys
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-print(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
-"""
+def measured_script(*words):
+    """Runs a script and says how much memory the process ever had, in kB.
+
+    VmHWM is that of the process alone; ru_maxrss would count the process that started it.
+    """
+    script(*words)
+    print(re.search(r"VmHWM:\s*(\d+) kB", open("/proc/self/status").read())[1])
 
 
 def test_the_script_ends_with_0_writes_nothing_and_needs_no_memory_for_131072_prototypes(
-        images, tmp_path):
+        images, tmp_path, start):
     """The weights of PerA's student and teacher alone would take 1.2 GB."""
-    script = str(ROOT / "tests" / "lab" / "dry_run.py")
-    done = subprocess.run([sys.executable, "-c", MEASURED, script, "--modality", "rgb", "--data",
-                           images, "--method", "pera", "--preset", "full"], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and not done.stderr and not os.listdir(tmp_path)
-    assert "(131072,384)" in done.stdout
-    assert "teacher 119 and 23, student 40 and 8, student 79 and 8" in done.stdout
-    kilobytes = int(done.stdout.splitlines()[-1])
+    done = start(measured_script, "tests/lab/dry_run.py", "--modality", "rgb", "--data", images,
+                 "--method", "pera", "--preset", "full", folder=tmp_path).end()
+    assert done.code == 0 and not done.err and not os.listdir(tmp_path)
+    assert "(131072,384)" in done.out
+    assert "teacher 119 and 23, student 40 and 8, student 79 and 8" in done.out
+    kilobytes = int(done.out.splitlines()[-1])
     assert kilobytes < 1e6
 
 
@@ -251,7 +250,7 @@ def test_the_full_presets_of_softcon_show_their_tokens_and_maps(images, flags, s
     ["--modality", "s1", "--arch", "resnet18", *SMALL],
     ["--modality", "s2c", "--method", "pera", "--prototypes", "64", "--crops", "1", "0"]])
 def test_it_wants_no_data_and_leaves_the_process_and_the_folder_as_they_were(
-        flags, tmp_path, monkeypatch):
+        flags, tmp_path, monkeypatch, few_blocks):
     """Nothing is traced afterwards, and autocast is the training's own."""
     monkeypatch.chdir(tmp_path)
     before = sys.gettrace(), pretrain.autocast
@@ -259,7 +258,7 @@ def test_it_wants_no_data_and_leaves_the_process_and_the_folder_as_they_were(
     assert (sys.gettrace(), pretrain.autocast) == before and not os.listdir(tmp_path)
 
 
-def test_only_the_first_rank_prints_and_of_its_own_share(toy, monkeypatch):
+def test_only_the_first_rank_prints_and_of_its_own_share(toy, monkeypatch, few_blocks):
     flags = ["--modality", "s1", "--data", toy, "--arch", "vit_tiny", *SMALL]
     monkeypatch.setenv("WORLD_SIZE", "2")                            # as torchrun does
     monkeypatch.setenv("RANK", "1")
@@ -271,7 +270,8 @@ def test_only_the_first_rank_prints_and_of_its_own_share(toy, monkeypatch):
     assert abs(2 * float(part) / float(whole) - 1) < 1e-3
 
 
-def test_what_cannot_run_is_refused_and_a_run_that_exists_does_not_matter(toy, tmp_path):
+def test_what_cannot_run_is_refused_and_a_run_that_exists_does_not_matter(
+        toy, tmp_path, few_blocks):
     flags = ["--modality", "s1", "--data", toy, "--arch", "resnet18", *SMALL]
     with pytest.raises(ValueError, match="25 x 25 is not divisible"):
         printed(*flags, "--img-size", "25")

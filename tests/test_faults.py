@@ -42,10 +42,6 @@ TINY = {"width": 32, "depth": 2, "heads": 1}
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     monkeypatch.setitem(model.VITS, "vit_tiny", TINY)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)                                 # the same bits here and in a program
-    yield
-    torch.set_num_threads(threads)
 
 
 def flags_of(world, out, *flags):

@@ -278,7 +278,8 @@ def test_training_from_a_pack_equals_training_from_the_tree(
     for name, source in (("tree", toy), ("pack", packed)):
         out = tmp_path / name
         pretrain.main(["--modality", "s2c", "--arch", "vit_tiny", *SMALL, "--data", str(source),
-                       "--max-steps", "3", "--cache", cache, "--soft-weight", "0.5",
+                       "--holdout", "0.5", "--max-steps", "3", "--cache", cache,
+                       "--soft-weight", "0.5",
                        "--out", str(out)])
         weights.append(torch.load(out / "backbone.pt", weights_only=True))
     a, b = weights

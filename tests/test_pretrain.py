@@ -87,13 +87,15 @@ def test_k_steps_resume_and_k_steps_equal_2k_steps_bit_for_bit(toy, tmp_path, ar
 
 def test_a_run_leaves_its_four_files_and_the_teacher_alone_moves_by_averaging(
         toy, tmp_path, capsys):
-    state = run(toy, tmp_path / "r", "--accum", 2, "--epochs", 1, modality="s2c", arch="resnet18")
+    """Four steps to the end of the only epoch."""
+    state = run(toy, tmp_path / "r", "--accum", 2, "--holdout", 0.5, "--epochs", 1, modality="s2c",
+                arch="resnet18")
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == [
         "backbone.pt", "config.json", "last.pt", "log.jsonl"]
     config = json.loads((tmp_path / "r" / "config.json").read_text())
     assert config["flags"]["modality"] == "s2c" and config["torch"] == torch.__version__
     log = [json.loads(x) for x in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
-    assert log[-1]["step"] == state["step"] and {
+    assert log[-1]["step"] == state["step"] == 4 and {
         "loss", "info_nce", "soft", "soft_share", "lr", "momentum", "images_per_s", "data_wait",
         "peak_memory_gb", "gradient_norm", "feature_std", "effective_rank", "epoch"} < set(log[0])
     assert abs(log[0]["loss"] - log[0]["info_nce"] - 0.1 * log[0]["soft"]) < 1e-4
@@ -146,7 +148,7 @@ def test_training_changes_with_the_seed_and_with_nothing_else(toy, tmp_path):
 
 
 def test_initial_weights_come_from_the_file_named(toy, tmp_path, capsys):
-    run(toy, tmp_path / "a", "--max-steps", 1, modality="s2c", arch="resnet18")
+    run(toy, tmp_path / "a", "--max-steps", 1, "--holdout", 0.8, modality="s2c", arch="resnet18")
     run(toy, tmp_path / "b", "--max-steps", 1, "--lr", 0, "--momentum", 1,
         "--init", tmp_path / "a" / "backbone.pt", arch="resnet18")
     assert "1 fresh" in capsys.readouterr().out

@@ -260,10 +260,10 @@ SHORT = {
              "--workers", "0", "--local-size", "12", "--crops", "2", "2", "--prototypes", "64"]}
 
 
-def small_world(folder):
+def small_world(folder, modality="s1"):
     """24 scenes of 24 px -> the flags that name them."""
     root = data.make_toy(f"{folder}/world", 24, 24, workers=0)
-    return ["--modality", "s2c", "--data", root, "--holdout", "0"]
+    return ["--modality", modality, "--data", root, "--holdout", "0"]
 
 
 # ----------------------------------------------------------------------------------------- claims
@@ -320,8 +320,8 @@ def bf16(options):
     """
     with tempfile.TemporaryDirectory() as folder:
         if options.small:
-            flags = [*small_world(folder), *SHORT["softcon"], "--epochs", "12", "--max-steps", "30",
-                     "--lr", "2e-3", "--warmup", "0"]
+            flags = [*small_world(folder, "s2c"), *SHORT["softcon"], "--epochs", "12",
+                     "--max-steps", "30", "--lr", "2e-3", "--warmup", "0"]
         else:
             root = data.make_toy(f"{folder}/world", 200, 36, workers=8)
             flags = ["--modality", "s2c", "--data", root, "--arch", "resnet18", "--img-size", "32",
