@@ -16,6 +16,12 @@ import torch.nn.functional as F
 import data
 import model
 import probe
+from conftest import FEW_BLOCKS
+
+
+@pytest.fixture(autouse=True)
+def small_resnet(monkeypatch):
+    monkeypatch.setitem(model.RESNETS, "resnet18", FEW_BLOCKS["resnet18"])
 
 
 def save_backbone(path, *spec, seed=None):
