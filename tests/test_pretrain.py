@@ -1,5 +1,6 @@
 """Claims about pretrain.py: schedules, order of the data, files, exact resume, refusals."""
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -234,36 +235,37 @@ def test_a_run_is_never_overwritten_and_resumes_only_with_its_own_flags(toy, tmp
     assert (tmp_path / "r" / "last.pt").read_bytes() == before
 
 
-# of each script a command that must end in one line, and the end of that line
-BAD_COMMANDS = {
-    "pretrain.py": (["--modality", "s1", "--data", "/nowhere"],
-                    "pretrain.py: error: /nowhere: no such folder"),
-    "probe.py": (["--ckpt", "/nowhere.pt"], "probe.py: error: /nowhere.pt: No such file"),
-    "data.py": (["toy", "/tmp/", "--size", "13"],
-                "data.py: error: /tmp: exists and is not the toy world"),
-    "model.py": (["inspect", "/nowhere.pt"], "/nowhere.pt: No such file")}
-
-
-def test_scripts_end_bad_input_with_one_line_and_a_nonzero_exit(tmp_path):
-    """As users start them, all at the same time."""
-    started = {}
-    for name, (flags, _) in BAD_COMMANDS.items():
-        started[name] = subprocess.Popen([sys.executable, str(ROOT / name), *flags], cwd=tmp_path,
-                                         stderr=subprocess.PIPE, text=True)
-    for name, process in started.items():
-        _, said = process.communicate()
-        assert process.returncode != 0 and BAD_COMMANDS[name][1] in said.splitlines()[-1]
-        assert "Traceback" not in said
-
-
-@pytest.mark.parametrize("flags, text", [
-    (["--arch", "resnet34"], "--arch: invalid choice: 'resnet34'"),
-    (["--soft-wieght", "1"], "unrecognized arguments: --soft-wieght 1"),
+@pytest.mark.parametrize("name, flags, text", [
+    ("pretrain.py", ["--modality", "s1", "--data", "/nowhere"],
+     "pretrain.py: error: /nowhere: no such folder"),
+    ("pretrain.py", ["--modality", "s1", "--arch", "resnet34"],
+     "--arch: invalid choice: 'resnet34'"),
+    ("pretrain.py", ["--modality", "s1", "--soft-wieght", "1"],
+     "unrecognized arguments: --soft-wieght 1"),
+    ("probe.py", ["--ckpt", "/nowhere.pt"], "probe.py: error: /nowhere.pt: No such file"),
+    ("data.py", ["toy", "/tmp/", "--size", "13"],
+     "data.py: error: /tmp: exists and is not the toy world"),
+    ("model.py", ["inspect", "/nowhere.pt"], "/nowhere.pt: No such file"),
 ])
-def test_the_script_ends_bad_flags_with_one_line_and_a_nonzero_exit(flags, text, start):
-    done = start(script, "pretrain.py", "--modality", "s1", *flags).end()
+def test_scripts_end_bad_input_with_one_line_and_a_nonzero_exit(name, flags, text, tmp_path, start):
+    done = start(script, name, *flags, folder=tmp_path).end()
     assert done.code != 0 and text in done.err.splitlines()[-1]
     assert "Traceback" not in done.err
+
+
+def test_each_script_starts_in_an_interpreter_of_its_own(tmp_path):
+    """As users start them, where nothing is imported yet; all at the same time."""
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    commands = {"pretrain.py": ["--modality", "s1", "--data", "/nowhere"],
+                "probe.py": ["--ckpt", "/nowhere.pt"],
+                "data.py": ["check", "/nowhere", "--modality", "s1"]}
+    started = []
+    for name, flags in commands.items():
+        started.append(subprocess.Popen([sys.executable, str(ROOT / name), *flags], cwd=tmp_path,
+                                        env=bare, stderr=subprocess.PIPE, text=True))
+    for process in started:
+        _, said = process.communicate()
+        assert process.returncode == 1 and said.count("\n") == 1 and "/nowhere" in said
 
 
 def script_without_compiler(*words):

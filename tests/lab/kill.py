@@ -32,7 +32,7 @@ FLAGS = ["--modality", "s1", "--arch", "vit_tiny", "--img-size", "12", "--patch-
 
 def train(folder, out, *flags):
     """One call of pretrain.py in folder/out; what it prints goes to folder/out.txt."""
-    model.VITS["vit_tiny"] = dict(width=32, depth=3, heads=1)     # steps of milliseconds
+    model.VITS["vit_tiny"] = dict(width=32, depth=2, heads=1)     # steps of milliseconds
     sys.stderr = open(os.devnull, "w")
     sys.stdout = open(f"{folder}/{out}.txt", "a")
     with sys.stdout:
