@@ -261,8 +261,8 @@ SHORT = {
 
 
 def small_world(folder, modality="s1"):
-    """16 scenes of 24 px -> the flags that name them."""
-    root = data.make_toy(f"{folder}/world", 16, 24, workers=0)
+    """24 scenes of 24 px -> the flags that name them."""
+    root = data.make_toy(f"{folder}/world", 24, 24, workers=0)
     return ["--modality", modality, "--data", root, "--holdout", "0"]
 
 
@@ -320,7 +320,7 @@ def bf16(options):
     """
     with tempfile.TemporaryDirectory() as folder:
         if options.small:
-            flags = [*small_world(folder, "s2c"), *SHORT["softcon"], "--epochs", "18",
+            flags = [*small_world(folder, "s2c"), *SHORT["softcon"], "--epochs", "12",
                      "--max-steps", "30", "--lr", "2e-3", "--warmup", "0"]
         else:
             root = data.make_toy(f"{folder}/world", 200, 36, workers=8)
