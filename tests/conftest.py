@@ -4,14 +4,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "lab")]
 sys.path[:0] = FOLDERS
 os.environ["PYTHONPATH"] = os.pathsep.join(FOLDERS)            # for the scripts that tests start
-os.environ["OMP_NUM_THREADS"] = "1"      # sizes are small: more threads mostly wait for each other
-torch.set_num_threads(1)
+# Sizes are small: more threads would mostly wait for each other.  Torch reads it when imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import data  # noqa: E402
 import model  # noqa: E402
@@ -19,7 +18,6 @@ import model  # noqa: E402
 # a short training run of a small network
 SMALL = ["--img-size", "24", "--patch-size", "6", "--hidden", "32", "--batch-size", "8", "--epochs",
          "4", "--log-every", "1", "--save-every", "100", "--workers", "0", "--preset", "full"]
-
 
 # the two smallest networks with fewer blocks, for claims that do not depend on their number
 FEW_BLOCKS = {"resnet18": dict(depths=(1, 1, 1, 1), bottleneck=False),
