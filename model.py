@@ -989,7 +989,7 @@ def fold_normalisation(state, mean, std):
     channel. Networks of natural images expect such input, while everything here has x in [0, 1]:
         w (x - mean) / std + b  =  (w / std) x  +  (b - sum of w mean / std)
     A ResNet's first layer has no bias, so there the constant goes into its batch norm. That is
-    exact but for a rim of 3 pixels, since zeros around the image are black instead of its mean.
+    exact but at the border: the 3 pixels of padding were the mean colour, and now are black.
     Raises ValueError if there are other channels, or a deviation is not above 0.
     """
     layer = "conv1.weight" if is_resnet(state) else "patch_embed.proj.weight"
@@ -1034,7 +1034,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Checkpoint files", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="say what a file holds and how it loads")
-    fold = commands.add_parser("fold", help="make weights that expect (x - mean) / std, x in "
+    fold = commands.add_parser("fold", usage="model.py fold FILE OUT --mean R G B --std R G B",
+                               help="make weights that expect (x - mean) / std, x in "
                                "[0, 1], take x itself, as all networks here do")
     for command in (inspect, fold):
         command.add_argument("file")
@@ -1052,6 +1053,7 @@ def main(argv=None):
         with open(f"{args.out}.part", "wb") as file:                   # whole, or not there at all
             torch.save(folded, file)
         os.replace(f"{args.out}.part", args.out)
+        print(f"{args.out} written")
 
 
 if __name__ == "__main__":

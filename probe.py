@@ -945,6 +945,8 @@ def check_split(scenes, train, test):
 def choose_images(args, protocol, task, scenes, holdout, seeds):
     """Choose what each seed trains, validates and tests on: {train_frac: [split of a seed, ...]}.
 
+    With --lists as they say; ssl4eo and tables of labels by scenes held out, the same for all
+    seeds; else shares of each class, drawn by the seed.
     A protocol that validates takes a fifth of the training scenes where no part is set aside.
     """
     fixed = None                                               # the same for all seeds
@@ -1244,7 +1246,8 @@ def parse(argv=None):
     flag("--data", help="folder of the images; else the toy world")
     flag("--modality", help="a sensor; else the run's, or the one with as many bands")
     flag("--labels", help="SSL4EO-S12-ML json; else ssl4eo_multilabel.json in --data; or a table")
-    flag("--holdout", type=float, help="ssl4eo: share of scenes to use; else the run's, or 0.1")
+    flag("--holdout", type=float, help="ssl4eo, or a table without lists: share of scenes to use; "
+         "else the run's, or 0.1")
 
     flag = parser.add_argument_group("which images train the head").add_argument
     flag("--lists", nargs="+", metavar="FILE", help="names to train on, [to validate on,] to test")

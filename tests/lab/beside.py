@@ -36,7 +36,7 @@ def main(argv=None):
     y = np.stack([labels[0] for labels in scenes.labels])                      # (n,L)
 
     net = model.build_from(args.ckpt)
-    net.size = args.img_size
+    net.size = args.img_size                      # to which probe.extract resizes
     stats = probe.BandStatistics()
     images = data.Images(scenes, [(i, 0) for i in range(len(scenes))])
     rows = probe.extract([net, stats], images)

@@ -1,7 +1,7 @@
 """Fine-tune a backbone on labelled images: what twenty lines of PyTorch do with it.
 
     python tests/lab/finetune.py runs/softcon_rgb/backbone.pt rgb --data DIR      DIR/{class}/*.png
-    python tests/lab/finetune.py weights.pth rgb --data DIR --labels table.csv --lists fit.txt test.txt
+    python tests/lab/finetune.py weights.pth rgb --data DIR --labels T.csv --lists fit.txt test.txt
 
 All weights learn, by AdamW on crops of the images.  Without a table an image has the class of its
 folder, and the result is the accuracy; with one it has several, and the result is average
@@ -27,7 +27,8 @@ def finetune(backbone, x, y, size, multi_label, epochs, lr, batch=32, seed=0):
     """x (n,C,H,W) uint8, y (n,L) of 0 and 1 -> the backbone with a linear layer, trained."""
     torch.manual_seed(seed)
     network = torch.nn.Sequential(backbone, torch.nn.Linear(backbone.embed_dim, y.shape[1]))
-    optimiser = torch.optim.AdamW(network.train().parameters(), weight_decay=0.05)
+    network.train()
+    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * len(x.split(batch))
     step = 0
@@ -58,11 +59,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("ckpt")
-    parser.add_argument("sensor")
+    parser.add_argument("sensor", help="as --modality of pretrain.py")
     parser.add_argument("--data", required=True)
     parser.add_argument("--labels", default="classes", help="a table, see README")
     parser.add_argument("--lists", nargs=2, help="names to train on, names to test on")
-    parser.add_argument("--img-size", type=int, default=0, help="else that of the file")
+    parser.add_argument("--img-size", type=int, default=0,
+                        help="else the ViT's, or for a ResNet the images'")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)

@@ -5,11 +5,11 @@ They read a folder DIR, given by --shared, with these parts.  All are public:
 DIR/ucm_multilabel/images/{class}/*.jpg    UC Merced, 21 folders; USGS images, public domain, 317 MB
     weegee.vision.ucmerced.edu/datasets/landuse.html; here 80 of 100 images of each folder, resized
     from 256 to 128 px (bicubic, JPEG quality 92)
-DIR/ucm_multilabel/LandUse_Multilabeled.txt    17 labels an image, Chaudhuri et al. 2018; 1 MB; no
-    licence stated, citation asked: bigearth.eu/datasets, "Multi-label UC Merced"
+DIR/ucm_multilabel/LandUse_Multilabeled.txt    17 classes, several an image, 1 MB; Chaudhuri et al.
+    2018; no licence stated, citation asked: bigearth.eu/datasets, "Multi-label UC Merced"
 DIR/vit_tiny_in1k/vit_tiny_patch16_224.pth     ViT-Tiny of natural images; Apache-2.0, 22 MB
     huggingface.co/timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k
-DIR/eurosat_ms/{class}/*.tif    1,180 chips of EuroSAT-MS; MIT, zenodo.org/records/7711810; all: 2 GB
+DIR/eurosat_ms/{class}/*.tif    1,180 chips of EuroSAT-MS; MIT, zenodo.org/records/7711810, 2 GB
 DIR/eurosat_rgb/{class}/*.jpg   21,600 chips of EuroSAT-RGB, the same record; 107 MB
 
 UC Merced is split five times: of each folder 80 % to pretrain on and to fit the head, 20 % to test.
@@ -130,7 +130,7 @@ def make_ucm(shared, folder):
     (folder / "all").symlink_to(Path(shared, "images").resolve())
     header, *lines = Path(shared, "LandUse_Multilabeled.txt").read_text().splitlines()
     rows = {line.split("\t")[0]: line for line in lines}
-    shuffled = []                                 # the names of each class, those to train on first
+    train = []                                    # the names to train on, a list for each class
     test = []
     for class_folder in sorted(Path(shared, "images").iterdir()):
         files = sorted(class_folder.iterdir())
@@ -139,13 +139,13 @@ def make_ucm(shared, folder):
         (folder / "train" / class_folder.name).mkdir()
         for file in files[:count]:
             (folder / "train" / class_folder.name / file.name).symlink_to(file.resolve())
-        shuffled.append([file.stem for file in files[:count]])
+        train.append([file.stem for file in files[:count]])
         test += [file.stem for file in files[count:]]
     (folder / "test.txt").write_text("\n".join(test))
     (folder / "labels.tsv").write_text("\n".join([header, *rows.values()]))
     for share in SHARES:
         names = []
-        for class_names in shuffled:
+        for class_names in train:
             names += class_names[:round(share / 100 * len(class_names))]
         (folder / f"fit_{share}.txt").write_text("\n".join(names))
         table = [header, *[rows[name] for name in names]]
@@ -164,7 +164,10 @@ STARTS = {
 
 
 def continual_runs(chip_folder, chip_probes):
-    """EuroSAT-MS: three splits, four starts.  The functions are study.py's."""
+    """EuroSAT-MS: three splits; EuroSAT-RGB: one.
+
+    The arguments are functions of study.py, which imports this file.
+    """
     runs = {}
     heads = ("ridge", "logistic")
     for seed in range(3):

@@ -17,8 +17,8 @@ import pretrain
 @dataclass
 class Run:
     """One training and the probes of its backbone, or one measurement by another script."""
-    flags: list                                   # of pretrain.py; supervised, costs: of theirs
-    switch: Callable | None = None                # what is replaced before the run
+    flags: list                                   # of pretrain.py, or of what study.run_one calls
+    switch: Callable | None = None                # called before the run, replaces a function
     probes: list = field(default_factory=list)    # lists of flags of probe.py, one a probe
     amp: str = "bf16"
     train: bool = True                            # False: probe the files that the flags name
@@ -156,7 +156,7 @@ def as_optical():
 
 
 def thaw():
-    """In the first tenth of the steps the backbone stays as it was, but for its first layer."""
+    """For a tenth of the steps the backbone is frozen but for its first layer; the heads learn."""
     schedules = pretrain.schedules
     adamw_step = torch.optim.AdamW.step
     make_networks = pretrain.networks

@@ -473,7 +473,7 @@ def main(argv=None):
     parser.add_argument("what", choices=["run", "one", "tables"], help="one: a run, by its key")
     parser.add_argument("names", nargs="*", help="studies, or keys with * and ?")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
-    parser.add_argument("--shared", default=".", help="folder of eurosat_ms and eurosat_rgb")
+    parser.add_argument("--shared", default=".", help="folder of the data listed in real.py")
     args = parser.parse_args(argv)
     if args.what == "run":
         run_many(args.names, args.workers, args.shared)
