@@ -1106,6 +1106,9 @@ def main(argv=None):
         say(f"{args.out}: config.json log.jsonl last.pt backbone.pt at step {max(start, stop)}\n"
             f"next: python probe.py --ckpt {args.out}/backbone.pt")
     if world > 1:
+        # first DDP, then its group: who goes last waits for the group's thread, which may wait for
+        # Python's lock; DDP holds that lock meanwhile, destroy_process_group does not
+        net.ddp = None
         dist.destroy_process_group()
 
 
