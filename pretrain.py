@@ -1,6 +1,6 @@
 """Pretraining with SoftCon or PerA: one process or many, CPU or CUDA, the same file.
 
-    torchrun pretrain.py --modality s1                        toy world, small net, CPU: 4 minutes
+    torchrun pretrain.py --modality s1                        toy world, small net, CPU, minutes
     torchrun pretrain.py --modality s2c --data DIR --init dinov2_vits14_pretrain.pth     one GPU
     torchrun --nproc-per-node 8 pretrain.py --method pera --modality rgb --data DIR      eight
     torchrun pretrain.py --modality my.json --data DIR        images of any sensor, see data.Sensor
