@@ -215,8 +215,8 @@ def share_section():
     light = gain("ucm/+ soft, 10 % labelled, weight 0.05", "ucm/InfoNCE", "micro_map", 2)
     below = paragraph(
         "With labels of 10 % and the weight in proportion (.05 instead of .5), soft over InfoNCE is",
-        f"{cell(light, 4)} on {len(light)} split(s): a mean over the few labelled images weighs",
-        "each of them ten times as much.")
+        f"{cell(light, 4)} on {len(light)} split(s): the term is a mean over labelled",
+        "images, so a pair of them weighs ten times as much as when all have labels.")
     return f"## Few labels\n\n{above}\n\n{markdown(header, rows)}\n\n{below}"
 
 
