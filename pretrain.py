@@ -382,6 +382,17 @@ def start_processes(args):
     return rank, world, device
 
 
+def end_processes(net, world):
+    """Leave the group of processes that start_processes made.
+
+    First DDP, then its group: whichever goes last waits for the group's thread, which may wait for
+    Python's lock.  DDP would hold that lock meanwhile, destroy_process_group does not.
+    """
+    if world > 1:
+        net.ddp = None
+        dist.destroy_process_group()
+
+
 def largest_of_ranks(value, world):
     """The largest int `value` of any rank.
 
@@ -1105,11 +1116,7 @@ def main(argv=None):
     else:
         say(f"{args.out}: config.json log.jsonl last.pt backbone.pt at step {max(start, stop)}\n"
             f"next: python probe.py --ckpt {args.out}/backbone.pt")
-    if world > 1:
-        # first DDP, then its group: who goes last waits for the group's thread, which may wait for
-        # Python's lock; DDP holds that lock meanwhile, destroy_process_group does not
-        net.ddp = None
-        dist.destroy_process_group()
+    end_processes(net, world)
 
 
 if __name__ == "__main__":

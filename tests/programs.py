@@ -87,11 +87,23 @@ def script(name, *words):
     runpy.run_path(str(ROOT / name), run_name="__main__")
 
 
-def script_with_few_blocks(name, *words):
-    """The same, with the networks of conftest's few_blocks."""
+def take_few_blocks():
+    """Give this process the networks of conftest's few_blocks."""
     model.RESNETS["resnet18"] = FEW_BLOCKS["resnet18"]
     model.VITS["vit_tiny"] = FEW_BLOCKS["vit_tiny"]
+
+
+def script_with_few_blocks(name, *words):
+    """The same as script, with few blocks."""
+    take_few_blocks()
     script(name, *words)
+
+
+def end_well(programs):
+    """Wait for the end of all, which must be without an error."""
+    for program in programs:
+        done = program.end()
+        assert done.code == 0, done.err
 
 
 def rank_environments(world):

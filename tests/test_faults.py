@@ -20,7 +20,7 @@ import model
 import pretrain
 from conftest import ROOT
 from lab.kill import equal
-from programs import rank_environments, script
+from programs import end_well, rank_environments, script
 
 FLAGS = ["--modality", "s1", "--arch", "vit_tiny", "--img-size", "12", "--patch-size", "6",
          "--hidden", "16", "--batch-size", "4", "--epochs", "50", "--log-every", "1",
@@ -212,9 +212,7 @@ def train_on_two_ranks(start, *flags):
     ranks = []
     for place in rank_environments(2):
         ranks.append(start(tiny_script, "pretrain.py", *flags, environment=place))
-    for rank in ranks:
-        done = rank.end()
-        assert done.code == 0, done.err
+    end_well(ranks)
 
 
 def torchrun(*words):

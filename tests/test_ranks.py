@@ -9,8 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 import losses
 import model
 import pretrain
-from conftest import FEW_BLOCKS, SMALL
-from programs import rank_environments, script_with_few_blocks
+from conftest import SMALL
+from programs import end_well, rank_environments, script_with_few_blocks, take_few_blocks
 
 pytestmark = pytest.mark.usefixtures("few_blocks")
 
@@ -24,10 +24,7 @@ def join_ranks(rank, folder):
 
 def run_on_two_ranks(start, function, *arguments):
     """Two programs that call function(rank, *arguments)."""
-    ranks = [start(function, rank, *arguments) for rank in (0, 1)]
-    for rank in ranks:
-        done = rank.end()
-        assert done.code == 0, done.err
+    end_well([start(function, rank, *arguments) for rank in (0, 1)])
 
 
 def half(rank):
@@ -70,8 +67,7 @@ def step(net, x, k, y):
 
 def train_rank(rank, arch, folder):
     join_ranks(rank, folder)
-    model.RESNETS["resnet18"] = FEW_BLOCKS["resnet18"]
-    model.VITS["vit_tiny"] = FEW_BLOCKS["vit_tiny"]
+    take_few_blocks()
     net = DistributedDataParallel(branch(arch))
     x, k, y = batch()
     rows = half(rank)
@@ -154,9 +150,7 @@ def logs_on_one_rank_and_on_two(start, folder, flags):
         ranks.append(start(script_with_few_blocks, "pretrain.py", *flags, "--out", folder / "2",
                            environment=place))
     pretrain.main([*flags, "--out", str(folder / "1")])
-    for rank in ranks:
-        done = rank.end()
-        assert done.code == 0, done.err
+    end_well(ranks)
     logs = []
     for name in ("1", "2"):
         lines = (folder / name / "log.jsonl").read_text().splitlines()

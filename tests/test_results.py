@@ -42,7 +42,7 @@ def test_a_line_names_what_it_takes_to_repeat_its_run(file):
         assert line["torch"] and line["device"]
         flags = " ".join(runs[line["key"]].flags)
         shown = line["flags"]
-        for added in (" --preset full", " --layout eurosat"):    # in older runs they were the default
+        for added in (" --preset full", " --layout eurosat"):    # older runs: the default
             flags = flags.replace(added, "")
             shown = shown.replace(added, "")
         assert shown.startswith(flags)

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import data  # noqa: E402
 import model  # noqa: E402
 import probe  # noqa: E402
+from lab.finetune import listed  # noqa: E402
 
 
 def main(argv=None):
@@ -30,9 +32,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     scenes = data.EuroSAT(args.data, data.find_sensor(args.modality))
-    numbers = {name: i for i, name in enumerate(scenes.ids)}
-    train, test = [[numbers[name] for name in data.read_names(path, numbers)]
-                   for path in args.lists]
+    train, test = listed(scenes, args.lists)
     y = np.stack([labels[0] for labels in scenes.labels])                      # (n,L)
 
     net = model.build_from(args.ckpt)

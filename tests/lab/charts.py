@@ -31,6 +31,11 @@ def draw_axis(svg, low, high, top, bottom, title):
     return place
 
 
+def axis_range(numbers):
+    """The twentieths below and above all numbers."""
+    return math.floor(20 * min(numbers)) / 20, math.ceil(20 * max(numbers)) / 20
+
+
 def method_values():
     """[(name, values of the splits), ...] in the order of the table, without what was not run."""
     found = []
@@ -55,8 +60,7 @@ def draw_methods():
     svg.text(20, 44, "a dot is one split, a line their mean; fine-tuned: all weights learn",
              fill=GREY)
     numbers = sum([values for _, values in rows], [])
-    low = math.floor(20 * min(numbers, default=0.5)) / 20
-    high = math.ceil(20 * max(numbers, default=1.0)) / 20
+    low, high = axis_range(numbers)
     bottom = 66 + 22 * len(rows)
     place = draw_axis(svg, low, high, 60, bottom, "micro average precision")
     for k, (title, values) in enumerate(rows):
@@ -81,8 +85,7 @@ def draw_shares():
                   for share, columns, _ in rows if columns[column]]
         curves.append((name, points))
     numbers = [value for _, points in curves for _, value in points]
-    low = math.floor(20 * min(numbers, default=0.5)) / 20
-    high = math.ceil(20 * max(numbers, default=1.0)) / 20
+    low, high = axis_range(numbers)
 
     svg = Svg(640, 360)
     svg.text(20, 26, "UC Merced: what labels are worth, when few images have them", 14,

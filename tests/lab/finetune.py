@@ -55,6 +55,15 @@ def predict(network, x, size):
     return torch.cat(scores).numpy()
 
 
+def listed(scenes, paths):
+    """The numbers of the images that each file of names lists."""
+    numbers = {name: i for i, name in enumerate(scenes.ids)}
+    found = []
+    for path in paths:
+        found.append([numbers[name] for name in data.read_names(path, numbers)])
+    return found
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawTextHelpFormatter)
@@ -76,9 +85,7 @@ def main(argv=None):
     held_out = torch.from_numpy(data.held_out(scenes.ids, 0.3))
     train, test = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
     if args.lists:
-        numbers = {name: i for i, name in enumerate(scenes.ids)}
-        train, test = [torch.tensor([numbers[name] for name in data.read_names(path, numbers)])
-                       for path in args.lists]
+        train, test = listed(scenes, args.lists)
 
     backbone = model.build_from(args.ckpt)
     size = args.img_size or getattr(backbone, "img_size", x.shape[-1])

@@ -50,10 +50,10 @@ def values(run, modality, metric, network="checkpoint", probe=0):
     return numbers
 
 
-def paired_gain(run, base, modality):
-    """Differences run - base in micro average precision of the seeds that both have."""
-    ours = by_seed(run, modality, "micro_map")
-    theirs = by_seed(base, modality, "micro_map")
+def paired_gain(run, base, modality, metric="micro_map", probe=0):
+    """Differences run - base of the seeds that both have."""
+    ours = by_seed(run, modality, metric, probe=probe)
+    theirs = by_seed(base, modality, metric, probe=probe)
     seeds = sorted(ours.keys() & theirs.keys())
     return [ours[seed][0] - theirs[seed][0] for seed in seeds]
 
@@ -79,6 +79,15 @@ def cell(numbers, digits=3):
     if len(numbers) > 1:
         text += f" ± {np.std(numbers, ddof=1):.{digits}f}"
     return text
+
+
+def gain_cells(gains, digits):
+    """Mean, standard error, and their ratio."""
+    if len(gains) < 2:
+        return ["not run", "not run", "not run"]
+    mean = np.mean(gains)
+    error = standard_error(gains)
+    return [f"{mean:+.{digits}f}", f"{error:.{digits}f}", f"{mean / error:+.1f}"]
 
 
 def paragraph(*sentences):

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 import model as models
-from lab.runs import Run, no_predictor, run_folder, thaw
+from lab import beside, finetune
+from lab.runs import Run, chip_folder, chip_probes, link, no_predictor, run_folder, thaw
 
 SPLITS = range(5)
 SHARES = (100, 30, 10, 3)                         # % of the images to train on that have labels
@@ -89,7 +90,7 @@ def ucm_runs():
         flags = ["--data", f"{UCM}/{split}/all", "--labels", f"{UCM}/{split}/labels.tsv", "--lists",
                  f"{UCM}/{split}/fit_100.txt", f"{UCM}/{split}/test.txt", "--epochs", "12",
                  "--img-size", str(SIZE), "--seed", str(split)]
-        runs[f"ucm/fine-tuned/rgb/{split}"] = Run([WEIGHTS, "rgb", *flags])
+        runs[f"ucm/fine-tuned/rgb/{split}"] = Run([WEIGHTS, "rgb", *flags], script=finetune.main)
         runs[f"ucm/logistic/rgb/{split}"] = logistic_run(split)
     for split, name in itertools.product(range(3), ("InfoNCE", "+ soft")):
         runs[f"ucm/{name}, scratch/rgb/{split}"] = ucm_run(split, METHODS[name], start=None)
@@ -126,7 +127,7 @@ def make_ucm(shared, folder):
     pretraining may see; fit_S.txt and test.txt for the probe.  S is a share of SHARES.
     """
     rng = np.random.default_rng(int(folder.name))
-    (folder / "train").mkdir(parents=True)
+    folder.mkdir(parents=True)
     (folder / "all").symlink_to(Path(shared, "images").resolve())
     header, *lines = Path(shared, "LandUse_Multilabeled.txt").read_text().splitlines()
     rows = {line.split("\t")[0]: line for line in lines}
@@ -136,9 +137,7 @@ def make_ucm(shared, folder):
         files = sorted(class_folder.iterdir())
         files = [files[i] for i in rng.permutation(len(files))]
         count = round(0.8 * len(files))
-        (folder / "train" / class_folder.name).mkdir()
-        for file in files[:count]:
-            (folder / "train" / class_folder.name / file.name).symlink_to(file.resolve())
+        link(files[:count], folder / "train" / class_folder.name)
         train.append([file.stem for file in files[:count]])
         test += [file.stem for file in files[count:]]
     (folder / "test.txt").write_text("\n".join(test))
@@ -163,11 +162,8 @@ STARTS = {
     "rgb": ["--init", WEIGHTS, "--adapt", "rgb"]}
 
 
-def continual_runs(chip_folder, chip_probes):
-    """EuroSAT-MS: three splits; EuroSAT-RGB: one.
-
-    The arguments are functions of study.py, which imports this file.
-    """
+def continual_runs():
+    """EuroSAT-MS: three splits; EuroSAT-RGB: one."""
     runs = {}
     heads = ("ridge", "logistic")
     for seed in range(3):
@@ -187,7 +183,7 @@ def continual_runs(chip_folder, chip_probes):
             chips = chip_folder("s2c", 70, seed)
             runs[f"continual/{name} and statistics/s2c/{seed}"] = Run([
                 ckpt, "--modality", "s2c", "--data", f"{chips}/all", "--lists", f"{chips}/fit.txt",
-                f"{chips}/test.txt"])
+                f"{chips}/test.txt"], script=beside.main)
     rgb_probes = chip_probes("rgb", 80, 0, heads)
     runs["continual/frozen/rgb/0"] = Run(["--ckpt", WEIGHTS], None, rgb_probes, train=False)
     for name in ("scratch", "random"):

@@ -6,7 +6,8 @@ continual.jsonl, from which all numbers come.
 import numpy as np
 
 from lab import real
-from lab.lines import caption, cell, find, markdown, paragraph, standard_error, values
+from lab.lines import (by_seed, caption, cell, find, gain_cells, markdown, paired_gain, paragraph,
+                       standard_error, values)
 
 METRICS = ("micro_map", "macro_map")
 
@@ -68,24 +69,13 @@ START_ROWS = [
 
 def first_values(run, metric, network="checkpoint", probe=0, modality="rgb"):
     """{split: the metric of one probe}."""
-    return {split: line["probes"][probe]["all"][network][metric][0]
-            for split, line in sorted(find(run, modality).items())}
+    found = by_seed(run, modality, metric, network, probe)
+    return {split: numbers[0] for split, numbers in found.items()}
 
 
-def gain(run, base, metric, probe=0, modality="rgb", base_probe=None):
+def gain(run, base, metric, probe=0):
     """Differences run - base on the splits that both have."""
-    ours = first_values(run, metric, "checkpoint", probe, modality)
-    theirs = first_values(base, metric, "checkpoint", probe if base_probe is None else base_probe,
-                          modality)
-    return [ours[split] - theirs[split] for split in sorted(ours.keys() & theirs.keys())]
-
-
-def gain_cells(gains):
-    """Mean, standard error, and their ratio."""
-    if len(gains) < 2:
-        return ["not run", "not run", "not run"]
-    error = standard_error(gains)
-    return [f"{np.mean(gains):+.4f}", f"{error:.4f}", f"{np.mean(gains) / error:+.1f}"]
+    return paired_gain(run, base, "rgb", metric, probe)
 
 
 def minutes(run):
@@ -145,7 +135,7 @@ def gain_section():
     for row in GAIN_ROWS:
         cells = []
         for metric in METRICS:
-            cells += gain_cells(gain(row["run"], row["base"], metric))
+            cells += gain_cells(gain(row["run"], row["base"], metric), 4)
         rows.append([row["title"], *cells, len(gain(row["run"], row["base"], METRICS[0]))])
     text = paragraph(
         "Differences between two runs of the same split: their mean, its standard error, and the",
@@ -173,7 +163,7 @@ def logistic_section():
     gains = []
     for metric in METRICS:
         pairs = zip(logistic_values(2, metric), logistic_values(1, metric))
-        gains += gain_cells([soft - bare for soft, bare in pairs])
+        gains += gain_cells([soft - bare for soft, bare in pairs], 4)
     text = paragraph("The networks at 64 px of the table above, with a logistic head.")
     above = caption(text, "'ucm/logistic/*' --shared DIR", ["ucm/logistic"], ["rgb"])
     below = paragraph(
@@ -203,7 +193,7 @@ def share_section():
     rows = []
     for share, columns, gains in share_rows():
         rows.append([f"{share} %", 21 * round(64 * share / 100),
-                     *[cell(list(column.values())) for column in columns], *gain_cells(gains),
+                     *[cell(list(column.values())) for column in columns], *gain_cells(gains, 4),
                      len(gains)])
     text = paragraph(
         "Fewer labels: pretraining sees all 1,344 images but the labels of a share of them only,",
@@ -230,7 +220,7 @@ def form_section():
             cells.append(cell(common))
         over = ["-", "-"]
         if row["run"] != "ucm/+ soft":
-            over = gain_cells(gain(row["run"], "ucm/+ soft", "micro_map")[:3])[:2]
+            over = gain_cells(gain(row["run"], "ucm/+ soft", "micro_map")[:3], 4)[:2]
         rows.append([row["title"], *cells, *over, len(common)])
     text = paragraph(
         "The soft term's form, weight and temperature on UC Merced: the row \"+ soft term\" above",
@@ -312,7 +302,7 @@ def default_section():
     text = paragraph(
         "What the papers do not give and this code chooses, and the table that it rests on. The",
         "values themselves stand in the README's table of presets.")
-    table = markdown(["default", "rests on"], [[f"{name}", rests] for name, rests in DEFAULT_ROWS])
+    table = markdown(["default", "rests on"], DEFAULT_ROWS)
     return f"## Where our defaults come from\n\n{text}\n\n{table}"
 
 

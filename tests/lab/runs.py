@@ -17,11 +17,12 @@ import pretrain
 @dataclass
 class Run:
     """One training and the probes of its backbone, or one measurement by another script."""
-    flags: list                                   # of pretrain.py, or of what study.run_one calls
+    flags: list                                   # of pretrain.py, or of script
     switch: Callable | None = None                # called before the run, replaces a function
     probes: list = field(default_factory=list)    # lists of flags of probe.py, one a probe
     amp: str = "bf16"
     train: bool = True                            # False: probe the files that the flags name
+    script: Callable | None = None                # takes the flags, gives the line's results
 
 
 def toy_run(modality, seed, flags, switch=None, probes=([],)):
@@ -32,6 +33,33 @@ def toy_run(modality, seed, flags, switch=None, probes=([],)):
 def run_folder(key):
     """Where the run leaves its checkpoint."""
     return f"runs/study/{key.replace(' ', '_')}"
+
+
+# ------------------------------------------------------------------------------------ real chips
+
+
+def chip_folder(modality, share, seed):
+    """Where make_chips puts its links and lists."""
+    return f"runs/study/chips/{modality}_{share}_{seed}"
+
+
+def chip_probes(modality, share, seed, heads):
+    """Each head on CLS, then each on CLS and the mean patch."""
+    folder = chip_folder(modality, share, seed)
+    probes = []
+    for feature, head in itertools.product(("cls", "cls+mean"), heads):
+        probes.append([
+            "--task", "eurosat", "--data", f"{folder}/all", "--modality", modality,
+            "--lists", f"{folder}/fit.txt", f"{folder}/test.txt", "--feature", feature,
+            "--protocol", head, "--bootstrap", "200", "--seed", str(seed), "--img-size", "64"])
+    return probes
+
+
+def link(files, folder):
+    """Links to the files in a new folder."""
+    folder.mkdir(parents=True)
+    for file in files:
+        (folder / file.name).symlink_to(file.resolve())
 
 
 # ------------------------------------------------------------------------- switches without a flag

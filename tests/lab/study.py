@@ -44,12 +44,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import data  # noqa: E402
 import pretrain  # noqa: E402
 import probe  # noqa: E402
-from lab import beside, finetune, real, supervised, tables  # noqa: E402
-from lab.runs import (Run, as_optical, betas, decay_everything, labelled_only,  # noqa: E402
-                      no_predictor, no_vertical_flip, one_direction, one_offset, run_folder,
-                      scattered, small_layerscale, toy_run)
+from lab import real, supervised, tables  # noqa: E402
 from lab.lines import RESULTS, read_lines  # noqa: E402
 from lab.real_tables import readme_table  # noqa: E402, F401
+from lab.runs import (Run, as_optical, betas, chip_folder, chip_probes,  # noqa: E402
+                      decay_everything, labelled_only, link, no_predictor, no_vertical_flip,
+                      one_direction, one_offset, run_folder, scattered, small_layerscale, toy_run)
 
 # ------------------------------------------------------------------------------------------- runs
 
@@ -176,24 +176,7 @@ def pera_runs():
     return runs
 
 
-def chip_folder(modality, share, seed):
-    """Where make_chips puts its links and lists."""
-    return f"runs/study/chips/{modality}_{share}_{seed}"
-
-
 CHIP_LAYOUT = {"s2c": ["--layout", "eurosat"], "rgb": []}
-
-
-def chip_probes(modality, share, seed, heads):
-    """Each head on CLS, then each on CLS and the mean patch."""
-    folder = chip_folder(modality, share, seed)
-    probes = []
-    for feature, head in itertools.product(("cls", "cls+mean"), heads):
-        probes.append([
-            "--task", "eurosat", "--data", f"{folder}/all", "--modality", modality,
-            "--lists", f"{folder}/fit.txt", f"{folder}/test.txt", "--feature", feature,
-            "--protocol", head, "--bootstrap", "200", "--seed", str(seed), "--img-size", "64"])
-    return probes
 
 
 def chip_run(modality, seed, share, flags, heads=("ridge",), switch=None):
@@ -264,23 +247,22 @@ def measured_runs():
     """What supervised.py and bench.py measure."""
     runs = {}
     for modality in ("s1", "s2c"):
-        runs[f"supervised/10 epochs/{modality}/0"] = Run(["--modality", modality])
+        runs[f"supervised/10 epochs/{modality}/0"] = Run(
+            ["--modality", modality], script=supervised.main)
     for name, flags in COSTS.items():
-        runs[f"costs/{name}/s2c/0"] = Run(flags)
-    runs["reading/TIFFs and packed files/s2c/0"] = Run(["--part", "loader"])
-    runs["reading/60 % of the tokens dropped/s2c/0"] = Run(["--part", "drop"])
+        runs[f"costs/{name}/s2c/0"] = Run(flags, script=measure)
+    runs["reading/TIFFs and packed files/s2c/0"] = Run(["--part", "loader"], script=measure)
+    runs["reading/60 % of the tokens dropped/s2c/0"] = Run(["--part", "drop"], script=measure)
     return runs
 
 
 def all_runs():
     """{key: Run} in the order in which they are run."""
     studies = (softcon_runs, factor_runs, long_runs, pera_runs, eurosat_runs, class_runs,
-               measured_runs, init_runs)
+               measured_runs, init_runs, real.ucm_runs, real.continual_runs)
     runs = {}
     for study in studies:
         runs.update(study())
-    runs.update(real.ucm_runs())
-    runs.update(real.continual_runs(chip_folder, chip_probes))
     return runs
 
 
@@ -310,12 +292,6 @@ def make_chips(root, folder):
         test_names += [f.name for f in test]
     Path(folder, "fit.txt").write_text("\n".join(fit_names))
     Path(folder, "test.txt").write_text("\n".join(test_names))
-
-
-def link(files, folder):
-    folder.mkdir(parents=True)
-    for file in files:
-        (folder / file.name).symlink_to(file.resolve())
 
 
 # ---------------------------------------------------------------------------------------- running
@@ -373,26 +349,19 @@ def train_and_probe(key, run):
            minutes=(time.time() - start) / 60, log=log, probes=probes)
 
 
-def measure(key, run):
-    """One call of bench.py and its line."""
-    command = [sys.executable, str(ROOT / "tests/lab/bench.py"), "--json", *run.flags]
+def measure(flags):
+    """What bench.py prints, run by itself."""
+    command = [sys.executable, str(ROOT / "tests/lab/bench.py"), "--json", *flags]
     printed = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     del printed["machine"]
-    record(key, run.flags, **printed)
+    return printed
 
 
 def run_one(key):
     """A run in this process."""
     run = all_runs()[key]
-    study = key.split("/")[0]
-    if study == "supervised":
-        record(key, run.flags, **supervised.main(run.flags))
-    elif study in ("costs", "reading"):
-        measure(key, run)
-    elif "/fine-tuned/" in key:
-        record(key, run.flags, **finetune.main(run.flags))
-    elif " and statistics/" in key:
-        record(key, run.flags, **beside.main(run.flags))
+    if run.script:
+        record(key, run.flags, **run.script(run.flags))
     else:
         train_and_probe(key, run)
 

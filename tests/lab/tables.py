@@ -9,8 +9,8 @@ the captions are computed from the same lines, so that they cannot differ from t
 import numpy as np
 
 from lab import real_tables
-from lab.lines import (bullets, by_seed, caption, cell, find, markdown, paired_gain, paragraph,
-                       read_lines, standard_error, values)
+from lab.lines import (bullets, by_seed, caption, cell, find, gain_cells, markdown, paired_gain,
+                       paragraph, read_lines, standard_error, values)
 
 # ------------------------------------------------------------------------------------- captions
 
@@ -114,11 +114,8 @@ def gains_section():
     for row in GAINS:
         for modality in ("s1", "s2c"):
             gains = paired_gain(row["run"], row["base"], modality)
-            cells = ["not run", "not run"]
-            if len(gains) > 1:
-                cells = [f"{np.mean(gains):+.3f}", f"{standard_error(gains):.3f}"]
             rows.append([row["title"], row.get("epochs", 14), row.get("predictor", "yes"),
-                         modality, *cells, len(gains)])
+                         modality, *gain_cells(gains, 3)[:2], len(gains)])
     header = ["comparison", "epochs", "predictor", "modality", "gain in micro", "standard error",
               "paired seeds"]
     text = paragraph(
