@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: the repository on the path, one small toy world, flags of a run."""
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -53,3 +54,60 @@ def start():
     yield start_program
     for program in started:
         program.kill()
+
+
+class SlowScript:
+    """A script of the lab in an interpreter of its own; what it prints goes to a file."""
+
+    def __init__(self, folder, name, *words):
+        self.output = folder / "output.txt"
+        command = [sys.executable, str(ROOT / "tests" / "lab" / name), *map(str, words)]
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=file)
+
+    def end(self):
+        """Wait for its end -> exit status and output."""
+        return self.process.wait(90), self.output.read_text()
+
+
+@pytest.fixture(scope="session")
+def slow_script(tmp_path_factory):
+    """A function that starts a SlowScript; those that still run after all tests are killed."""
+    started = []
+
+    def start_script(name, *words):
+        started.append(SlowScript(tmp_path_factory.mktemp("script"), name, *words))
+        return started[-1]
+    yield start_script
+    for script in started:
+        script.process.kill()
+
+
+@pytest.fixture(scope="session")
+def gpu_script(slow_script, tmp_path_factory):
+    """gpu.py's small mode, and the file to which it writes its rows."""
+    rows = tmp_path_factory.mktemp("gpu") / "rows.json"
+    return slow_script("gpu.py", "--device", "cpu", "--small", "--json", rows), rows
+
+
+@pytest.fixture(scope="session")
+def kill_script(slow_script):
+    """Two kills while a training starts, two amid its steps, two while it saves."""
+    return slow_script("kill.py", "--kills", 6)
+
+
+@pytest.fixture(scope="session")
+def fuzz_script(slow_script):
+    return slow_script("fuzz.py", "--cases", 180, "--seed", 1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def start_ahead(request):
+    """What the chosen tests will wait for starts before the first test: a second core is free."""
+    wanted = {name for test in request.session.items for name in test.fixturenames}
+    if "start" in wanted:
+        from programs import start_server
+        start_server()
+    for name in ("gpu_script", "fuzz_script", "kill_script"):
+        if name in wanted:
+            request.getfixturevalue(name)

@@ -91,11 +91,10 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_ends_in_the_same_bits(world, tm
     assert equal(*(torch.load(tmp_path / n / "backbone.pt", weights_only=True) for n in "ab"))
 
 
-def test_killed_at_any_moment_and_resumed_a_run_ends_in_the_same_bits(start):
-    """Two kills while it starts, two amid its steps, two while it saves."""
-    done = start(script, "tests/lab/kill.py", "--kills", 6).end()
-    assert done.code == 0, done.err[-2000:] + done.out
-    result = json.loads(done.out.splitlines()[-1])
+def test_killed_at_any_moment_and_resumed_a_run_ends_in_the_same_bits(kill_script):
+    status, output = kill_script.end()
+    assert status == 0, output[-2000:]
+    result = json.loads(output.splitlines()[-1])
     assert result["kills"] == 6
     assert result["unreadable"] == 0 and result["identical"] and result["resumed_from"] > 1
 
@@ -234,10 +233,13 @@ def tiny_file(tmp_path):
     return path
 
 
+FORKED = ["--run-path", "--start-method", "fork"]     # torchrun's ranks need not import PyTorch
+
+
 def test_the_death_of_a_rank_ends_the_others_and_shows_why(world, tmp_path, tiny_file, start):
-    """Under torchrun as users start it."""
     out = tmp_path / "r"
-    program = start(torchrun, tiny_file, *flags_of(world, out, "--max-steps", 10000))
+    flags = flags_of(world, out, "--max-steps", 10000)
+    program = start(torchrun, *FORKED, tiny_file, *flags)
     wait_for(lambda: len(steps(out)) > 1, program)
     ranks = children(program.pid)
     os.kill(ranks[1], signal.SIGKILL)
@@ -246,13 +248,10 @@ def test_the_death_of_a_rank_ends_the_others_and_shows_why(world, tmp_path, tiny
     assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks)
 
 
-FORKED = ["--run-path", "--start-method", "fork"]     # torchrun's ranks need not import PyTorch
-
-
 def test_two_ranks_under_torchrun_outlive_the_death_of_one_and_end_in_the_same_bits(
         world, tmp_path, tiny_file, start):
     """The run left alone is one of two programs without torchrun."""
-    end = ["--max-steps", 30, "--save-every", 2]
+    end = ["--max-steps", 20, "--save-every", 3]
     out = tmp_path / "b"
     program = start(torchrun, *FORKED, "--max-restarts", 1, tiny_file, *flags_of(world, out, *end))
     wait_for(lambda: len(steps(out)) > 4, program)
@@ -267,9 +266,10 @@ def test_two_ranks_under_torchrun_outlive_the_death_of_one_and_end_in_the_same_b
 
 def test_two_ranks_under_torchrun_stop_together_and_resume_exactly(
         world, tmp_path, tiny_file, start):
+    """Under torchrun as users start it; forked ranks would not end before torchrun has."""
     out = tmp_path / "b"
     flags = flags_of(world, out, "--max-steps", 10000, "--workers", 1, "--cache", 0)
-    program = start(torchrun, *FORKED, tiny_file, *flags)
+    program = start(torchrun, tiny_file, *flags)
     wait_for(lambda: len(steps(out)) > 2, program)
     os.kill(program.pid, signal.SIGTERM)
     done = program.end()

@@ -8,11 +8,11 @@ from lab import gpu
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
+def report(gpu_script):
     """What the small mode writes to --json, and its exit status."""
-    path = tmp_path_factory.mktemp("gpu") / "rows.json"
-    status = gpu.main(["--device", "cpu", "--small", "--json", str(path)])
-    return json.loads(path.read_text()) | {"status": status}
+    script, rows = gpu_script
+    status, _ = script.end()
+    return json.loads(rows.read_text()) | {"status": status}
 
 
 def test_every_row_runs_on_the_cpu_or_says_what_it_needs(report):

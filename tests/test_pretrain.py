@@ -275,9 +275,10 @@ def script_without_compiler(*words):
 
 def test_compile_without_a_compiler_says_so_and_trains_as_it_would_have(toy, tmp_path, start):
     flags = ["--modality", "s1", "--data", toy, "--arch", "vit_tiny", *SMALL, "--max-steps", "1"]
-    done = start(script_without_compiler, "pretrain.py", *flags, "--out", tmp_path / "a",
-                 "--compile", environment={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}).end()
-    assert done.code == 0 and done.out.count("--compile: not here") == 1, done.err
+    program = start(script_without_compiler, "pretrain.py", *flags, "--out", tmp_path / "a",
+                    "--compile", environment={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
     pretrain.main([*flags, "--out", str(tmp_path / "b")])
+    done = program.end()
+    assert done.code == 0 and done.out.count("--compile: not here") == 1, done.err
     a, b = (torch.load(tmp_path / n / "backbone.pt", weights_only=True) for n in "ab")
     assert equal(a, b)
