@@ -233,19 +233,19 @@ def tiny_file(tmp_path):
     return path
 
 
-FORKED = ["--run-path", "--start-method", "fork"]     # torchrun's ranks need not import PyTorch
-
-
 def test_the_death_of_a_rank_ends_the_others_and_shows_why(world, tmp_path, tiny_file, start):
+    """Under torchrun as users start it: of forked ranks it may name the survivor."""
     out = tmp_path / "r"
-    flags = flags_of(world, out, "--max-steps", 10000)
-    program = start(torchrun, *FORKED, tiny_file, *flags)
+    program = start(torchrun, tiny_file, *flags_of(world, out, "--max-steps", 10000))
     wait_for(lambda: len(steps(out)) > 1, program)
     ranks = children(program.pid)
     os.kill(ranks[1], signal.SIGKILL)
     done = program.end()
     assert done.code != 0 and "Signal 9 (SIGKILL)" in done.err
     assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks)
+
+
+FORKED = ["--run-path", "--start-method", "fork"]     # torchrun's ranks need not import PyTorch
 
 
 def test_two_ranks_under_torchrun_outlive_the_death_of_one_and_end_in_the_same_bits(
