@@ -23,7 +23,8 @@ import torch
 
 import model as models
 from lab import beside, finetune
-from lab.runs import Run, chip_folder, chip_probes, link, no_predictor, run_folder, thaw
+from lab.runs import (Run, chip_folder, chip_probes, link, no_predictor, run_folder, thaw,
+                      toy_run)
 
 SPLITS = range(5)
 SHARES = (100, 30, 10, 3)                         # % of the images to train on that have labels
@@ -163,7 +164,7 @@ STARTS = {
 
 
 def continual_runs():
-    """EuroSAT-MS: three splits; EuroSAT-RGB: one."""
+    """EuroSAT-MS: three splits; EuroSAT-RGB: one; radar images of the toy world: three seeds."""
     runs = {}
     heads = ("ridge", "logistic")
     for seed in range(3):
@@ -184,13 +185,18 @@ def continual_runs():
             runs[f"continual/{name} and statistics/s2c/{seed}"] = Run([
                 ckpt, "--modality", "s2c", "--data", f"{chips}/all", "--lists", f"{chips}/fit.txt",
                 f"{chips}/test.txt"], script=beside.main)
-    rgb_probes = chip_probes("rgb", 80, 0, heads)
+    rgb_probes = chip_probes("rgb", 80, 0, heads)[2:]         # CLS and the mean patch only
     runs["continual/frozen/rgb/0"] = Run(["--ckpt", WEIGHTS], None, rgb_probes, train=False)
     for name in ("scratch", "random"):
         flags = ["--modality", "rgb", "--data", f"{chip_folder('rgb', 80, 0)}/train", "--preset",
                  "small", "--holdout", "0", "--img-size", str(SIZE), "--epochs", "1", *INFO_NCE,
                  *STARTS[name], "--seed", "0"]
         runs[f"continual/{name}/rgb/0"] = Run(flags, None, rgb_probes, amp="off")
+    for seed, name in itertools.product(range(3), ("scratch", "random", "mean")):
+        flags = ["--preset", "small", "--img-size", str(SIZE), "--epochs", "4", *STARTS[name]]
+        run = toy_run("s1", seed, flags)
+        run.amp = "off"
+        runs[f"continual/{name}/s1/{seed}"] = run
     return runs
 
 
