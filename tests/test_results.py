@@ -22,7 +22,7 @@ def test_the_readmes_table_has_its_eight_rows_and_no_empty_cell():
 
 @pytest.mark.parametrize("name", charts.DRAWINGS)
 def test_the_figures_are_drawn_from_the_lines(name, tmp_path):
-    charts.DRAWINGS[name]().save(tmp_path / name)
+    charts.DRAWINGS[name](tmp_path / name)
     assert (charts.FIGURES / name).read_text() == (tmp_path / name).read_text()
 
 

@@ -10,13 +10,12 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from lab import real_tables  # noqa: E402
-from lab.lines import find  # noqa: E402
+import probe  # noqa: E402
+from lab import real, real_tables  # noqa: E402
 from lab.show import GREY, INK, RULE, Svg  # noqa: E402
 
 FIGURES = Path(__file__).parent / "figures"
 BLUE = "#1f5fa8"
-ORANGE = "#c05020"
 LEFT, RIGHT = 220, 560                            # of the axis, in pixels
 
 
@@ -37,21 +36,18 @@ def axis_range(numbers):
 
 
 def method_values():
-    """[(name, values of the splits), ...] in the order of the table, without what was not run."""
+    """[(name, values of the splits), ...] in the order of the table."""
     found = []
-    for row in real_tables.MAIN_ROWS:
-        network = row.get("network", "checkpoint")
-        numbers = list(real_tables.first_values(row["run"], "micro_map", network).values())
+    for row in real_tables.that_were_run(real_tables.MAIN_ROWS):
         title = row["title"]
         if row["size"] == 112:
             title += ", 112 px"
-        found.append((title, numbers))
-    lines = find("ucm/fine-tuned", "rgb").values()
-    found.append(("fine-tuned with the labels", [line["micro_map"] for line in lines]))
-    return [(title, numbers) for title, numbers in found if numbers]
+        found.append((title, real_tables.row_values(row, "micro_map")))
+    found.append(("fine-tuned with the labels", real_tables.fine_tuned_values("micro_map")))
+    return found
 
 
-def draw_methods():
+def draw_methods(path):
     """A row a method: a dot for each split, and a line at their mean."""
     rows = method_values()
     svg = Svg(640, 120 + 22 * len(rows))
@@ -71,45 +67,24 @@ def draw_methods():
         mean = float(np.mean(values))
         svg.line([(place(mean), y - 8), (place(mean), y + 8)], INK, 2)
         svg.text(RIGHT + 12, y + 4, f"{mean:.3f}")
-    return svg
+    svg.save(path)
 
 
-def draw_shares():
-    """Micro average precision against the share of labelled images."""
-    names = ["frozen weights", "InfoNCE, no labels", "+ soft term, the share's labels"]
-    colours = [GREY, BLUE, ORANGE]
-    rows = real_tables.share_rows()
-    curves = []
-    for column, name in enumerate(names):
-        points = [(share, float(np.mean(list(columns[column].values()))))
-                  for share, columns, _ in rows if columns[column]]
-        curves.append((name, points))
-    numbers = [value for _, points in curves for _, value in points]
-    low, high = axis_range(numbers)
-
-    svg = Svg(640, 360)
-    svg.text(20, 26, "UC Merced: what labels are worth, when few images have them", 14,
-             font_weight="bold")
-    svg.text(20, 44, "micro average precision of a ridge head that is fit on the labelled images",
-             fill=GREY)
-
-    def x_of(share):
-        return 60 + 330 * math.log10(share / 3) / math.log10(100 / 3)
-
-    def y_of(value):
-        return 300 - 230 * (value - low) / (high - low)
-    for tick in range(round(20 * low), round(20 * high) + 1):
-        svg.line([(60, y_of(tick / 20)), (390, y_of(tick / 20))], RULE)
-        svg.text(52, y_of(tick / 20) + 4, f"{tick / 20:.2f}", text_anchor="end")
-    for share, _, _ in rows:
-        svg.text(x_of(share), 318, f"{share} %", text_anchor="middle")
-    svg.text(225, 340, "share of the 1,344 training images with labels", text_anchor="middle")
-    for k, (name, points) in enumerate(curves):
-        svg.line([(x_of(share), y_of(value)) for share, value in points], colours[k], 2)
-        for share, value in points:
-            svg.add("circle", cx=x_of(share), cy=y_of(value), r=3, fill=colours[k])
-        svg.text(405, 90 + 20 * k, name, fill=colours[k])
-    return svg
+def draw_shares(path):
+    """Micro average precision against the number of labelled images, on the splits that all runs have."""
+    names = ["soft term: all", "soft term: those of the share", "InfoNCE: none", "frozen"]
+    columns = {}                                  # {share: {name: {split: value}}}
+    for k, share in enumerate(real.SHARES):
+        columns[share] = {name: real_tables.first_values(
+            real_tables.share_run(name, share), "micro_map", "checkpoint", k) for name in names}
+    common = set.intersection(*[set(columns[share][name]) for share in columns for name in names])
+    rows = []
+    for share in columns:
+        values = {name: {"micro_map": [columns[share][name][split] for split in sorted(common)]}
+                  for name in names}
+        rows.append({"n_train": real.images_of(share), "all": values})
+    probe.draw_curve(path, rows, "micro_map",
+                     "UC Merced: labels in pretraining, and of how many images for the head")
 
 
 DRAWINGS = {"ucm_methods.svg": draw_methods, "ucm_shares.svg": draw_shares}
@@ -117,7 +92,7 @@ DRAWINGS = {"ucm_methods.svg": draw_methods, "ucm_shares.svg": draw_shares}
 
 def main():
     for name, draw in DRAWINGS.items():
-        draw().save(FIGURES / name)
+        draw(FIGURES / name)
         print(f"{FIGURES / name} written")
 
 

@@ -38,7 +38,8 @@ def values(run, modality, metric, network="checkpoint", probe=0):
     """All values of a run in one list.
 
     A network has one value, unless the seeds of the probe split the images differently.  Random
-    weights and band statistics are shared by the runs: a value that comes again counts once.
+    weights and band statistics are the same in all runs on one world: a value that comes again
+    counts once.
     """
     found = by_seed(run, modality, metric, network, probe)
     numbers = []
@@ -51,7 +52,7 @@ def values(run, modality, metric, network="checkpoint", probe=0):
 
 
 def paired_gain(run, base, modality, metric="micro_map", probe=0):
-    """Differences run - base of the seeds that both have."""
+    """Differences run - base of the seeds that both have; of the probe's seeds the first."""
     ours = by_seed(run, modality, metric, probe=probe)
     theirs = by_seed(base, modality, metric, probe=probe)
     seeds = sorted(ours.keys() & theirs.keys())
@@ -66,13 +67,13 @@ def standard_error(numbers):
 
 
 def markdown(header, rows):
-    """Rows of text cells as a markdown table."""
+    """Rows of cells, which are texts or numbers, as a markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def cell(numbers, digits=3):
-    """mean ± standard deviation; a single number as it is."""
+    """mean ± standard deviation; of a single number no deviation."""
     if len(numbers) == 0:
         return "not run"
     text = f"{np.mean(numbers):.{digits}f}"
@@ -82,16 +83,18 @@ def cell(numbers, digits=3):
 
 
 def gain_cells(gains, digits):
-    """Mean, standard error, and their ratio."""
-    if len(gains) < 2:
+    """Mean, standard error, and their ratio; of one pair the mean alone."""
+    if len(gains) == 0:
         return ["not run", "not run", "not run"]
     mean = np.mean(gains)
+    if len(gains) == 1:
+        return [f"{mean:+.{digits}f}", "-", "-"]
     error = standard_error(gains)
     return [f"{mean:+.{digits}f}", f"{error:.{digits}f}", f"{mean / error:+.1f}"]
 
 
 def paragraph(*sentences):
-    """Sentences as lines of at most 100 columns."""
+    """Pieces of text as one paragraph, in lines of at most 100 columns."""
     return textwrap.fill(" ".join(sentences), 100, break_on_hyphens=False)
 
 
@@ -103,12 +106,12 @@ def bullets(*items):
 
 
 def distinct(lines, name):
-    """The different values of one field, in order, separated by commas."""
+    """The different values of one field, sorted, separated by commas."""
     return ", ".join(sorted({str(line[name]) for line in lines}))
 
 
 def caption(text, studies, runs, modalities):
-    """What a table shows; the command that repeats its runs; their device and commits."""
+    """What a table shows; the command that makes runs without a line; device and commits."""
     lines = []
     for run in runs:
         for modality in modalities:

@@ -97,7 +97,7 @@ def ucm_runs():
         runs[f"ucm/{name}, scratch/rgb/{split}"] = ucm_run(split, METHODS[name], start=None)
     for split, share in itertools.product(range(3), SHARES[1:]):
         runs[f"ucm/+ soft, {share} % labelled/rgb/{split}"] = ucm_run(split, SOFT, share)
-        weight = str(0.5 * share / 100)
+        weight = str(light_weight(share))
         runs[f"ucm/+ soft, {share} % labelled, weight {weight}/rgb/{split}"] = ucm_run(
             split, [*SOFT, "--soft-weight", weight], share)
     for split, name in itertools.product(range(3), FORMS):
@@ -110,6 +110,16 @@ def ucm_runs():
         runs[f"ucm/{name}, 12 epochs/rgb/{split}"] = ucm_run(
             split, [*METHODS[name], "--epochs", "12"])
     return runs
+
+
+def images_of(share):
+    """How many images a share of the 64 to train on of each of 21 folders is."""
+    return 21 * round(share / 100 * 64)
+
+
+def light_weight(share):
+    """The soft term's weight where a pair of labelled images weighs as much as with all labels."""
+    return 0.5 * share / 100
 
 
 def logistic_run(split):
