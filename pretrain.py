@@ -681,8 +681,8 @@ def softcon_step(net, x, y, args, draws, now):
     k1, k2 = keys.unbind(1)                                               # (M,256)
     all_y1, all_y2 = labels.unbind(1)                                     # (M,L)
     flags = dict(tau=args.tau, weight=args.soft_weight, form=args.soft_form, soft_tau=args.soft_tau)
-    loss1, hard1, soft1 = losses.softcon_loss(q1, k2, y1, all_y2, all_yq=all_y1, **flags)
-    loss2, hard2, soft2 = losses.softcon_loss(q2, k1, y2, all_y1, all_yq=all_y2, **flags)
+    loss1, hard1, soft1 = losses.softcon_loss(q1, k2, y1, all_y2, **flags)
+    loss2, hard2, soft2 = losses.softcon_loss(q2, k1, y2, all_y1, **flags)
     parts = {"info_nce": (hard1 + hard2) / 2, "soft": (soft1 + soft2) / 2}
     return (loss1 + loss2) / 2, parts, q, features
 
@@ -771,8 +771,8 @@ def soft_between_crops(features, features_t, y, args):
     k = features_t[:n_global * B].unflatten(0, (n_global, B))             # (n_global,B,D)
     keys = losses.gather(k.transpose(0, 1))                               # (M,n_global,D)
     labels = losses.gather(y)                                             # (M,L)
-    terms = [losses.soft_contrastive(q[i], keys[:, i], y, labels, args.soft_form, args.soft_tau,
-                                     labels) for i in range(n_global)]
+    terms = [losses.soft_contrastive(q[i], keys[:, i], y, labels, args.soft_form, args.soft_tau)
+             for i in range(n_global)]
     return sum(terms) / n_global
 
 

@@ -66,8 +66,8 @@ def soft_reference(q, k, yq, yk, form, tau):
         elif form == "bce":
             total += binary_cross_entropy_of_row(s, z)
         else:
-            total += binary_cross_entropy_of_row(s, z) / len(columns)
-    return total / len(rows)
+            total += binary_cross_entropy_of_row(s, z) / len(k)
+    return total / len(q)
 
 
 # ------------------------------------------------------------------------------------ SoftCon
@@ -118,14 +118,13 @@ def test_soft_term_equals_a_double_loop(form, tau):
 @pytest.mark.parametrize("form", losses.SOFT_TAU)
 @pytest.mark.parametrize("labelled", [range(M), [5], []])
 def test_the_average_over_parts_of_the_queries_is_the_soft_term_of_all(form, labelled):
-    """all_yq says how many rows have labels in all, however unevenly the parts hold them."""
+    """However unevenly the parts hold the rows with labels."""
     q, k, yq, yk = example(n=M)
     for i in range(M):
         if i not in labelled:
             yq[i] = 0
     whole = losses.soft_contrastive(q, k, yq, yk, form)
-    parts = [losses.soft_contrastive(q[i:i + 1], k, yq[i:i + 1], yk, form, None, yq)
-             for i in range(M)]
+    parts = [losses.soft_contrastive(q[i:i + 1], k, yq[i:i + 1], yk, form) for i in range(M)]
     assert torch.allclose(torch.stack(parts).mean(), whole, atol=1e-6)
 
 
@@ -148,6 +147,17 @@ def test_unlabelled_rows_and_columns_leave_the_soft_term_and_stay_in_info_nce(fo
         assert torch.equal(losses.soft_contrastive(q, k, yq, yk, form),
                            losses.soft_contrastive(new_q, new_k, yq, yk, form))
         assert losses.info_nce(q, k, 0.2) != losses.info_nce(new_q, new_k, 0.2)
+
+
+@pytest.mark.parametrize("form", losses.SOFT_TAU)
+def test_with_labels_of_half_the_rows_the_soft_term_is_half_of_the_labelled_rows(form):
+    q, k, yq, yk = example(n=M)
+    yq[:] = torch.eye(L)[torch.arange(M) % L]
+    half = torch.arange(M) % 2 == 0
+    alone = losses.soft_contrastive(q[half], k, yq[half], yk, form)
+    yq[~half] = 0
+    share = float(half.float().mean())
+    assert torch.allclose(losses.soft_contrastive(q, k, yq, yk, form), share * alone)
 
 
 @pytest.mark.parametrize("form", losses.SOFT_TAU)

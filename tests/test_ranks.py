@@ -54,11 +54,10 @@ def step(net, x, k, y):
     """SoftCon's loss in all forms of the soft term, (3,), and the gradients of their sum."""
     q, _ = net(x)
     keys = losses.gather(k)
-    y1, _ = y.unbind(1)
-    all_y1, all_y2 = losses.gather(y).unbind(1)
+    all_y2 = losses.gather(y)[:, 1]
     values = []
     for form in losses.SOFT_TAU:
-        loss, _, _ = losses.softcon_loss(q, keys, y1, all_y2, 0.2, 0.7, form, None, all_y1)
+        loss, _, _ = losses.softcon_loss(q, keys, y[:, 0], all_y2, 0.2, 0.7, form)
         values.append(loss)
     values = torch.stack(values)
     values.sum().backward()

@@ -364,7 +364,7 @@ def gather_and_compare(q, k, y):
     total = 0
     for ours, theirs in ((0, 1), (1, 0)):
         loss, _, _ = losses.softcon_loss(q[:, ours], keys[:, theirs], y[:, ours], labels[:, theirs],
-                                         0.2, 0.5, "bce", None, all_yq=labels[:, ours])
+                                         0.2, 0.5)
         total = total + loss
     total.backward()
 

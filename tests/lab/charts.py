@@ -71,7 +71,7 @@ def draw_methods(path):
 
 
 def draw_shares(path):
-    """Micro average precision against the number of labelled images, on the splits that all runs have."""
+    """Micro average precision by the number of labelled images, on splits that all runs have."""
     names = ["soft term: all", "soft term: those of the share", "InfoNCE: none", "frozen"]
     columns = {}                                  # {share: {name: {split: value}}}
     for k, share in enumerate(real.SHARES):

@@ -23,14 +23,14 @@ import torch
 
 import model as models
 from lab import beside, finetune
-from lab.runs import (Run, chip_folder, chip_probes, link, no_predictor, run_folder, thaw,
-                      toy_run)
+from lab.runs import (Run, chip_folder, chip_probes, link, mean_over_labelled, no_predictor,
+                      run_folder, thaw, toy_run)
 
 SPLITS = range(5)
 SHARES = (100, 30, 10, 3)                         # % of the images to train on that have labels
 UCM = "runs/study/ucm"                            # where make_ucm puts links, tables and lists
-WEIGHTS = "runs/study/weights/vit_tiny.pth"       # take x in [0, 1], see models.fold_normalisation
-WEIGHTS_S2C = "runs/study/weights/vit_tiny_s2c.pth"       # see B4, B3, B2 and no other band
+WEIGHTS = "runs/study/weights/vit_tiny.pth"       # for x in [0, 1]: models.fold_normalisation
+WEIGHTS_S2C = "runs/study/weights/vit_tiny_s2c.pth"       # all but B4, B3, B2 have weight 0
 SIZE = 64                                         # pixels a side; PerA's crops have 112
 
 # ------------------------------------------------------------------------------------- UC Merced
@@ -81,9 +81,8 @@ def ucm_probes(split, head="ridge", shares=SHARES):
 def ucm_runs():
     runs = {}
     for split in SPLITS:
-        for size in (SIZE, 112):
+        for name, size in (("frozen", SIZE), ("frozen, 112 px", 112)):
             probes = [[*probe, "--img-size", str(size)] for probe in ucm_probes(split)]
-            name = "frozen" if size == SIZE else f"frozen, {size} px"
             runs[f"ucm/{name}/rgb/{split}"] = Run(["--ckpt", WEIGHTS], None, probes, train=False)
     for split, name in itertools.product(SPLITS, METHODS):
         runs[f"ucm/{name}/rgb/{split}"] = ucm_run(split, METHODS[name])
@@ -94,32 +93,26 @@ def ucm_runs():
         runs[f"ucm/fine-tuned/rgb/{split}"] = Run([WEIGHTS, "rgb", *flags], script=finetune.main)
         runs[f"ucm/logistic/rgb/{split}"] = logistic_run(split)
     for split, name in itertools.product(range(3), ("InfoNCE", "+ soft")):
-        runs[f"ucm/{name}, scratch/rgb/{split}"] = ucm_run(split, METHODS[name], start=None)
+        flags = METHODS[name]
+        runs[f"ucm/{name}, scratch/rgb/{split}"] = ucm_run(split, flags, start=None)
+        runs[f"ucm/{name}, no predictor/rgb/{split}"] = ucm_run(split, flags, switch=no_predictor)
+        runs[f"ucm/{name}, thawed/rgb/{split}"] = ucm_run(split, flags, switch=thaw)
+        runs[f"ucm/{name}, 12 epochs/rgb/{split}"] = ucm_run(split, [*flags, "--epochs", "12"])
     for split, share in itertools.product(range(3), SHARES[1:]):
         runs[f"ucm/+ soft, {share} % labelled/rgb/{split}"] = ucm_run(split, SOFT, share)
-        weight = str(light_weight(share))
-        runs[f"ucm/+ soft, {share} % labelled, weight {weight}/rgb/{split}"] = ucm_run(
-            split, [*SOFT, "--soft-weight", weight], share)
+        runs[f"ucm/+ soft, {share} % labelled, their mean/rgb/{split}"] = ucm_run(
+            split, SOFT, share, switch=mean_over_labelled)
+        if share == 10:
+            runs[f"ucm/+ soft, 10 % labelled, their mean, weight 0.05/rgb/{split}"] = ucm_run(
+                split, [*SOFT, "--soft-weight", "0.05"], share, switch=mean_over_labelled)
     for split, name in itertools.product(range(3), FORMS):
         runs[f"ucm/{name}/rgb/{split}"] = ucm_run(split, [*SOFT, *FORMS[name]])
-    for split, name in itertools.product(range(3), ("InfoNCE", "+ soft")):
-        runs[f"ucm/{name}, no predictor/rgb/{split}"] = ucm_run(
-            split, METHODS[name], switch=no_predictor)
-        runs[f"ucm/{name}, thawed/rgb/{split}"] = ucm_run(split, METHODS[name], switch=thaw)
-    for split, name in itertools.product(range(3), ("InfoNCE", "+ soft")):
-        runs[f"ucm/{name}, 12 epochs/rgb/{split}"] = ucm_run(
-            split, [*METHODS[name], "--epochs", "12"])
     return runs
 
 
 def images_of(share):
     """How many images a share of the 64 to train on of each of 21 folders is."""
     return 21 * round(share / 100 * 64)
-
-
-def light_weight(share):
-    """The soft term's weight where a pair of labelled images weighs as much as with all labels."""
-    return 0.5 * share / 100
 
 
 def logistic_run(split):
@@ -131,7 +124,7 @@ def logistic_run(split):
     return Run(["--ckpt", *files], None, [[*probe, "--img-size", str(SIZE)]], train=False)
 
 
-def make_ucm(shared, folder):
+def make_ucm(source, folder):
     """Links to the images, tables of labels and lists of names of one split.
 
     folder: .../SPLIT.  In it: all, train/{class}; labels.tsv, and train_S.tsv with the rows that
@@ -139,12 +132,12 @@ def make_ucm(shared, folder):
     """
     rng = np.random.default_rng(int(folder.name))
     folder.mkdir(parents=True)
-    (folder / "all").symlink_to(Path(shared, "images").resolve())
-    header, *lines = Path(shared, "LandUse_Multilabeled.txt").read_text().splitlines()
+    (folder / "all").symlink_to(Path(source, "images").resolve())
+    header, *lines = Path(source, "LandUse_Multilabeled.txt").read_text().splitlines()
     rows = {line.split("\t")[0]: line for line in lines}
     train = []                                    # the names to train on, a list for each class
     test = []
-    for class_folder in sorted(Path(shared, "images").iterdir()):
+    for class_folder in sorted(Path(source, "images").iterdir()):
         files = sorted(class_folder.iterdir())
         files = [files[i] for i in rng.permutation(len(files))]
         count = round(0.8 * len(files))
@@ -152,7 +145,7 @@ def make_ucm(shared, folder):
         train.append([file.stem for file in files[:count]])
         test += [file.stem for file in files[count:]]
     (folder / "test.txt").write_text("\n".join(test))
-    (folder / "labels.tsv").write_text("\n".join([header, *rows.values()]))
+    (folder / "labels.tsv").write_text("\n".join([header, *lines]))
     for share in SHARES:
         names = []
         for class_names in train:
@@ -225,10 +218,11 @@ def make_weights(shared):
 
 
 def make_folders(keys, shared):
-    """What the runs of these keys read."""
+    """Make the weights, and the folders of UC Merced that these runs read, if they are not there."""
     if not Path(WEIGHTS_S2C).exists():
         make_weights(shared)
     for key in keys:
-        folder = Path(UCM, key.split("/")[-1])
-        if key.startswith("ucm/") and not folder.exists():
-            make_ucm(Path(shared, "ucm_multilabel"), folder)
+        if key.startswith("ucm/"):
+            folder = Path(UCM, key.split("/")[-1])
+            if not folder.exists():
+                make_ucm(Path(shared, "ucm_multilabel"), folder)

@@ -64,8 +64,8 @@ def link(files, folder):
 
 # ------------------------------------------------------------------------- switches without a flag
 
-# Each of these changes one thing that no flag changes, by replacing a function of the five files
-# in the process of that one run.
+# Each of these changes one thing that no flag changes, by replacing functions of the five files in
+# the process of that one run.
 
 
 def one_direction():
@@ -88,8 +88,18 @@ def no_predictor():
     models.Branch = without_predictor
 
 
+def mean_over_labelled():
+    """The soft term is a mean over the rows with labels, not over all rows."""
+    soft_contrastive = losses.soft_contrastive
+
+    def louder(q, k, yq, *others):
+        labelled = losses.has_labels(yq).sum().clamp_min(1)
+        return soft_contrastive(q, k, yq, *others) * len(yq) / labelled
+    losses.soft_contrastive = louder
+
+
 def labelled_only():
-    """Images without labels do not take part."""
+    """Images without labels do not take part at all."""
     open_data = data.open_data
 
     def open_labelled(*args, **keywords):
@@ -184,12 +194,12 @@ def as_optical():
 
 
 def thaw():
-    """For a tenth of the steps the backbone is frozen but for its first layer; the heads learn."""
+    """In the first tenth of the steps only a ViT's patch embedding and the heads learn."""
     schedules = pretrain.schedules
     adamw_step = torch.optim.AdamW.step
     make_networks = pretrain.networks
     trunk = []                                    # what stays
-    frozen = [True]
+    frozen = True
 
     def networks(*args, **keywords):
         net = make_networks(*args, **keywords)
@@ -199,14 +209,15 @@ def thaw():
         return net
 
     def watched_schedules(args, step, total):
-        frozen[0] = step < 0.1 * total
+        nonlocal frozen
+        frozen = step < 0.1 * total
         return schedules(args, step, total)
 
-    def step(self, *args, **keywords):
-        if frozen[0]:
+    def step_without_trunk(self, *args, **keywords):
+        if frozen:
             for parameter in trunk:
                 parameter.grad = None             # AdamW passes over it
         return adamw_step(self, *args, **keywords)
     pretrain.networks = networks
     pretrain.schedules = watched_schedules
-    torch.optim.AdamW.step = step
+    torch.optim.AdamW.step = step_without_trunk
