@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: the repository on the path, one small toy world, flags of a run."""
+"""Shared by the tests: the repository on the path, one small toy world, flags, slow scripts."""
 import os
 import subprocess
 import sys
@@ -45,7 +45,7 @@ def labels(toy):
 @pytest.fixture
 def start():
     """A function that starts a programs.Program; those that a failed test leaves are killed."""
-    from programs import Program
+    from programs import Program                  # here, since it imports this file
     started = []
 
     def start_program(function, *arguments, **options):
@@ -66,8 +66,8 @@ class SlowScript:
             self.process = subprocess.Popen(command, stdout=file, stderr=file)
 
     def end(self):
-        """Wait for its end -> exit status and output."""
-        return self.process.wait(90), self.output.read_text()
+        """Wait for its end, at most five minutes -> exit status and output."""
+        return self.process.wait(300), self.output.read_text()
 
 
 @pytest.fixture(scope="session")
@@ -103,10 +103,10 @@ def fuzz_script(slow_script):
 
 @pytest.fixture(scope="session", autouse=True)
 def start_ahead(request):
-    """What the chosen tests will wait for starts before the first test: a second core is free."""
+    """What the chosen tests will wait for starts before the first test, for the other cores."""
     wanted = {name for test in request.session.items for name in test.fixturenames}
     if "start" in wanted:
-        from programs import start_server
+        from programs import start_server         # here, since it imports this file
         start_server()
     for name in ("gpu_script", "fuzz_script", "kill_script"):
         if name in wanted:

@@ -4,6 +4,7 @@ The import takes seconds.  So one process does it, and every program is a fork o
 has signals, an exit status, output, an environment and a folder of its own.  It runs a script from
 its first line, as `python script.py` does, or calls a function.
 """
+import contextlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -40,14 +41,15 @@ class Ended:
 class Program:
     """A process of its own, and a group of its own, that calls function(*arguments).
 
-    environment: variables beside those of the tests.
+    environment: variables beside those with which the first program began.
     """
 
     def __init__(self, function, *arguments, folder=ROOT, environment=None):
         self.said = tempfile.TemporaryDirectory()
         for name in ("out", "err"):
             Path(self.said.name, name).touch()
-        method = multiprocessing.get_start_method()        # for processes that it starts itself
+        # for processes that it starts itself, as if it had not come from the fork server
+        method = multiprocessing.get_start_method()
         self.process = forks.Process(target=run, args=(
             method, self.said.name, str(folder), environment or {}, function, arguments))
         self.process.start()
@@ -64,9 +66,10 @@ class Program:
         return Path(self.said.name, "err").read_text()
 
     def kill(self):
-        """Kill it and what it has started."""
-        if self.running():
+        """Kill it and its group.  Ranks that torchrun started have groups of their own."""
+        with contextlib.suppress(ProcessLookupError):      # it has no group yet, or all have ended
             os.killpg(self.pid, signal.SIGKILL)
+        self.process.kill()
         self.process.join()
 
     def end(self, seconds=90):

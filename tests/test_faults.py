@@ -18,7 +18,6 @@ import data
 import losses
 import model
 import pretrain
-from conftest import ROOT
 from lab.kill import equal
 from programs import end_well, rank_environments, script
 
@@ -234,7 +233,7 @@ def tiny_file(tmp_path):
 
 
 def test_the_death_of_a_rank_ends_the_others_and_shows_why(world, tmp_path, tiny_file, start):
-    """Under torchrun as users start it: of forked ranks it may name the survivor."""
+    """torchrun starts new processes, as for users.  Of forked ranks it may name the survivor."""
     out = tmp_path / "r"
     program = start(torchrun, tiny_file, *flags_of(world, out, "--max-steps", 10000))
     wait_for(lambda: len(steps(out)) > 1, program)
@@ -245,12 +244,13 @@ def test_the_death_of_a_rank_ends_the_others_and_shows_why(world, tmp_path, tiny
     assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks)
 
 
-FORKED = ["--run-path", "--start-method", "fork"]     # torchrun's ranks need not import PyTorch
+# torchrun's ranks are forks of it that run the file themselves: none imports PyTorch again
+FORKED = ["--run-path", "--start-method", "fork"]
 
 
-def test_two_ranks_under_torchrun_outlive_the_death_of_one_and_end_in_the_same_bits(
+def test_two_ranks_start_again_after_the_death_of_one_and_end_in_the_same_bits(
         world, tmp_path, tiny_file, start):
-    """The run left alone is one of two programs without torchrun."""
+    """Compared with a run that nobody killed, of two programs without torchrun."""
     end = ["--max-steps", 20, "--save-every", 3]
     out = tmp_path / "b"
     program = start(torchrun, *FORKED, "--max-restarts", 1, tiny_file, *flags_of(world, out, *end))
@@ -266,13 +266,14 @@ def test_two_ranks_under_torchrun_outlive_the_death_of_one_and_end_in_the_same_b
 
 def test_two_ranks_under_torchrun_stop_together_and_resume_exactly(
         world, tmp_path, tiny_file, start):
-    """Under torchrun as users start it; forked ranks would not end before torchrun has."""
+    """torchrun starts new processes, as for users.  Forked ranks that have ended wait until it has
+    read what they returned, and a stopped torchrun does not: it kills them after 30 seconds."""
     out = tmp_path / "b"
     flags = flags_of(world, out, "--max-steps", 10000, "--workers", 1, "--cache", 0)
     program = start(torchrun, tiny_file, *flags)
     wait_for(lambda: len(steps(out)) > 2, program)
     os.kill(program.pid, signal.SIGTERM)
-    done = program.end()
+    done = program.end()                          # its exit status says that it was stopped
     step = torch.load(out / "last.pt", weights_only=True)["step"]
     assert f"stopped at step {step}, saved" in done.out
     assert 2 < step < 10000
@@ -293,6 +294,9 @@ def test_another_number_of_ranks_goes_on_and_says_what_is_not_exact(world, tmp_p
     assert run(world, out, "--max-steps", 3, "--resume")["world"] == 1
     said = capsys.readouterr().out
     assert "1 ranks instead of 4: data, draws and schedules go on; not exact are" in said
+
+
+# ------------------------------------------------------------ disks, files and numbers that fail
 
 
 @pytest.mark.parametrize("name", ["last.pt", "backbone.pt", "log.jsonl"])
@@ -317,7 +321,7 @@ def test_a_line_of_the_log_that_cannot_be_written_names_the_log(world, tmp_path,
 
     def and_fill(part, path):
         replace(part, path)
-        if path.name == "log.jsonl" if hasattr(path, "name") else False:
+        if Path(path).name == "log.jsonl":
             path.unlink()
             path.symlink_to("/dev/full")
     monkeypatch.setattr(os, "replace", and_fill)
@@ -464,8 +468,8 @@ def probe_with_a_slow_disk(*flags):
 
 def test_a_killed_probe_leaves_whole_features_or_none_and_the_next_one_ends_in_the_same(
         toy, tmp_path, start):
-    """Killed while it computes features, while it writes the first, and while it writes the third
-    of five files."""
+    """Killed soon after its start, while it writes the first and while it writes the third of five
+    files of features."""
     path, cache = tmp_path / "b.pt", tmp_path / "cache"
     torch.save(model.export_backbone(model.build("vit_tiny", 2, 24, 6)), path)
     flags = ["--ckpt", path, "--data", toy, "--holdout", 0.4, "--workers", 0, "--seeds", 3]

@@ -7,5 +7,6 @@ def test_broken_files_and_nonsense_flags_are_refused_in_one_line_or_read_as_what
     status, output = fuzz_script.end()
     assert status == 0, output
     counts = json.loads(output.splitlines()[-1])
-    assert counts["wrong"] == 0 and sum(counts.values()) == 180
+    assert counts["wrong"] == 0 and sum(counts.values()) == 180          # as conftest.py asks
+    # most are refused; some harm leaves a file that is still valid
     assert counts["clear"] > 90 and counts["read"] > 10

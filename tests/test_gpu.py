@@ -11,7 +11,8 @@ from lab import gpu
 def report(gpu_script):
     """What the small mode writes to --json, and its exit status."""
     script, rows = gpu_script
-    status, _ = script.end()
+    status, output = script.end()
+    assert rows.exists(), output
     return json.loads(rows.read_text()) | {"status": status}
 
 
@@ -52,8 +53,8 @@ def test_a_row_that_crashes_or_takes_too_long_says_so():
     crash = gpu.run_apart([sys.executable, "-c", "raise ValueError('no such kernel')"], 60)
     assert crash == {"status": "failed",
                      "reason": "exit status 1: ValueError: no such kernel"}
-    slow = gpu.run_apart([sys.executable, "-c", "import time; time.sleep(60)"], 0.5)
-    assert slow["status"] == "failed" and slow["reason"].startswith("longer than 0 s")
+    slow = gpu.run_apart([sys.executable, "-c", "import time; time.sleep(60)"], 1)
+    assert slow["status"] == "failed" and slow["reason"].startswith("longer than 1 s")
 
 
 def test_a_failed_row_fails_the_call_and_its_reason_is_printed(monkeypatch, capsys):

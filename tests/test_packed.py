@@ -99,7 +99,7 @@ def test_a_batch_is_what_each_of_its_keys_gives(toy, labels, packed, source, wor
         assert np.array_equal(x[k], scenes[key][0]) and np.array_equal(y[k], scenes[key][1])
 
 
-def slow_script(*arguments):
+def script_on_a_slow_disk(*arguments):
     """data.py's main, where reading an image takes 10 ms."""
     read = data.read_product
 
@@ -115,7 +115,7 @@ def test_a_killed_pack_goes_on_where_it_stopped_and_ends_in_the_same_bytes(
     out, sizes = tmp_path / "out", []
     arguments = ["pack", toy, str(out), "--modality", "s2c", "--workers", "1"]
     for least in (1, 120_000, 400_000):
-        program = start(slow_script, *arguments)
+        program = start(script_on_a_slow_disk, *arguments)
         while sum(file.stat().st_size for file in tmp_path.glob("out.part*/images*")) < least:
             assert program.running()
             time.sleep(0.01)

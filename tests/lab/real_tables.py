@@ -261,17 +261,18 @@ def form_section():
     for row in that_were_run(FORM_ROWS):
         found = [first_values(row["run"], metric) for metric in METRICS]
         found = [[values[split] for split in splits if split in values] for values in found]
-        preset = first_values("ucm/+ soft", "micro_map")
-        ours = first_values(row["run"], "micro_map")
-        over = gain_cells([ours[split] - preset[split] for split in splits if split in ours], 4)
-        if row["run"] == "ucm/+ soft":
-            over = ["-", "-"]
-        rows.append([row["title"], *map(cell, found), *over[:2], len(found[0])])
+        over = "-"
+        if row["run"] != "ucm/+ soft":
+            preset = first_values("ucm/+ soft", "micro_map")
+            ours = first_values(row["run"], "micro_map")
+            over = gain_with_error([ours[split] - preset[split] for split in splits
+                                    if split in ours])
+        rows.append([row["title"], *map(cell, found), over, len(found[0])])
     text = paragraph(
         "The soft term's form, weight and temperature on UC Merced: the row \"+ soft term\" above",
-        "with one choice changed, on splits 0 to 2.")
+        "with one choice changed, on splits 0 to 2. Gains with their standard error.")
     above = caption(text, "ucm --shared DIR", runs_of(FORM_ROWS), ["rgb"])
-    header = ["soft term", "micro", "macro", "over the first row, micro", "error", "splits"]
+    header = ["soft term", "micro", "macro", "over the first row, micro", "splits"]
     return f"## The soft term's form on real labels\n\n{above}\n\n{markdown(header, rows)}"
 
 
