@@ -218,7 +218,7 @@ def make_weights(shared):
 
 
 def make_folders(keys, shared):
-    """Make the weights, and the folders of UC Merced that these runs read, if they are not there."""
+    """Make the weights and the folders of UC Merced that these runs read, if not there yet."""
     if not Path(WEIGHTS_S2C).exists():
         make_weights(shared)
     for key in keys:
