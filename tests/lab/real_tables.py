@@ -341,6 +341,7 @@ def beside_table():
 DEFAULT_ROWS = [
     ("`--soft-weight 0.5`, `--soft-form bce`, `--soft-tau 0.2`",
      "Gains on real labels; The soft term's form on real labels"),
+    ("soft term: a mean over all images", "Few labels"),
     ("`--mask-ratio 0.3`", "Gains on real labels; on the toy world it costs; it is the paper's and "
      "spares a ViT work"),
     ("`--img-size 112`, `--arch vit_tiny`, `--patch-size 16`",
