@@ -296,7 +296,7 @@ def compute_features(nets, images, device, workers, view, profile):
     rows = {net: [] for net in nets}
     generator = torch.Generator().manual_seed(view.draw)
     loader = DataLoader(images, 64, num_workers=workers)
-    for x, _, _ in tqdm(loader, f"features, {view}", leave=False):
+    for x, _, _ in tqdm(loader, "features", leave=False):
         x = x.to(device)                                       # (B,C,H,W) uint8
         if profile.clip:
             x = clip_quantiles(x)
