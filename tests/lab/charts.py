@@ -72,19 +72,19 @@ def draw_methods(path):
 
 def draw_shares(path):
     """Micro average precision by the number of labelled images, on splits that all runs have."""
-    names = ["soft term: all", "soft term: those of the share", "InfoNCE: none", "frozen"]
+    names = ["soft term, all labels", "soft term, share's labels", "InfoNCE, no labels", "frozen"]
     columns = {}                                  # {share: {name: {split: value}}}
     for k, share in enumerate(real.SHARES):
         columns[share] = {name: real_tables.first_values(
             real_tables.share_run(name, share), "micro_map", "checkpoint", k) for name in names}
     common = set.intersection(*[set(columns[share][name]) for share in columns for name in names])
     rows = []
-    for share in columns:
+    for share in reversed(real.SHARES):           # few labels first
         values = {name: {"micro_map": [columns[share][name][split] for split in sorted(common)]}
                   for name in names}
         rows.append({"n_train": real.images_of(share), "all": values})
     probe.draw_curve(path, rows, "micro_map",
-                     "UC Merced: labels in pretraining, and of how many images for the head")
+                     "UC Merced: micro AP of a head, by the labels that pretraining saw")
 
 
 DRAWINGS = {"ucm_methods.svg": draw_methods, "ucm_shares.svg": draw_shares}

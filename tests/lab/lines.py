@@ -83,14 +83,15 @@ def cell(numbers, digits=3):
 
 
 def gain_cells(gains, digits):
-    """Mean, standard error, and their ratio; of one pair the mean alone."""
+    """Mean, standard error, and their ratio; of one pair the mean alone, of two no ratio."""
     if len(gains) == 0:
         return ["not run", "not run", "not run"]
     mean = np.mean(gains)
     if len(gains) == 1:
         return [f"{mean:+.{digits}f}", "-", "-"]
     error = standard_error(gains)
-    return [f"{mean:+.{digits}f}", f"{error:.{digits}f}", f"{mean / error:+.1f}"]
+    ratio = f"{mean / error:+.1f}" if len(gains) > 2 else "-"
+    return [f"{mean:+.{digits}f}", f"{error:.{digits}f}", ratio]
 
 
 def paragraph(*sentences):

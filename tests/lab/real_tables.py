@@ -6,8 +6,7 @@ continual.jsonl; the sizes of the data in the captions are those of real.py.
 import numpy as np
 
 from lab import real
-from lab.lines import (by_seed, caption, cell, find, gain_cells, markdown, paired_gain, paragraph,
-                       standard_error)
+from lab.lines import (by_seed, caption, cell, find, gain_cells, markdown, paired_gain, paragraph)
 from lab.runs import run_folder
 
 METRICS = ("micro_map", "macro_map")
@@ -207,10 +206,10 @@ def logistic_section():
 
 
 SHARE_ROWS = {                                    # what pretraining saw of the labels
-    "frozen": "ucm/frozen", "InfoNCE: none": "ucm/InfoNCE",
-    "soft term: those of the share": "ucm/+ soft, {} % labelled",
+    "frozen": "ucm/frozen", "InfoNCE, no labels": "ucm/InfoNCE",
+    "soft term, share's labels": "ucm/+ soft, {} % labelled",
     "the same, mean over labelled images": "ucm/+ soft, {} % labelled, their mean",
-    "soft term: all": "ucm/+ soft"}
+    "soft term, all labels": "ucm/+ soft"}
 
 
 def share_run(name, share):
@@ -221,9 +220,9 @@ def share_run(name, share):
     return run.format(share)
 
 
-def gain_with_error(gains):
+def gain_with_error(gains, digits=4):
     """Mean ± standard error; of one split no error."""
-    mean, error, _ = gain_cells(gains, 4)
+    mean, error, _ = gain_cells(gains, digits)
     return f"{mean} ± {error}" if len(gains) > 1 else mean
 
 
@@ -234,7 +233,7 @@ def share_section():
         runs = [share_run(name, share) for share in real.SHARES]
         found = [first_values(run, "micro_map", probe=k) for k, run in enumerate(runs)]
         rows.append([name, *[cell(list(by_split.values())) for by_split in found]])
-        if name not in ("frozen", "InfoNCE: none"):
+        if name not in ("frozen", "InfoNCE, no labels"):
             over = [gain(run, "ucm/InfoNCE", "micro_map", k) for k, run in enumerate(runs)]
             gains.append([name, *map(gain_with_error, over)])
     light = gain_with_error(gain("ucm/+ soft, 10 % labelled, their mean, weight 0.05",
@@ -364,25 +363,28 @@ def default_section():
 
 
 def sentence_of_gain(what, run, base, metric="micro_map", probe=0):
-    """The sentence "WHAT: +0.006 (5.1 standard errors, 5 splits)."; of one split: nothing."""
+    """The sentence "WHAT: +0.006 ± 0.001 (5 splits)."; of one split: nothing."""
     gains = gain(run, base, metric, probe)
     if len(gains) < 2:
         return ""
-    return (f"{what}: {np.mean(gains):+.3f} ({np.mean(gains) / standard_error(gains):.1f} standard "
-            f"errors, {len(gains)} splits).")
+    return f"{what}: {gain_with_error(gains, 3)} ({len(gains)} splits)."
 
 
 def findings():
     """What the tables of this file say, most important first."""
     lines = [
         sentence_of_gain("On UC Merced with real labels, soft term over InfoNCE in micro average "
-                         "precision", "ucm/+ soft", "ucm/InfoNCE"),
+                         "precision, with its standard error", "ucm/+ soft", "ucm/InfoNCE"),
         sentence_of_gain("In macro average precision", "ucm/+ soft", "ucm/InfoNCE", "macro_map"),
         sentence_of_gain("InfoNCE over the frozen natural-image weights it starts from",
                          "ucm/InfoNCE", "ucm/frozen"),
         sentence_of_gain("The mask over InfoNCE", "ucm/+ mask", "ucm/InfoNCE"),
+        sentence_of_gain("Soft term and mask do not add up: soft term over InfoNCE, both masked",
+                         "ucm/+ both", "ucm/+ mask"),
         sentence_of_gain("PerA over the frozen weights, at 112 px", "ucm/PerA",
                          "ucm/frozen, 112 px"),
+        sentence_of_gain("Soft term over InfoNCE, both without a predictor",
+                         "ucm/+ soft, no predictor", "ucm/InfoNCE, no predictor"),
         sentence_of_gain("No predictor over a predictor, with the soft term",
                          "ucm/+ soft, no predictor", "ucm/+ soft")]
     for share in (10, 3):
