@@ -73,7 +73,7 @@ def label_similarity(y1, y2):
     """Cosine of label vectors, |A and B| / sqrt(|A| |B|): (N,L), (M,L) multi-hot -> (N,M) in [0,1].
 
     With one label per scene it is class equality. A scene without labels has similarity 0 to every
-    scene. That says nothing about the scene, so the soft term leaves it out (see has_labels).
+    scene. That says nothing about the scene, so it adds 0 to the soft term (see has_labels).
     """
     return cosine(y1.float(), y2.float())                                               # eq. (1)
 
@@ -109,10 +109,11 @@ def soft_contrastive(q, k, yq, yk, form="bce", tau=None):
     bce sums over the keys, so its share of the gradient grows with the batch; the share of the
     other two does not. tau=None takes SOFT_TAU[form].
 
-    Rows and columns without labels add 0, but mean_i and mean_j count them: with few labels the
-    term is weak. A mean over labelled rows alone makes few labels loud, and on UC Merced with
-    labels of 10 % it was worse than no soft term [tests/lab/results, Few labels]. A labelled row
-    that shares no class with any key adds 0 to ce.
+    A pair of which one has no labels adds 0, but mean_i and mean_j count it: with few labels the
+    term is weak. (In ce the softmax is over the labelled keys.) A mean over the labelled rows alone
+    weighs a pair the more, the fewer labels there are: with labels of 10 % of UC Merced that was
+    worse than no soft term [tests/lab/results, Few labels]. A labelled row that shares no class
+    with any key adds 0 to ce.
     """
     if tau is None:
         tau = SOFT_TAU[form]

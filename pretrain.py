@@ -720,8 +720,8 @@ def pera_step(net, x, y, args, draws, now):
     """PerA's loss on one micro-batch.
 
     x (B,1,C,H,W) uint8: an image of each scene; y (B,1,L): its labels; now["teacher_tau"].
-    Returns the loss; its parts for the log; the student's CLS features (crops B, D), on which the
-    soft term acts; the teacher's features of the first crop (B,D).
+    Returns the loss; its parts for the log; the student's CLS features (crops B, D), of which the
+    soft term acts on those of the global crops; the teacher's features of the first crop (B,D).
     """
     x = x[:, 0]                                                           # (B,C,H,W)
     y = y[:, 0]                                                           # (B,L)
@@ -785,7 +785,8 @@ class Log:
     """log.jsonl, the progress bar and TensorBoard: what a run says of itself.
 
     Call start_step, waiting (around the loader), add (each micro-batch), write (at logged steps).
-    Numbers are those that were optimised, over all micro-batches and ranks.
+    The losses are those that were optimised, over all micro-batches and ranks.  soft_share is of
+    the first micro-batch, feature_std and effective_rank are of the last, over all ranks.
     """
 
     def __init__(self, args, rank, world, start, total, steps_per_epoch, device):

@@ -137,7 +137,7 @@ def test_softcon_loss_is_info_nce_plus_weight_times_soft():
 
 
 @pytest.mark.parametrize("form", losses.SOFT_TAU)
-def test_unlabelled_rows_and_columns_leave_the_soft_term_and_stay_in_info_nce(form):
+def test_unlabelled_rows_and_columns_add_nothing_to_the_soft_term_and_stay_in_info_nce(form):
     q, k, yq, yk = example()
     other_q = q.clone()
     other_q[2] = -q[2]
@@ -150,13 +150,13 @@ def test_unlabelled_rows_and_columns_leave_the_soft_term_and_stay_in_info_nce(fo
 
 
 @pytest.mark.parametrize("form", losses.SOFT_TAU)
-def test_with_labels_of_half_the_rows_the_soft_term_is_half_of_the_labelled_rows(form):
+def test_the_soft_term_is_that_of_the_labelled_rows_alone_times_their_share(form):
     q, k, yq, yk = example(n=M)
     yq[:] = torch.eye(L)[torch.arange(M) % L]
-    half = torch.arange(M) % 2 == 0
-    alone = losses.soft_contrastive(q[half], k, yq[half], yk, form)
-    yq[~half] = 0
-    share = float(half.float().mean())
+    labelled = torch.arange(M) % 2 == 0
+    alone = losses.soft_contrastive(q[labelled], k, yq[labelled], yk, form)
+    yq[~labelled] = 0
+    share = float(labelled.float().mean())
     assert torch.allclose(losses.soft_contrastive(q, k, yq, yk, form), share * alone)
 
 

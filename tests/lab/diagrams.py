@@ -141,7 +141,7 @@ def softcon():
     # the labels
     box(svg, 16, labels, 206, 48, "land-cover labels", ("of season 1 and of season 2",))
     arrow(svg, (222, labels + 24), (358, labels + 24))
-    box(svg, 358, labels, 230, 48, "label similarity s, eq. (1)", ("share of common classes",))
+    box(svg, 358, labels, 230, 48, "label similarity s, eq. (1)", ("cosine of label vectors",))
     arrow(svg, (588, labels + 24), (728, labels + 24), (728, 270))
 
     words(svg, 16, 368,

@@ -117,7 +117,10 @@ def caption(text, studies, runs, modalities):
     for run in runs:
         for modality in modalities:
             lines += find(run, modality).values()
+    command = f"    python tests/lab/study.py run {studies}"
+    if not lines:
+        return f"{text}\n\n{command}\n\nNot run."
     origin = paragraph(
         f"Device: {distinct(lines, 'device')}, threads a run: {distinct(lines, 'threads')}, torch "
         f"{distinct(lines, 'torch')}. Commits: {distinct(lines, 'commit')}.")
-    return f"{text}\n\n    python tests/lab/study.py run {studies}\n\n{origin}"
+    return f"{text}\n\n{command}\n\n{origin}"
