@@ -226,6 +226,11 @@ def gain_with_error(gains, digits=4):
     return f"{mean} ± {error}" if len(gains) > 1 else mean
 
 
+def gain_and_splits(gains):
+    """The cell "+0.0066 ± 0.0070 (2)"."""
+    return f"{gain_with_error(gains)} ({len(gains)})"
+
+
 def share_section():
     rows = []
     gains = []
@@ -235,8 +240,12 @@ def share_section():
         rows.append([name, *[cell(list(by_split.values())) for by_split in found]])
         if name not in ("frozen", "InfoNCE, no labels"):
             over = [gain(run, "ucm/InfoNCE", "micro_map", k) for k, run in enumerate(runs)]
-            gains.append([name, *map(gain_with_error, over)])
-    light = gain_with_error(gain("ucm/+ soft, 10 % labelled, their mean, weight 0.05",
+            gains.append([name, *map(gain_and_splits, over)])
+    now, before = [[share_run(name, share) for share in real.SHARES]
+                   for name in list(SHARE_ROWS)[2:4]]
+    over = [gain(now[k], before[k], "micro_map", k) for k in range(1, len(now))]
+    gains.append(["the first row over the second", "-", *map(gain_and_splits, over)])
+    light = gain_and_splits(gain("ucm/+ soft, 10 % labelled, their mean, weight 0.05",
                                  "ucm/InfoNCE", "micro_map", real.SHARES.index(10)))
     counts = ", ".join(f"{real.images_of(share):,}" for share in real.SHARES)
     text = paragraph(
@@ -246,10 +255,10 @@ def share_section():
     above = caption(text, "ucm --shared DIR", list(dict.fromkeys(all_runs)), ["rgb"])
     header = ["labels in pretraining", *[f"head: {share} %" for share in real.SHARES]]
     between = paragraph(
-        "Over InfoNCE with the same head, mean ± standard error over the splits. The soft term is a",
-        "mean over all images, and those without labels add 0. As a mean over labelled images alone",
-        "a pair of them weighs ten times as much when 10 % have labels as when all have; with a",
-        f"tenth of the weight, too, that costs nothing ({light}).")
+        "Over InfoNCE with the same head: mean ± standard error, and the number of splits. The soft",
+        "term is a mean over all images, and those without labels add 0. As a mean over labelled",
+        "images alone a pair of them weighs ten times as much when 10 % have labels as when all",
+        f"have. At a tenth of the weight that costs nothing either ({light}).")
     return (f"## Few labels\n\n{above}\n\n{markdown(header, rows)}\n\n{between}\n\n"
             f"{markdown(header, gains)}")
 
