@@ -155,7 +155,7 @@ def make_ucm(source, folder):
         (folder / f"train_{share}.tsv").write_text("\n".join(table))
 
 
-# --------------------------------------------------------------- from natural images to 13 bands
+# ---------------------------------------------------------- from natural images to other sensors
 
 CHIPS = ["--preset", "small", "--layout", "eurosat", "--holdout", "0", "--img-size", str(SIZE),
          "--epochs", "8", *INFO_NCE]
@@ -166,41 +166,58 @@ STARTS = {
     "rgb": ["--init", WEIGHTS, "--adapt", "rgb"]}
 
 
-def continual_runs():
-    """EuroSAT-MS: three splits; EuroSAT-RGB: one; radar images of the toy world: three seeds."""
+def multispectral_runs():
+    """EuroSAT-MS, three splits: 8 epochs on 70 % of the chips."""
     runs = {}
-    heads = ("ridge", "logistic")
-    for seed in range(3):
-        folder = f"{chip_folder('s2c', 70, seed)}/train"
-        probes = chip_probes("s2c", 70, seed, heads)
-        runs[f"continual/frozen/s2c/{seed}"] = Run(
+    for split in range(3):
+        chips = chip_folder("s2c", 70, split)
+        probes = chip_probes("s2c", 70, split, ("ridge", "logistic"))
+
+        def chip_run(flags, switch=None):
+            flags = ["--modality", "s2c", "--data", f"{chips}/train", *CHIPS, *flags]
+            return Run([*flags, "--seed", str(split)], switch, probes, amp="off")
+
+        runs[f"continual/frozen/s2c/{split}"] = Run(
             ["--ckpt", WEIGHTS_S2C], None, probes, train=False)
         for name, flags in STARTS.items():
-            flags = ["--modality", "s2c", "--data", folder, *CHIPS, *flags, "--seed", str(seed)]
-            runs[f"continual/{name}/s2c/{seed}"] = Run(flags, None, probes, amp="off")
-            runs[f"continual/{name}, thawed/s2c/{seed}"] = Run(flags, thaw, probes, amp="off")
-        flags = ["--modality", "s2c", "--data", folder, *CHIPS, *STARTS["rgb"], "--epochs", "24",
-                 "--seed", str(seed)]
-        runs[f"continual/rgb, 24 epochs/s2c/{seed}"] = Run(flags, None, probes, amp="off")
+            runs[f"continual/{name}/s2c/{split}"] = chip_run(flags)
+        for name in ("random", "rgb"):
+            runs[f"continual/{name}, thawed/s2c/{split}"] = chip_run(STARTS[name], thaw)
+        runs[f"continual/rgb, 24 epochs/s2c/{split}"] = chip_run([*STARTS["rgb"], "--epochs", "24"])
         for name in ("rgb", "rgb, 24 epochs"):
-            ckpt = f"{run_folder(f'continual/{name}/s2c/{seed}')}/backbone.pt"
-            chips = chip_folder("s2c", 70, seed)
-            runs[f"continual/{name} and statistics/s2c/{seed}"] = Run([
-                ckpt, "--modality", "s2c", "--data", f"{chips}/all", "--lists", f"{chips}/fit.txt",
-                f"{chips}/test.txt"], script=beside.main)
-    rgb_probes = chip_probes("rgb", 80, 0, heads)[2:]         # CLS and the mean patch only
-    runs["continual/frozen/rgb/0"] = Run(["--ckpt", WEIGHTS], None, rgb_probes, train=False)
+            ckpt = f"{run_folder(f'continual/{name}/s2c/{split}')}/backbone.pt"
+            flags = [ckpt, "--modality", "s2c", "--data", f"{chips}/all", "--lists",
+                     f"{chips}/fit.txt", f"{chips}/test.txt"]
+            runs[f"continual/{name} and statistics/s2c/{split}"] = Run(flags, script=beside.main)
+    return runs
+
+
+def rgb_runs():
+    """EuroSAT-RGB, one split: one epoch on 80 % of the chips."""
+    runs = {}
+    probes = chip_probes("rgb", 80, 0, ("ridge", "logistic"))[2:]     # CLS and the mean patch only
+    runs["continual/frozen/rgb/0"] = Run(["--ckpt", WEIGHTS], None, probes, train=False)
     for name in ("scratch", "random"):
         flags = ["--modality", "rgb", "--data", f"{chip_folder('rgb', 80, 0)}/train", "--preset",
                  "small", "--holdout", "0", "--img-size", str(SIZE), "--epochs", "1", *INFO_NCE,
                  *STARTS[name], "--seed", "0"]
-        runs[f"continual/{name}/rgb/0"] = Run(flags, None, rgb_probes, amp="off")
+        runs[f"continual/{name}/rgb/0"] = Run(flags, None, probes, amp="off")
+    return runs
+
+
+def radar_runs():
+    """Radar images of the toy world, three seeds."""
+    runs = {}
     for seed, name in itertools.product(range(3), ("scratch", "random", "mean")):
         flags = ["--preset", "small", "--img-size", str(SIZE), "--epochs", "4", *STARTS[name]]
         run = toy_run("s1", seed, flags)
         run.amp = "off"
         runs[f"continual/{name}/s1/{seed}"] = run
     return runs
+
+
+def continual_runs():
+    return multispectral_runs() | rgb_runs() | radar_runs()
 
 
 def make_weights(shared):
