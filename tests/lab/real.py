@@ -31,6 +31,7 @@ SHARES = (100, 30, 10, 3)                         # % of the images to train on 
 UCM = "runs/study/ucm"                            # where make_ucm puts links, tables and lists
 WEIGHTS = "runs/study/weights/vit_tiny.pth"       # for x in [0, 1]: models.fold_normalisation
 WEIGHTS_S2C = "runs/study/weights/vit_tiny_s2c.pth"       # all but B4, B3, B2 have weight 0
+WEIGHTS_S1 = "runs/study/weights/vit_tiny_s1.pth"         # VV and VH: the mean of R, G, B
 SIZE = 64                                         # pixels a side; PerA's crops have 112
 
 # ------------------------------------------------------------------------------------- UC Merced
@@ -207,7 +208,8 @@ def rgb_runs():
 
 def radar_runs():
     """Radar images of the toy world, three seeds."""
-    runs = {}
+    probe = ["--modality", "s1", "--data", "toy", "--holdout", "0.4", "--img-size", str(SIZE)]
+    runs = {"continual/frozen/s1/0": Run(["--ckpt", WEIGHTS_S1], None, [probe], train=False)}
     for seed, name in itertools.product(range(3), ("scratch", "random", "mean")):
         flags = ["--preset", "small", "--img-size", str(SIZE), "--epochs", "4", *STARTS[name]]
         run = toy_run("s1", seed, flags)
@@ -221,22 +223,22 @@ def continual_runs():
 
 
 def make_weights(shared):
-    """The weights of natural images for x in [0, 1], and the same for 13 bands, of which it sees
-    three."""
+    """The weights of natural images for x in [0, 1], for RGB, for 13 bands and for two."""
     folder = Path(WEIGHTS).parent
     folder.mkdir(parents=True, exist_ok=True)
     state, _ = models.read_weights(str(Path(shared, "vit_tiny_in1k/vit_tiny_patch16_224.pth")))
     state = models.fold_normalisation(state, [0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
     torch.save(state, WEIGHTS)
     layer = state["patch_embed.proj.weight"]
-    nothing = torch.zeros(layer.shape[0], 13, *layer.shape[2:])
-    state["patch_embed.proj.weight"] = models.adapt_input(layer, nothing, "rgb")
-    torch.save(state, WEIGHTS_S2C)
+    for path, bands, adapt in ((WEIGHTS_S2C, 13, "rgb"), (WEIGHTS_S1, 2, "mean")):
+        nothing = torch.zeros(layer.shape[0], bands, *layer.shape[2:])
+        adapted = models.adapt_input(layer, nothing, adapt)
+        torch.save(state | {"patch_embed.proj.weight": adapted}, path)
 
 
 def make_folders(keys, shared):
     """Make the weights and the folders of UC Merced that these runs read, if not there yet."""
-    if not Path(WEIGHTS_S2C).exists():
+    if not Path(WEIGHTS_S1).exists():
         make_weights(shared)
     for key in keys:
         if key.startswith("ucm/"):

@@ -76,6 +76,7 @@ RGB_ROWS = [
 RADAR_ROWS = [
     dict(title="mean and std of each band", run="continual/random", network="stats"),
     dict(title="random weights", run="continual/random", network="random"),
+    dict(title="natural-image weights, input layer: their mean, frozen", run="continual/frozen"),
     dict(title="from scratch", run="continual/scratch"),
     dict(title="from natural-image weights, input layer fresh", run="continual/random"),
     dict(title="from natural-image weights, input layer: their mean", run="continual/mean")]
