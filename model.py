@@ -860,6 +860,7 @@ def adapt_input(weight, fresh, adapt, rgb=(3, 2, 1)):
     adapt="random" returns fresh, as SoftCon does.
     adapt="mean" gives every channel the file's average, times c/C to keep the output's size.
     adapt="rgb" copies three channels to the indices rgb (B4, B3, B2) and takes fresh elsewhere.
+    adapt="auto" is "rgb" where that applies, and "mean" elsewhere.
     Whatever adapt is, 12 and 13 bands of Sentinel-2 keep the bands they share, which are all but
     B10: the new layer gives what the file's would at B10 = 0.
     Raises ValueError if adapt does not apply.
@@ -871,11 +872,14 @@ def adapt_input(weight, fresh, adapt, rgb=(3, 2, 1)):
         return torch.cat([weight[:, :10], weight[:, 11:]], 1)
     if (c, C) == (12, 13):
         return torch.cat([weight[:, :10], torch.zeros_like(fresh[:, :1]), weight[:, 10:]], 1)
+    rgb_applies = c == 3 and C > max(rgb) and len(set(rgb)) == 3
+    if adapt == "auto":
+        adapt = "rgb" if rgb_applies else "mean"
     if adapt == "random":
         return fresh
     if adapt == "mean":
         return weight.mean(1, keepdim=True).expand_as(fresh) * (c / C)
-    if adapt == "rgb" and c == 3 and C > max(rgb) and len(set(rgb)) == 3:
+    if adapt == "rgb" and rgb_applies:
         adapted = fresh.clone()
         adapted[:, list(rgb)] = weight
         return adapted

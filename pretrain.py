@@ -61,32 +61,32 @@ import model as models
 SMALL_DATA = 20000
 PRESETS = {
     ("softcon", "toy"): dict(
-        arch="resnet18", img_size=32, patch_size=4, hidden=512, drop_path=0.0,
+        arch="resnet18", adapt="random", img_size=32, patch_size=4, hidden=512, drop_path=0.0,
         holdout=0.4, crop_min=0.5, jitter=0.0, grey=0.0,
         tau=0.2, soft_weight=0.5, mask_ratio=0.3,
         epochs=28, batch_size=32, lr=5e-4, weight_decay=[0.05, 0.05], momentum=0.9, clip=0.0),
     ("softcon", "small"): dict(
-        arch="vit_tiny", img_size=112, patch_size=16, hidden=1024, drop_path=0.0,
+        arch="vit_tiny", adapt="auto", img_size=112, patch_size=16, hidden=1024, drop_path=0.0,
         holdout=0.4, crop_min=0.3, jitter=0.0, grey=0.0,
         tau=0.2, soft_weight=0.5, mask_ratio=0.3,
         epochs=8, batch_size=64, lr=3e-4, weight_decay=[0.05, 0.05], momentum=0.98, clip=0.0),
     ("softcon", "full"): dict(
-        arch="vit_small", img_size=224, patch_size=14, hidden=4096, drop_path=0.0,
+        arch="vit_small", adapt="random", img_size=224, patch_size=14, hidden=4096, drop_path=0.0,
         holdout=0.1, crop_min=0.2, jitter=0.4, grey=0.2,
         tau=0.2, soft_weight=0.1, mask_ratio=0.3,
         epochs=100, batch_size=256, lr=1.5e-4, weight_decay=[0.05, 0.05], momentum=0.99, clip=0.0),
     ("pera", "toy"): dict(
-        arch="vit_tiny", img_size=32, patch_size=4, hidden=512, drop_path=0.0,
+        arch="vit_tiny", adapt="random", img_size=32, patch_size=4, hidden=512, drop_path=0.0,
         holdout=0.4, crop_min=0.4, crops=[2, 2], local_size=16, jitter=1.0, grey=0.1,
         tau=0.1, teacher_tau=[0.03, 0.05], ratios=[0.2, 0.2, 0.6], prototypes=512, soft_weight=0.0,
         epochs=8, batch_size=32, lr=5e-4, weight_decay=[0.04, 0.2], momentum=0.95, clip=3.0),
     ("pera", "small"): dict(
-        arch="vit_tiny", img_size=112, patch_size=16, hidden=1024, drop_path=0.0,
+        arch="vit_tiny", adapt="auto", img_size=112, patch_size=16, hidden=1024, drop_path=0.0,
         holdout=0.4, crop_min=0.3, crops=[2, 2], local_size=48, jitter=1.0, grey=0.1,
         tau=0.1, teacher_tau=[0.03, 0.05], ratios=[0.2, 0.2, 0.6], prototypes=512, soft_weight=0.0,
         epochs=8, batch_size=64, lr=3e-4, weight_decay=[0.04, 0.2], momentum=0.98, clip=3.0),
     ("pera", "full"): dict(
-        arch="vit_base", img_size=224, patch_size=16, hidden=2048, drop_path=0.3,
+        arch="vit_base", adapt="random", img_size=224, patch_size=16, hidden=2048, drop_path=0.3,
         holdout=0.1, crop_min=0.4, crops=[2, 8], local_size=96, jitter=0.4, grey=0.1,
         tau=0.1, teacher_tau=[0.03, 0.05], ratios=[0.2, 0.2, 0.6], prototypes=131072,
         soft_weight=0.0,
@@ -177,9 +177,10 @@ flag("--prototypes", type=number(int, 2, 2**31), help="pera: outputs of the CLS 
 flag("--drop-path", type=number(float, 0, 0.99),
      help="share of the student's samples that skip a block")
 flag("--init", metavar="FILE", help="start from this checkpoint, for example DINOv2's or DINO's")
-flag("--adapt", default="random", choices=["random", "mean", "rgb"],
+flag("--adapt", choices=["random", "mean", "rgb", "auto"],
      help="input layer if --init has other channels: random, as SoftCon does; the mean of the "
-          "file's channels; or the file's RGB copied into the bands that look so (%(default)s)")
+          "file's channels; the file's RGB copied into the bands that look so; auto: rgb where "
+          "there are such bands, else mean, which is far better with few images")
 
 flag = parser.add_argument_group("loss").add_argument
 flag("--tau", type=temperature, help="temperature of InfoNCE; pera: of the student")

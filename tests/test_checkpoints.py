@@ -701,6 +701,17 @@ def test_rgb_adds_the_fresh_bands_to_the_files_output_and_random_forgets_the_fil
     assert models.adapt_input(weight, fresh, "random") is fresh
 
 
+def test_auto_is_rgb_where_a_sensor_has_these_bands_and_mean_elsewhere(layers):
+    weight, fresh, _ = layers
+    for bands, chosen in ((range(13), "rgb"), (range(2), "mean")):
+        layer = fresh[:, bands]
+        auto = models.adapt_input(weight, layer, "auto")
+        assert torch.equal(auto, models.adapt_input(weight, layer, chosen))
+    two_channels = weight[:, :2]
+    assert torch.equal(models.adapt_input(two_channels, fresh, "auto"),
+                       models.adapt_input(two_channels, fresh, "mean"))
+
+
 def test_rgb_goes_where_a_sensor_has_red_green_and_blue_or_is_refused(layers):
     weight, fresh, _ = layers
     elsewhere = models.adapt_input(weight, fresh, "rgb", [6, 4, 2])

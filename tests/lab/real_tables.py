@@ -348,6 +348,8 @@ def beside_table():
 
 # A default that is ours, and the table that it rests on; the small preset's unless it says so.
 DEFAULT_ROWS = [
+    ("`--adapt auto`", "From natural images to other sensors: `rgb` on 13 bands, `mean` on radar; "
+     "the full preset has the paper's `random`"),
     ("`--soft-weight 0.5`, `--soft-form bce`, `--soft-tau 0.2`",
      "Gains on real labels; The soft term's form on real labels"),
     ("soft term: a mean over all images", "Few labels"),
