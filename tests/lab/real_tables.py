@@ -6,7 +6,7 @@ continual.jsonl; the sizes of the data in the captions are those of real.py.
 import numpy as np
 
 from lab import real
-from lab.lines import (by_seed, caption, cell, find, gain_cells, markdown, paired_gain, paragraph)
+from lab.lines import by_seed, caption, cell, find, gain_cells, markdown, paired_gain, paragraph
 from lab.runs import run_folder
 
 METRICS = ("micro_map", "macro_map")
@@ -56,9 +56,11 @@ FORM_ROWS = [
     dict(title="temperature .5", run="ucm/soft-tau 0.5"),
     dict(title="`ce`, weight 1", run="ucm/form ce, weight 1"),
     dict(title="`bce_mean`, temperature 1", run="ucm/form bce_mean")]
-START_ROWS = [
+CHIP_FLOORS = [
     dict(title="mean and std of each band", run="continual/frozen", network="stats"),
-    dict(title="random weights", run="continual/frozen", network="random"),
+    dict(title="random weights", run="continual/frozen", network="random")]
+START_ROWS = [
+    *CHIP_FLOORS,
     dict(title="natural-image weights on B4 B3 B2, frozen", run="continual/frozen"),
     dict(title="InfoNCE from scratch", run="continual/scratch"),
     dict(title="from the weights, input layer fresh", run="continual/random"),
@@ -68,8 +70,7 @@ START_ROWS = [
     dict(title="fresh, backbone frozen in the first tenth", run="continual/random, thawed"),
     dict(title="rgb, backbone frozen in the first tenth", run="continual/rgb, thawed")]
 RGB_ROWS = [
-    dict(title="mean and std of each band", run="continual/frozen", network="stats"),
-    dict(title="random weights", run="continual/frozen", network="random"),
+    *CHIP_FLOORS,
     dict(title="natural-image weights, frozen", run="continual/frozen"),
     dict(title="InfoNCE from scratch", run="continual/scratch"),
     dict(title="InfoNCE from the weights", run="continual/random")]
@@ -116,6 +117,15 @@ def runs_of(rows):
 def that_were_run(rows, modality="rgb"):
     """The rows whose run has a line; the others stand under "Not run on real images"."""
     return [row for row in rows if find(row["run"], modality)]
+
+
+def mean_rows(rows, columns, modality="rgb"):
+    """Title, a cell for each column (metric, probe), and the number of splits, of rows that ran."""
+    lines = []
+    for row in that_were_run(rows, modality):
+        found = [row_values(row, metric, probe, modality) for metric, probe in columns]
+        lines.append([row["title"], *map(cell, found), len(found[0])])
+    return lines
 
 
 def main_section():
@@ -243,9 +253,10 @@ def share_section():
         if name not in ("frozen", "InfoNCE, no labels"):
             over = [gain(run, "ucm/InfoNCE", "micro_map", k) for k, run in enumerate(runs)]
             gains.append([name, *map(gain_and_splits, over)])
-    now, before = [[share_run(name, share) for share in real.SHARES]
-                   for name in list(SHARE_ROWS)[2:4]]
-    over = [gain(now[k], before[k], "micro_map", k) for k in range(1, len(now))]
+    over = []
+    for k, share in enumerate(real.SHARES[1:], 1):
+        before = share_run("the same, mean over labelled images", share)
+        over.append(gain(share_run("soft term, share's labels", share), before, "micro_map", k))
     gains.append(["the first row over the second", "-", *map(gain_and_splits, over)])
     light = gain_and_splits(gain("ucm/+ soft, 10 % labelled, their mean, weight 0.05",
                                  "ucm/InfoNCE", "micro_map", real.SHARES.index(10)))
@@ -292,22 +303,16 @@ CHIP_HEADS = {"s2c": {"ridge": 2, "logistic": 3}, "rgb": {"ridge": 0, "logistic"
 
 def chip_table(modality, start_rows, text):
     """Accuracy on EuroSAT chips."""
-    rows = []
-    for row in that_were_run(start_rows, modality):
-        found = [row_values(row, "accuracy", probe, modality)
-                 for probe in CHIP_HEADS[modality].values()]
-        rows.append([row["title"], *map(cell, found), len(found[0])])
+    heads = CHIP_HEADS[modality]
+    rows = mean_rows(start_rows, [("accuracy", probe) for probe in heads.values()], modality)
     above = caption(text, f"'continual/*/{modality}/*' --shared DIR", runs_of(start_rows),
                     [modality])
-    return f"{above}\n\n{markdown(['network', 'ridge', 'logistic', 'splits'], rows)}"
+    return f"{above}\n\n{markdown(['network', *heads, 'splits'], rows)}"
 
 
 def radar_table():
     """Average precision on radar images of the toy world."""
-    rows = []
-    for row in that_were_run(RADAR_ROWS, "s1"):
-        found = [row_values(row, metric, modality="s1") for metric in METRICS]
-        rows.append([row["title"], *map(cell, found), len(found[0])])
+    rows = mean_rows(RADAR_ROWS, [(metric, 0) for metric in METRICS], "s1")
     text = paragraph(
         "Radar images (VV, VH) of the toy world, ViT-Tiny/16 at 64 px, SoftCon with soft term and",
         "mask, 4 epochs; probe.py's default probe. Average precision.")
@@ -389,13 +394,16 @@ def sentence_of_gain(what, run, base, metric="micro_map", probe=0):
     return f"{what}: {shown} ({len(gains)} splits)."
 
 
-def mean_of(row, modality):
-    """The mean over splits of a row of RGB_ROWS (logistic head) or RADAR_ROWS, as text."""
-    if modality == "rgb":
-        found = row_values(row, "accuracy", CHIP_HEADS["rgb"]["logistic"], "rgb")
-    else:
-        found = row_values(row, "micro_map", modality=modality)
-    return f"{np.mean(found):.3f}" if found else "not run"
+def mean_of(name, modality, network="checkpoint"):
+    """The mean over splits of continual/NAME as text: accuracy of the logistic head, or micro AP on
+    radar images."""
+    metric = "micro_map"
+    probe = 0
+    if modality in CHIP_HEADS:
+        metric = "accuracy"
+        probe = CHIP_HEADS[modality]["logistic"]
+    found = first_values(f"continual/{name}", metric, network, probe, modality)
+    return f"{np.mean(list(found.values())):.3f}"
 
 
 def findings():
@@ -423,27 +431,21 @@ def findings():
         lines.append(sentence_of_gain(
             f"With labels of all images in pretraining and of {share} % for the head",
             "ucm/+ soft", "ucm/InfoNCE", probe=probe))
-    logistic = CHIP_HEADS["s2c"]["logistic"]
-    starts = {name: first_values(f"continual/{name}", "accuracy", "checkpoint", logistic, "s2c")
-              for name in ("rgb", "rgb, 24 epochs", "random", "frozen")}
-    stats = first_values("continual/frozen", "accuracy", "stats", logistic, "s2c")
-    means = {name: np.mean(list(found.values())) for name, found in starts.items() if found}
-    if len(means) == 4:
-        lines.append(
-            f"On 13 bands, with a logistic head: going on from natural-image weights has "
-            f"{means['rgb']:.3f} after 8 epochs and {means['rgb, 24 epochs']:.3f} after 24 if the "
-            f"input layer starts from their RGB, {means['random']:.3f} if it starts anew; the "
-            f"frozen weights on B4, B3, B2 have {means['frozen']:.3f}, band statistics "
-            f"{np.mean(list(stats.values())):.3f}.")
     lines.append(
-        f"On 21,600 RGB chips, with a logistic head: one epoch of InfoNCE from natural-image weights "
-        f"has {mean_of(RGB_ROWS[4], 'rgb')}, the frozen weights {mean_of(RGB_ROWS[2], 'rgb')}, band "
-        f"statistics {mean_of(RGB_ROWS[0], 'rgb')} (one split).")
+        "On 13 bands, with a logistic head: going on from natural-image weights has "
+        f"{mean_of('rgb', 's2c')} after 8 epochs and {mean_of('rgb, 24 epochs', 's2c')} after 24 if "
+        f"the input layer starts from their RGB, {mean_of('random', 's2c')} if it starts anew; the "
+        f"frozen weights on B4, B3, B2 have {mean_of('frozen', 's2c')}, band statistics "
+        f"{mean_of('frozen', 's2c', 'stats')}.")
     lines.append(
-        f"On radar images of the toy world, in micro average precision: SoftCon from natural-image "
-        f"weights has {mean_of(RADAR_ROWS[5], 's1')} if the input layer starts from their mean, "
-        f"{mean_of(RADAR_ROWS[4], 's1')} if it starts anew, and {mean_of(RADAR_ROWS[3], 's1')} from "
-        f"scratch; the frozen weights with that layer have {mean_of(RADAR_ROWS[2], 's1')}.")
+        "On 21,600 RGB chips, with a logistic head: one epoch of InfoNCE from natural-image weights "
+        f"has {mean_of('random', 'rgb')}, the frozen weights {mean_of('frozen', 'rgb')}, band "
+        f"statistics {mean_of('frozen', 'rgb', 'stats')} (one split).")
+    lines.append(
+        "On radar images of the toy world, in micro average precision: SoftCon from natural-image "
+        f"weights has {mean_of('mean', 's1')} if the input layer starts from their mean, "
+        f"{mean_of('random', 's1')} if it starts anew, and {mean_of('scratch', 's1')} from scratch; "
+        f"the frozen weights with that layer have {mean_of('frozen', 's1')}.")
     return [line for line in lines if line]
 
 
