@@ -53,6 +53,27 @@ FORMS = {                                         # "+ soft", but for these flag
     "soft-tau 0.5": ["--soft-tau", "0.5"],
     "form ce, weight 1": ["--soft-form", "ce", "--soft-weight", "1"],
     "form bce_mean": ["--soft-form", "bce_mean"]}
+CHOICES = {                                       # SoftCon's preset, but for these flags
+    "lr 1.5e-4": ["--lr", "1.5e-4"],
+    "lr 6e-4": ["--lr", "6e-4"],
+    "momentum 0.95": ["--momentum", "0.95"],
+    "momentum 0.995": ["--momentum", "0.995"],
+    "crops from 0.15": ["--crop-min", "0.15"],
+    "crops from 0.6": ["--crop-min", "0.6"],
+    "batch size 32": ["--batch-size", "32"],
+    "batch size 128": ["--batch-size", "128"],
+    "hidden 256": ["--hidden", "256"],
+    "hidden 4096": ["--hidden", "4096"],
+    "jitter 0.4, grey 0.2": ["--jitter", "0.4", "--grey", "0.2"],
+    "clip 3": ["--clip", "3"],
+    "drop-path 0.1": ["--drop-path", "0.1"],
+    "weight decay 0": ["--weight-decay", "0", "0"]}
+PERA_CHOICES = {                                  # PerA's preset, but for these flags
+    "PerA, no local crops": ["--crops", "2", "0"],
+    "PerA, prototypes 64": ["--prototypes", "64"],
+    "PerA, prototypes 4096": ["--prototypes", "4096"],
+    "PerA, jitter 0.4": ["--jitter", "0.4"],
+    "PerA, clip 0": ["--clip", "0"]}
 
 
 def ucm_run(split, flags, share=100, start=WEIGHTS, switch=None):
@@ -108,6 +129,10 @@ def ucm_runs():
                 split, [*SOFT, "--soft-weight", "0.05"], share, switch=mean_over_labelled)
     for split, name in itertools.product(range(3), FORMS):
         runs[f"ucm/{name}/rgb/{split}"] = ucm_run(split, [*SOFT, *FORMS[name]])
+    for split, name in itertools.product(range(2), CHOICES):
+        runs[f"ucm/{name}/rgb/{split}"] = ucm_run(split, CHOICES[name])
+    for name in PERA_CHOICES:
+        runs[f"ucm/{name}/rgb/0"] = ucm_run(0, [*METHODS["PerA"], *PERA_CHOICES[name]])
     return runs
 
 
