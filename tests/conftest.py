@@ -1,4 +1,4 @@
-"""Shared by the tests: the repository on the path, one small toy world, flags, slow scripts."""
+"""Shared by the tests: the repository on the path, two processes, one small toy world, flags."""
 import os
 import subprocess
 import sys
@@ -15,6 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import data  # noqa: E402
 import model  # noqa: E402
+from two_processes import pytest_runtestloop  # noqa: E402, F401
 
 # a short training run of a small network
 SMALL = ["--img-size", "24", "--patch-size", "6", "--hidden", "32", "--batch-size", "8", "--epochs",
@@ -56,58 +57,10 @@ def start():
         program.kill()
 
 
-class SlowScript:
-    """A script of the lab in an interpreter of its own; what it prints goes to a file."""
-
-    def __init__(self, folder, name, *words):
-        self.output = folder / "output.txt"
-        command = [sys.executable, str(ROOT / "tests" / "lab" / name), *map(str, words)]
-        with self.output.open("w") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=file)
-
-    def end(self):
-        """Wait for its end, at most five minutes -> exit status and output."""
-        return self.process.wait(300), self.output.read_text()
-
-
-@pytest.fixture(scope="session")
-def slow_script(tmp_path_factory):
-    """A function that starts a SlowScript; those that still run after all tests are killed."""
-    started = []
-
-    def start_script(name, *words):
-        started.append(SlowScript(tmp_path_factory.mktemp("script"), name, *words))
-        return started[-1]
-    yield start_script
-    for script in started:
-        script.process.kill()
-
-
-@pytest.fixture(scope="session")
-def gpu_script(slow_script, tmp_path_factory):
-    """gpu.py's small mode, and the file to which it writes its rows."""
-    rows = tmp_path_factory.mktemp("gpu") / "rows.json"
-    return slow_script("gpu.py", "--device", "cpu", "--small", "--json", rows), rows
-
-
-@pytest.fixture(scope="session")
-def kill_script(slow_script):
-    """Two kills while a training starts, two amid its steps, two while it saves."""
-    return slow_script("kill.py", "--kills", 6)
-
-
-@pytest.fixture(scope="session")
-def fuzz_script(slow_script):
-    return slow_script("fuzz.py", "--cases", 180, "--seed", 1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def start_ahead(request):
-    """What the chosen tests will wait for starts before the first test, for the other cores."""
-    wanted = {name for test in request.session.items for name in test.fixturenames}
-    if "start" in wanted:
-        from programs import start_server         # here, since it imports this file
-        start_server()
-    for name in ("gpu_script", "fuzz_script", "kill_script"):
-        if name in wanted:
-            request.getfixturevalue(name)
+def run_script(name, *words):
+    """A script of the lab in an interpreter of its own, at most five minutes -> exit status and
+    output."""
+    command = [sys.executable, str(ROOT / "tests" / "lab" / name), *map(str, words)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          timeout=300)
+    return done.returncode, done.stdout

@@ -6,7 +6,6 @@ its first line, as `python script.py` does, or calls a function.
 """
 import contextlib
 import multiprocessing
-import multiprocessing.forkserver
 import os
 import runpy
 import signal
@@ -23,11 +22,6 @@ forks = multiprocessing.get_context("forkserver")
 # what the scripts import, and torch._dynamo, which the first optimiser of a process imports
 forks.set_forkserver_preload(["pytest", "torch._dynamo", "torch.distributed.run", "pretrain",
                               "probe", "programs"])
-
-
-def start_server():
-    """Let that process begin with its imports; the first Program does it otherwise, and waits."""
-    multiprocessing.forkserver.ensure_running()
 
 
 @dataclass

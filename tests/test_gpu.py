@@ -4,14 +4,15 @@ import sys
 
 import pytest
 
+from conftest import run_script
 from lab import gpu
 
 
 @pytest.fixture(scope="module")
-def report(gpu_script):
+def report(tmp_path_factory):
     """What the small mode writes to --json, and its exit status."""
-    script, rows = gpu_script
-    status, output = script.end()
+    rows = tmp_path_factory.mktemp("gpu") / "rows.json"
+    status, output = run_script("gpu.py", "--device", "cpu", "--small", "--json", rows)
     assert rows.exists(), output
     return json.loads(rows.read_text()) | {"status": status}
 
