@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-import torch._dynamo  # noqa: F401        the first optimiser of a process does it; now forks have it
+import torch._dynamo  # noqa: F401     the first optimiser of a process does it: here, for all forks
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))

@@ -56,6 +56,11 @@ FORM_ROWS = [
     dict(title="temperature .5", run="ucm/soft-tau 0.5"),
     dict(title="`ce`, weight 1", run="ucm/form ce, weight 1"),
     dict(title="`bce_mean`, temperature 1", run="ucm/form bce_mean")]
+CHOICE_ROWS = [dict(title="the preset", run="ucm/+ both")]
+CHOICE_ROWS += [dict(title=name, run=f"ucm/{name}") for name in real.CHOICES]
+PERA_CHOICE_ROWS = [dict(title="the preset", run="ucm/PerA")]
+PERA_CHOICE_ROWS += [dict(title=name.removeprefix("PerA, "), run=f"ucm/{name}")
+                     for name in real.PERA_CHOICES]
 CHIP_FLOORS = [
     dict(title="mean and std of each band", run="continual/frozen", network="stats"),
     dict(title="random weights", run="continual/frozen", network="random")]
@@ -268,33 +273,42 @@ def share_section():
     above = caption(text, "ucm --shared DIR", list(dict.fromkeys(all_runs)), ["rgb"])
     header = ["labels in pretraining", *[f"head: {share} %" for share in real.SHARES]]
     between = paragraph(
-        "Over InfoNCE with the same head: mean ± standard error, and the number of splits. The soft",
-        "term is a mean over all images, and those without labels add 0. As a mean over labelled",
-        "images alone a pair of them weighs ten times as much when 10 % have labels as when all",
-        f"have. At a tenth of the weight that costs nothing either ({light}).")
+        "Over InfoNCE with the same head: mean ± standard error, and the number of splits. The",
+        "soft term is a mean over all images, and those without labels add 0. As a mean over",
+        "labelled images alone a pair of them weighs ten times as much when 10 % have labels as",
+        f"when all have. At a tenth of the weight that costs nothing either ({light}).")
     return (f"## Few labels\n\n{above}\n\n{markdown(header, rows)}\n\n{between}\n\n"
             f"{markdown(header, gains)}")
 
 
+def choice_table(rows, text):
+    """Average precision, and the gain over the first row on the splits that both have."""
+    base, *others = that_were_run(rows)
+    means = mean_rows(rows, [(metric, 0) for metric in METRICS])
+    lines = [[*means[0], "-", "-"]]
+    for row, cells in zip(others, means[1:]):
+        over = [gain_with_error(gain(row["run"], base["run"], metric)) for metric in METRICS]
+        lines.append([*cells, *over])
+    above = caption(text, "ucm --shared DIR", runs_of(rows), ["rgb"])
+    header = ["choice", "micro", "macro", "splits", "over the first row: micro", "macro"]
+    return f"{above}\n\n{markdown(header, lines)}"
+
+
 def form_section():
-    splits = range(3)
-    rows = []
-    for row in that_were_run(FORM_ROWS):
-        found = [first_values(row["run"], metric) for metric in METRICS]
-        found = [[values[split] for split in splits if split in values] for values in found]
-        over = "-"
-        if row["run"] != "ucm/+ soft":
-            preset = first_values("ucm/+ soft", "micro_map")
-            ours = first_values(row["run"], "micro_map")
-            over = gain_with_error([ours[split] - preset[split] for split in splits
-                                    if split in ours])
-        rows.append([row["title"], *map(cell, found), over, len(found[0])])
     text = paragraph(
         "The soft term's form, weight and temperature on UC Merced: the row \"+ soft term\" above",
-        "with one choice changed, on splits 0 to 2. Gains with their standard error.")
-    above = caption(text, "ucm --shared DIR", runs_of(FORM_ROWS), ["rgb"])
-    header = ["soft term", "micro", "macro", "over the first row, micro", "splits"]
-    return f"## The soft term's form on real labels\n\n{above}\n\n{markdown(header, rows)}"
+        "with one choice changed. Means of all splits; gains on the splits that both rows have,",
+        "with their standard error.")
+    return f"## The soft term's form on real labels\n\n{choice_table(FORM_ROWS, text)}"
+
+
+def choice_section():
+    softcon = paragraph(
+        "SoftCon's small preset on UC Merced, the row \"+ soft term + mask\" above: one choice at",
+        "a time. Means and gains as above.")
+    pera = "PerA's small preset likewise, the row \"PerA\" above."
+    return ("## The small presets, one choice at a time\n\n"
+            f"{choice_table(CHOICE_ROWS, softcon)}\n\n{choice_table(PERA_CHOICE_ROWS, pera)}")
 
 
 # EuroSAT: where ridge and logistic stand among the probes of a line, see real.continual_runs
@@ -433,19 +447,19 @@ def findings():
             "ucm/+ soft", "ucm/InfoNCE", probe=probe))
     lines.append(
         "On 13 bands, with a logistic head: going on from natural-image weights has "
-        f"{mean_of('rgb', 's2c')} after 8 epochs and {mean_of('rgb, 24 epochs', 's2c')} after 24 if "
-        f"the input layer starts from their RGB, {mean_of('random', 's2c')} if it starts anew; the "
-        f"frozen weights on B4, B3, B2 have {mean_of('frozen', 's2c')}, band statistics "
+        f"{mean_of('rgb', 's2c')} after 8 epochs and {mean_of('rgb, 24 epochs', 's2c')} after 24 "
+        f"if the input layer starts from their RGB, {mean_of('random', 's2c')} if it starts anew; "
+        f"the frozen weights on B4, B3, B2 have {mean_of('frozen', 's2c')}, band statistics "
         f"{mean_of('frozen', 's2c', 'stats')}.")
     lines.append(
-        "On 21,600 RGB chips, with a logistic head: one epoch of InfoNCE from natural-image weights "
-        f"has {mean_of('random', 'rgb')}, the frozen weights {mean_of('frozen', 'rgb')}, band "
-        f"statistics {mean_of('frozen', 'rgb', 'stats')} (one split).")
+        "On 21,600 RGB chips, with a logistic head: one epoch of InfoNCE from natural-image "
+        f"weights has {mean_of('random', 'rgb')}, the frozen weights {mean_of('frozen', 'rgb')}, "
+        f"band statistics {mean_of('frozen', 'rgb', 'stats')} (one split).")
     lines.append(
         "On radar images of the toy world, in micro average precision: SoftCon from natural-image "
         f"weights has {mean_of('mean', 's1')} if the input layer starts from their mean, "
-        f"{mean_of('random', 's1')} if it starts anew, and {mean_of('scratch', 's1')} from scratch; "
-        f"the frozen weights with that layer have {mean_of('frozen', 's1')}.")
+        f"{mean_of('random', 's1')} if it starts anew, and {mean_of('scratch', 's1')} from "
+        f"scratch; the frozen weights with that layer have {mean_of('frozen', 's1')}.")
     return [line for line in lines if line]
 
 
@@ -463,4 +477,4 @@ def not_run_section():
 
 def sections():
     return [main_section(), gain_section(), logistic_section(), share_section(), form_section(),
-            start_section(), default_section(), not_run_section()]
+            choice_section(), start_section(), default_section(), not_run_section()]

@@ -601,7 +601,8 @@ def opening():
         "older: there the term was 1.09 times as loud as now (`bce_mean`: 1.19 times).")
     findings = bullets(*real_tables.findings(), *soft_findings(), *chip_findings(),
                        *other_findings())
-    return f"# Results\n\n{headline()}\n\n{files}\n\n{numbers}\n\n{older}\n\n## Findings\n\n{findings}"
+    top = f"# Results\n\n{headline()}\n\n{files}\n\n{numbers}\n\n{older}"
+    return f"{top}\n\n## Findings\n\n{findings}"
 
 
 def page():
