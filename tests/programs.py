@@ -1,8 +1,8 @@
 """Programs that tests start, without a new import of PyTorch for each of them.
 
-The import takes seconds.  So one process does it, and every program is a fork of that process: it
-has signals, an exit status, output, an environment and a folder of its own.  It runs a script from
-its first line, as `python script.py` does, or calls a function.
+The import takes seconds.  So one process beside pytest does it, and every program is a fork of that
+process: it has signals, an exit status, output, an environment and a folder of its own.  It runs a
+script from its first line, as `python script.py` does, or calls a function.
 """
 import contextlib
 import multiprocessing
@@ -35,17 +35,17 @@ class Ended:
 class Program:
     """A process of its own, and a group of its own, that calls function(*arguments).
 
-    environment: variables beside those with which the first program began.
+    environment: variables to add to those that the first program began with.
     """
 
     def __init__(self, function, *arguments, folder=ROOT, environment=None):
-        self.said = tempfile.TemporaryDirectory()
+        self.output = tempfile.TemporaryDirectory()
         for name in ("out", "err"):
-            Path(self.said.name, name).touch()
+            Path(self.output.name, name).touch()
         # for processes that it starts itself, as if it had not come from the fork server
         method = multiprocessing.get_start_method()
         self.process = forks.Process(target=run, args=(
-            method, self.said.name, str(folder), environment or {}, function, arguments))
+            method, self.output.name, str(folder), environment or {}, function, arguments))
         self.process.start()
         self.pid = self.process.pid
 
@@ -54,10 +54,10 @@ class Program:
 
     def out(self):
         """What it has printed so far."""
-        return Path(self.said.name, "out").read_text()
+        return Path(self.output.name, "out").read_text()
 
     def err(self):
-        return Path(self.said.name, "err").read_text()
+        return Path(self.output.name, "err").read_text()
 
     def kill(self):
         """Kill it and its group.  Ranks that torchrun started have groups of their own."""
@@ -73,19 +73,19 @@ class Program:
         return Ended(self.process.exitcode, self.out(), self.err())
 
 
-def run(method, said, folder, environment, function, arguments):
-    """What a program does, from its first line on."""
+def run(method, output, folder, environment, function, arguments):
+    """Set up the new process, then call the function."""
     os.setsid()
     multiprocessing.set_start_method(method, force=True)
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{said}/{name}", os.O_WRONLY | os.O_APPEND), number)
+        os.dup2(os.open(f"{output}/{name}", os.O_WRONLY | os.O_APPEND), number)
     os.chdir(folder)
     os.environ.update(environment)
     function(*arguments)
 
 
 def script(name, *words):
-    """The function of a program that runs `python name words...`; the path starts at ROOT."""
+    """Run ROOT/name as `python name words...` does."""
     sys.argv = [name, *map(str, words)]
     runpy.run_path(str(ROOT / name), run_name="__main__")
 

@@ -97,7 +97,7 @@ def test_killed_at_any_moment_and_resumed_a_run_ends_in_the_same_bits():
     assert status == 0, output[-2000:]
     result = json.loads(output.splitlines()[-1])
     assert result["kills"] == 6
-    assert result["unreadable"] == 0 and result["identical"] and result["resumed_from"] > 1
+    assert result["unreadable"] == 0 and result["identical"] and result["different_steps"] > 1
 
 
 @pytest.mark.parametrize("harm", ["cut", "garbage", "one bit", "empty"])

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-import torch._dynamo  # noqa: F401     the first optimiser of a process does it: here, for all forks
+import torch._dynamo  # noqa: F401        # which the first optimiser imports; here, forks have it
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -32,7 +32,7 @@ FLAGS = ["--modality", "s1", "--arch", "vit_tiny", "--img-size", "12", "--patch-
 
 
 def train(folder, out, *flags):
-    """One call of pretrain.py in folder/out; what it prints goes to folder/out.txt."""
+    """pretrain.py with a tiny ViT in folder/out; what it prints goes to folder/out.txt."""
     model.VITS["vit_tiny"] = dict(width=32, depth=2, heads=1)     # steps of milliseconds
     sys.stderr = open(os.devnull, "w")
     sys.stdout = open(f"{folder}/{out}.txt", "a")
@@ -67,7 +67,7 @@ def equal(a, b):
 
 
 def wait_for_writes(process, path, count):
-    """Returns when the file was written `count` times, or the process has ended."""
+    """Returns when the file was written at least `count` times, or the process has ended."""
     for _ in range(count):
         before = written(path)
         while process.is_alive() and written(path) in (None, before):
@@ -77,9 +77,9 @@ def wait_for_writes(process, path, count):
 def kill_at_random(process, out, kind, per_step, rng):
     """Kills the process at a random moment.  Returns False if it had ended by itself.
 
-    kind: "steps", after 1 to 3 lines of the log and within 4 steps from there; "saving", within
-    5 ms after the file beside the checkpoint appeared for the first to third time; "start", in the
-    first 0.3 s.
+    kind: "steps", up to four steps after one of the first three lines of the log;
+          "saving", up to 5 ms after one of the first three writes of last.pt.part;
+          "start", in the first 0.3 s.
     """
     if kind == "steps":
         wait_for_writes(process, out / "log.jsonl", rng.randint(1, 3))
@@ -134,7 +134,7 @@ def kill_and_resume(folder, flags, kills, per_step, rng):
             steps.add(step)
     start(folder, "killed", *flags, "--resume").join()
     return {"kills": done, "while_saving": while_saving, "unreadable": len(complaints),
-            "resumed_from": len(steps)}
+            "different_steps": len(steps)}
 
 
 def same_end(folder):
@@ -163,7 +163,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())     # of each process: a killed one takes a shared one with it
+    tqdm.set_lock(threading.RLock())     # one for each process; a killed one keeps a shared one
 
     steps = 5 * args.kills + 10
     flags = ["--max-steps", str(steps), "--workers", args.workers]

@@ -12,7 +12,8 @@ DIR/vit_tiny_in1k/vit_tiny_patch16_224.pth     ViT-Tiny of natural images; Apach
 DIR/eurosat_ms/{class}/*.tif    1,180 chips of EuroSAT-MS; MIT, zenodo.org/records/7711810, 2 GB
 DIR/eurosat_rgb/{class}/*.jpg   21,600 chips of EuroSAT-RGB, the same record; 107 MB
 
-UC Merced is split five times: of each folder 80 % to pretrain on and to fit the head, 20 % to test.
+UC Merced is split five times, and some runs have fewer splits: of each folder 80 % are to pretrain
+on and to fit the head, 20 % to test.
 Networks see labels of the 80 % alone, or of a share of them.  Training is in float32.
 """
 import itertools
@@ -29,14 +30,15 @@ from lab.runs import (Run, chip_folder, chip_probes, link, mean_over_labelled, n
 SPLITS = range(5)
 SHARES = (100, 30, 10, 3)                         # % of the images to train on that have labels
 UCM = "runs/study/ucm"                            # where make_ucm puts links, tables and lists
-WEIGHTS = "runs/study/weights/vit_tiny.pth"       # for x in [0, 1]: models.fold_normalisation
+WEIGHTS = "runs/study/weights/vit_tiny.pth"       # normalisation folded in: takes x in [0, 1]
 WEIGHTS_S2C = "runs/study/weights/vit_tiny_s2c.pth"       # all but B4, B3, B2 have weight 0
-WEIGHTS_S1 = "runs/study/weights/vit_tiny_s1.pth"         # VV and VH: the mean of R, G, B
+WEIGHTS_S1 = "runs/study/weights/vit_tiny_s1.pth"         # VV, VH: each the mean of R, G, B
 SIZE = 64                                         # pixels a side; PerA's crops have 112
 
 # ------------------------------------------------------------------------------------- UC Merced
 
 SMALL = ["--preset", "small", "--holdout", "0", "--epochs", "4"]
+BATCH_16 = ["--batch-size", "16"]
 INFO_NCE = ["--soft-weight", "0", "--mask-ratio", "0"]
 SOFT = ["--mask-ratio", "0"]
 METHODS = {                                       # from the weights, on five splits
@@ -46,14 +48,14 @@ METHODS = {                                       # from the weights, on five sp
     "+ both": [],
     "PerA": ["--method", "pera", "--soft-weight", "0"],
     "PerA + soft": ["--method", "pera", "--soft-weight", "0.5"]}
-FORMS = {                                         # "+ soft", but for these flags
+FORMS = {                                         # "+ soft", but for these flags; three splits
     "soft weight 0.1": ["--soft-weight", "0.1"],
     "soft weight 2": ["--soft-weight", "2"],
     "soft-tau 0.1": ["--soft-tau", "0.1"],
     "soft-tau 0.5": ["--soft-tau", "0.5"],
     "form ce, weight 1": ["--soft-form", "ce", "--soft-weight", "1"],
     "form bce_mean": ["--soft-form", "bce_mean"]}
-CHOICES = {                                       # SoftCon's preset, but for these flags
+CHOICES = {                                       # "+ both", but for these flags
     "lr 1.5e-4": ["--lr", "1.5e-4"],
     "lr 6e-4": ["--lr", "6e-4"],
     "momentum 0.95": ["--momentum", "0.95"],
@@ -61,16 +63,17 @@ CHOICES = {                                       # SoftCon's preset, but for th
     "crops from 0.15": ["--crop-min", "0.15"],
     "crops from 0.6": ["--crop-min", "0.6"],
     "lr 1.2e-3": ["--lr", "1.2e-3"],
-    "momentum 0.9": ["--momentum", "0.9"],
     "lr 6e-4, momentum 0.95": ["--lr", "6e-4", "--momentum", "0.95"],
+    "batch size 8": ["--batch-size", "8"],
     "batch size 16": ["--batch-size", "16"],
+    "batch size 16, momentum 0.95": ["--batch-size", "16", "--momentum", "0.95"],
+    "batch size 16, momentum 0.99": ["--batch-size", "16", "--momentum", "0.99"],
     "batch size 32": ["--batch-size", "32"],
     "batch size 32, lr 6e-4": ["--batch-size", "32", "--lr", "6e-4"],
     "batch size 32, momentum 0.95": ["--batch-size", "32", "--momentum", "0.95"],
     "8 epochs": ["--epochs", "8"],
-    "8 epochs, lr 6e-4": ["--epochs", "8", "--lr", "6e-4"],
-    "8 epochs, momentum 0.95": ["--epochs", "8", "--momentum", "0.95"],
     "8 epochs, batch size 32": ["--epochs", "8", "--batch-size", "32"],
+    "8 epochs, batch size 16": ["--epochs", "8", "--batch-size", "16"],
     "batch size 128": ["--batch-size", "128"],
     "hidden 256": ["--hidden", "256"],
     "hidden 4096": ["--hidden", "4096"],
@@ -78,7 +81,8 @@ CHOICES = {                                       # SoftCon's preset, but for th
     "clip 3": ["--clip", "3"],
     "drop-path 0.1": ["--drop-path", "0.1"],
     "weight decay 0": ["--weight-decay", "0", "0"]}
-PERA_CHOICES = {                                  # PerA's preset, but for these flags
+PERA_CHOICES = {                                  # "PerA", but for these flags; one split
+    "PerA, batch size 16": ["--batch-size", "16"],
     "PerA, no local crops": ["--crops", "2", "0"],
     "PerA, prototypes 64": ["--prototypes", "64"],
     "PerA, prototypes 4096": ["--prototypes", "4096"],
@@ -91,7 +95,7 @@ def ucm_run(split, flags, share=100, start=WEIGHTS, switch=None):
     root = f"{UCM}/{split}"
     flags = ["--modality", "rgb", "--data", f"{root}/train", "--labels",
              f"{root}/train_{share}.tsv", *SMALL, *flags, "--seed", str(split)]
-    if "pera" not in flags:
+    if "pera" not in flags:                       # PerA's crops have sizes of their own
         flags += ["--img-size", str(SIZE)]
     if start:
         flags += ["--init", start]
@@ -110,26 +114,30 @@ def ucm_probes(split, head="ridge", shares=SHARES):
     return probes
 
 
-def ucm_runs():
+def method_runs():
+    """The weights as they are, what SoftCon and PerA make of them, and the labels themselves."""
     runs = {}
     for split in SPLITS:
         for name, size in (("frozen", SIZE), ("frozen, 112 px", 112)):
             probes = [[*probe, "--img-size", str(size)] for probe in ucm_probes(split)]
             runs[f"ucm/{name}/rgb/{split}"] = Run(["--ckpt", WEIGHTS], None, probes, train=False)
-    for split, name in itertools.product(SPLITS, METHODS):
-        runs[f"ucm/{name}/rgb/{split}"] = ucm_run(split, METHODS[name])
-    for split in SPLITS:
-        flags = ["--data", f"{UCM}/{split}/all", "--labels", f"{UCM}/{split}/labels.tsv", "--lists",
-                 f"{UCM}/{split}/fit_100.txt", f"{UCM}/{split}/test.txt", "--epochs", "12",
-                 "--img-size", str(SIZE), "--seed", str(split)]
-        runs[f"ucm/fine-tuned/rgb/{split}"] = Run([WEIGHTS, "rgb", *flags], script=finetune.main)
+        for name, flags in METHODS.items():
+            runs[f"ucm/{name}/rgb/{split}"] = ucm_run(split, flags)
+        runs[f"ucm/fine-tuned/rgb/{split}"] = fine_tuned_run(split)
         runs[f"ucm/logistic/rgb/{split}"] = logistic_run(split)
+    return runs
+
+
+def soft_term_runs():
+    """InfoNCE without and with the soft term in other ways; few labels; forms of the soft term."""
+    runs = {}
     for split, name in itertools.product(range(3), ("InfoNCE", "+ soft")):
         flags = METHODS[name]
         runs[f"ucm/{name}, scratch/rgb/{split}"] = ucm_run(split, flags, start=None)
         runs[f"ucm/{name}, no predictor/rgb/{split}"] = ucm_run(split, flags, switch=no_predictor)
         runs[f"ucm/{name}, thawed/rgb/{split}"] = ucm_run(split, flags, switch=thaw)
         runs[f"ucm/{name}, 12 epochs/rgb/{split}"] = ucm_run(split, [*flags, "--epochs", "12"])
+        runs[f"ucm/{name}, batch size 16/rgb/{split}"] = ucm_run(split, [*flags, *BATCH_16])
     for split, share in itertools.product(range(3), SHARES[1:]):
         runs[f"ucm/+ soft, {share} % labelled/rgb/{split}"] = ucm_run(split, SOFT, share)
         runs[f"ucm/+ soft, {share} % labelled, their mean/rgb/{split}"] = ucm_run(
@@ -139,20 +147,38 @@ def ucm_runs():
                 split, [*SOFT, "--soft-weight", "0.05"], share, switch=mean_over_labelled)
     for split, name in itertools.product(range(3), FORMS):
         runs[f"ucm/{name}/rgb/{split}"] = ucm_run(split, [*SOFT, *FORMS[name]])
-    for split, name in itertools.product(range(2), CHOICES):
+    return runs
+
+
+def choice_runs():
+    """One choice at a time."""
+    runs = {}
+    for split, name in itertools.product(range(3), CHOICES):
         runs[f"ucm/{name}/rgb/{split}"] = ucm_run(split, CHOICES[name])
     for name in PERA_CHOICES:
         runs[f"ucm/{name}/rgb/0"] = ucm_run(0, [*METHODS["PerA"], *PERA_CHOICES[name]])
     return runs
 
 
+def ucm_runs():
+    return method_runs() | soft_term_runs() | choice_runs()
+
+
+def fine_tuned_run(split):
+    """The network of the weights, trained on the labels for 12 epochs."""
+    root = f"{UCM}/{split}"
+    return Run([WEIGHTS, "rgb", "--data", f"{root}/all", "--labels", f"{root}/labels.tsv",
+                "--lists", f"{root}/fit_100.txt", f"{root}/test.txt", "--epochs", "12",
+                "--img-size", str(SIZE), "--seed", str(split)], script=finetune.main)
+
+
 def images_of(share):
-    """How many images a share of the 64 to train on of each of 21 folders is."""
+    """The number of training images in a share.  Each of the 21 folders has 64 of them."""
     return 21 * round(share / 100 * 64)
 
 
 def logistic_run(split):
-    """One probe of several networks, since band statistics and random weights are the same."""
+    """One probe of several networks: its band statistics and random weights serve them all."""
     files = [WEIGHTS]
     for name in ("InfoNCE", "+ soft"):
         files.append(f"{run_folder(f'ucm/{name}/rgb/{split}')}/backbone.pt")
@@ -202,36 +228,47 @@ STARTS = {
     "rgb": ["--init", WEIGHTS, "--adapt", "rgb"]}
 
 
+def multispectral_run(split, flags, switch=None):
+    """Training on 70 % of the multispectral chips; ridge and logistic heads."""
+    flags = ["--modality", "s2c", "--data", f"{chip_folder('s2c', 70, split)}/train", *CHIPS,
+             *flags, "--seed", str(split)]
+    probes = chip_probes("s2c", 70, split, ("ridge", "logistic"))
+    return Run(flags, switch, probes, amp="off")
+
+
 def multispectral_runs():
-    """EuroSAT-MS, three splits: 8 epochs on 70 % of the chips."""
+    """EuroSAT-MS, three splits; 8 epochs, or 24."""
     runs = {}
     for split in range(3):
-        chips = chip_folder("s2c", 70, split)
         probes = chip_probes("s2c", 70, split, ("ridge", "logistic"))
-
-        def chip_run(flags, switch=None):
-            flags = ["--modality", "s2c", "--data", f"{chips}/train", *CHIPS, *flags]
-            return Run([*flags, "--seed", str(split)], switch, probes, amp="off")
-
         runs[f"continual/frozen/s2c/{split}"] = Run(
             ["--ckpt", WEIGHTS_S2C], None, probes, train=False)
         for name, flags in STARTS.items():
-            runs[f"continual/{name}/s2c/{split}"] = chip_run(flags)
+            runs[f"continual/{name}/s2c/{split}"] = multispectral_run(split, flags)
         for name in ("random", "rgb"):
-            runs[f"continual/{name}, thawed/s2c/{split}"] = chip_run(STARTS[name], thaw)
-        runs[f"continual/rgb, 24 epochs/s2c/{split}"] = chip_run([*STARTS["rgb"], "--epochs", "24"])
+            runs[f"continual/{name}, thawed/s2c/{split}"] = multispectral_run(
+                split, STARTS[name], thaw)
+        runs[f"continual/rgb, batch size 16/s2c/{split}"] = multispectral_run(
+            split, [*STARTS["rgb"], *BATCH_16])
+        runs[f"continual/rgb, 24 epochs/s2c/{split}"] = multispectral_run(
+            split, [*STARTS["rgb"], "--epochs", "24"])
         for name in ("rgb", "rgb, 24 epochs"):
-            ckpt = f"{run_folder(f'continual/{name}/s2c/{split}')}/backbone.pt"
-            flags = [ckpt, "--modality", "s2c", "--data", f"{chips}/all", "--lists",
-                     f"{chips}/fit.txt", f"{chips}/test.txt"]
-            runs[f"continual/{name} and statistics/s2c/{split}"] = Run(flags, script=beside.main)
+            runs[f"continual/{name} and statistics/s2c/{split}"] = beside_run(split, name)
     return runs
+
+
+def beside_run(split, name):
+    """The features of that run, band statistics, and both, by beside.py."""
+    chips = chip_folder("s2c", 70, split)
+    backbone = f"{run_folder(f'continual/{name}/s2c/{split}')}/backbone.pt"
+    return Run([backbone, "--modality", "s2c", "--data", f"{chips}/all", "--lists",
+                f"{chips}/fit.txt", f"{chips}/test.txt"], script=beside.main)
 
 
 def rgb_runs():
     """EuroSAT-RGB, one split: one epoch on 80 % of the chips."""
     runs = {}
-    probes = chip_probes("rgb", 80, 0, ("ridge", "logistic"))[2:]     # CLS and the mean patch only
+    probes = chip_probes("rgb", 80, 0, ("ridge", "logistic"), ["cls+mean"])
     runs["continual/frozen/rgb/0"] = Run(["--ckpt", WEIGHTS], None, probes, train=False)
     for name in ("scratch", "random"):
         flags = ["--modality", "rgb", "--data", f"{chip_folder('rgb', 80, 0)}/train", "--preset",
@@ -273,7 +310,7 @@ def make_weights(shared):
 
 def make_folders(keys, shared):
     """Make the weights and the folders of UC Merced that these runs read, if not there yet."""
-    if not Path(WEIGHTS_S1).exists():
+    if not Path(WEIGHTS_S1).exists():             # the last file of make_weights
         make_weights(shared)
     for key in keys:
         if key.startswith("ucm/"):

@@ -41,6 +41,8 @@ GAIN_ROWS = [
          base="ucm/InfoNCE, no predictor"),
     dict(title="no predictor over predictor, + soft term", run="ucm/+ soft, no predictor",
          base="ucm/+ soft"),
+    dict(title="soft term over InfoNCE, batch size 16", run="ucm/+ soft, batch size 16",
+         base="ucm/InfoNCE, batch size 16"),
     dict(title="backbone frozen in the first tenth, InfoNCE", run="ucm/InfoNCE, thawed",
          base="ucm/InfoNCE"),
     dict(title="backbone frozen in the first tenth, + soft term", run="ucm/+ soft, thawed",
@@ -56,9 +58,9 @@ FORM_ROWS = [
     dict(title="temperature .5", run="ucm/soft-tau 0.5"),
     dict(title="`ce`, weight 1", run="ucm/form ce, weight 1"),
     dict(title="`bce_mean`, temperature 1", run="ucm/form bce_mean")]
-CHOICE_ROWS = [dict(title="the preset", run="ucm/+ both")]
+CHOICE_ROWS = [dict(title="the preset, 4 epochs", run="ucm/+ both")]
 CHOICE_ROWS += [dict(title=name, run=f"ucm/{name}") for name in real.CHOICES]
-PERA_CHOICE_ROWS = [dict(title="the preset", run="ucm/PerA")]
+PERA_CHOICE_ROWS = [dict(title="the preset, 4 epochs", run="ucm/PerA")]
 PERA_CHOICE_ROWS += [dict(title=name.removeprefix("PerA, "), run=f"ucm/{name}")
                      for name in real.PERA_CHOICES]
 CHIP_FLOORS = [
@@ -71,7 +73,8 @@ START_ROWS = [
     dict(title="from the weights, input layer fresh", run="continual/random"),
     dict(title="from the weights, input layer: their mean", run="continual/mean"),
     dict(title="from the weights, input layer: their rgb", run="continual/rgb"),
-    dict(title="the same, 24 epochs", run="continual/rgb, 24 epochs"),
+    dict(title="the same, batch size 16", run="continual/rgb, batch size 16"),
+    dict(title="batch size 64, 24 epochs", run="continual/rgb, 24 epochs"),
     dict(title="fresh, backbone frozen in the first tenth", run="continual/random, thawed"),
     dict(title="rgb, backbone frozen in the first tenth", run="continual/rgb, thawed")]
 RGB_ROWS = [
@@ -213,7 +216,7 @@ def logistic_section():
         soft = logistic_values("InfoNCE + soft term", metric)
         bare = logistic_values("InfoNCE", metric)
         cells += gain_cells([soft[split] - bare[split] for split in soft], 4)
-    text = paragraph("The networks at 64 px of the table above, with a logistic head.")
+    text = paragraph("Networks of the first table at 64 px, with a logistic head.")
     above = caption(text, "'ucm/logistic/*' --shared DIR", ["ucm/logistic"], ["rgb"])
     below = paragraph(
         f"The soft term over InfoNCE with this head: micro {cells[0]} ± {cells[1]} (standard",
@@ -244,26 +247,19 @@ def gain_with_error(gains, digits=4):
 
 
 def gain_and_splits(gains):
-    """The cell "+0.0066 ± 0.0070 (2)"."""
+    """Mean ± standard error, and the number of splits in brackets."""
     return f"{gain_with_error(gains)} ({len(gains)})"
 
 
 def share_section():
     rows = []
-    gains = []
     for name in SHARE_ROWS:
-        runs = [share_run(name, share) for share in real.SHARES]
-        found = [first_values(run, "micro_map", probe=k) for k, run in enumerate(runs)]
-        rows.append([name, *[cell(list(by_split.values())) for by_split in found]])
-        if name not in ("frozen", "InfoNCE, no labels"):
-            over = [gain(run, "ucm/InfoNCE", "micro_map", k) for k, run in enumerate(runs)]
-            gains.append([name, *map(gain_and_splits, over)])
-    over = []
-    for k, share in enumerate(real.SHARES[1:], 1):
-        before = share_run("the same, mean over labelled images", share)
-        over.append(gain(share_run("soft term, share's labels", share), before, "micro_map", k))
-    gains.append(["the first row over the second", "-", *map(gain_and_splits, over)])
-    light = gain_and_splits(gain("ucm/+ soft, 10 % labelled, their mean, weight 0.05",
+        cells = []
+        for probe, share in enumerate(real.SHARES):
+            by_split = first_values(share_run(name, share), "micro_map", probe=probe)
+            cells.append(cell(list(by_split.values())))
+        rows.append([name, *cells])
+    tenth = gain_and_splits(gain("ucm/+ soft, 10 % labelled, their mean, weight 0.05",
                                  "ucm/InfoNCE", "micro_map", real.SHARES.index(10)))
     counts = ", ".join(f"{real.images_of(share):,}" for share in real.SHARES)
     text = paragraph(
@@ -276,9 +272,28 @@ def share_section():
         "Over InfoNCE with the same head: mean ± standard error, and the number of splits. The",
         "soft term is a mean over all images, and those without labels add 0. As a mean over",
         "labelled images alone a pair of them weighs ten times as much when 10 % have labels as",
-        f"when all have. At a tenth of the weight that costs nothing either ({light}).")
+        f"when all have. At a tenth of the weight the gain over InfoNCE is {tenth}.")
     return (f"## Few labels\n\n{above}\n\n{markdown(header, rows)}\n\n{between}\n\n"
-            f"{markdown(header, gains)}")
+            f"{markdown(header, share_gains())}")
+
+
+def share_gains():
+    """Rows of gains over InfoNCE, and of the soft term's mean over all images over the other."""
+    now = "soft term, share's labels"
+    before = "the same, mean over labelled images"
+    rows = []
+    for name in (now, before, "soft term, all labels"):
+        cells = []
+        for probe, share in enumerate(real.SHARES):
+            over = gain(share_run(name, share), "ucm/InfoNCE", "micro_map", probe)
+            cells.append(gain_and_splits(over))
+        rows.append([name, *cells])
+    cells = []
+    for probe, share in enumerate(real.SHARES):
+        if share < 100:
+            over = gain(share_run(now, share), share_run(before, share), "micro_map", probe)
+            cells.append(gain_and_splits(over))
+    return [*rows, ["the first row over the second", "-", *cells]]
 
 
 def choice_table(rows, text):
@@ -296,22 +311,22 @@ def choice_table(rows, text):
 
 def form_section():
     text = paragraph(
-        "The soft term's form, weight and temperature on UC Merced: the row \"+ soft term\" above",
-        "with one choice changed. Means of all splits; gains on the splits that both rows have,",
-        "with their standard error.")
+        "The soft term's form, weight and temperature on UC Merced: the row \"InfoNCE + soft",
+        "term\" of the first table with one choice changed. Means of all splits; gains on the",
+        "splits that both rows have, with their standard error.")
     return f"## The soft term's form on real labels\n\n{choice_table(FORM_ROWS, text)}"
 
 
 def choice_section():
     softcon = paragraph(
-        "SoftCon's small preset on UC Merced, the row \"+ soft term + mask\" above: one choice at",
-        "a time. Means and gains as above.")
-    pera = "PerA's small preset likewise, the row \"PerA\" above."
+        "SoftCon's small preset with 4 epochs and 64 px on UC Merced, the row \"InfoNCE + soft",
+        "term + mask\" of the first table: one choice at a time. Means and gains as above.")
+    pera = "PerA's small preset likewise: 4 epochs, the row \"PerA\" of the first table."
     return ("## The small presets, one choice at a time\n\n"
             f"{choice_table(CHOICE_ROWS, softcon)}\n\n{choice_table(PERA_CHOICE_ROWS, pera)}")
 
 
-# EuroSAT: where ridge and logistic stand among the probes of a line, see real.continual_runs
+# EuroSAT: where ridge and logistic stand among the probes of a line, see real.py
 CHIP_HEADS = {"s2c": {"ridge": 2, "logistic": 3}, "rgb": {"ridge": 0, "logistic": 1}}
 
 

@@ -43,11 +43,11 @@ def chip_folder(modality, share, seed):
     return f"runs/study/chips/{modality}_{share}_{seed}"
 
 
-def chip_probes(modality, share, seed, heads):
-    """Each head on CLS, then each on CLS and the mean patch."""
+def chip_probes(modality, share, seed, heads, features=("cls", "cls+mean")):
+    """Each head on the first of the features, then each on the next."""
     folder = chip_folder(modality, share, seed)
     probes = []
-    for feature, head in itertools.product(("cls", "cls+mean"), heads):
+    for feature, head in itertools.product(features, heads):
         probes.append([
             "--task", "eurosat", "--data", f"{folder}/all", "--modality", modality,
             "--lists", f"{folder}/fit.txt", f"{folder}/test.txt", "--feature", feature,
