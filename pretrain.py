@@ -69,7 +69,7 @@ PRESETS = {
         arch="vit_tiny", adapt="auto", img_size=112, patch_size=16, hidden=1024, drop_path=0.0,
         holdout=0.4, crop_min=0.3, jitter=0.0, grey=0.0,
         tau=0.2, soft_weight=0.5, mask_ratio=0.3,
-        epochs=8, batch_size=64, lr=3e-4, weight_decay=[0.05, 0.05], momentum=0.98, clip=0.0),
+        epochs=8, batch_size=16, lr=3e-4, weight_decay=[0.05, 0.05], momentum=0.98, clip=0.0),
     ("softcon", "full"): dict(
         arch="vit_small", adapt="random", img_size=224, patch_size=14, hidden=4096, drop_path=0.0,
         holdout=0.1, crop_min=0.2, jitter=0.4, grey=0.2,

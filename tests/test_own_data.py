@@ -393,14 +393,14 @@ def test_a_zip_of_something_else_is_named_in_one_line(tmp_path, write, message):
 def test_the_preset_follows_the_number_of_images_and_a_small_folder_fills_its_batch(
         tmp_path, monkeypatch, capsys):
     root = tmp_path / "data"
-    for i in range(40):
+    for i in range(20):
         folders.write_picture(root / f"{i}.png", folders.colours(i))
     args = pretrain.parse(["--modality", "rgb", "--data", str(root)])
     scenes = pretrain.open_scenes(args, 1)
     train = pretrain.prepare_scenes(args, scenes, 0, print)
     assert args.preset == "small" and args.arch == "vit_tiny" and args.img_size == 112
-    assert args.batch_size == 16 <= len(train) < 32
-    monkeypatch.setattr(pretrain, "SMALL_DATA", 40)
+    assert args.batch_size == 8 <= len(train) < 16
+    monkeypatch.setattr(pretrain, "SMALL_DATA", 20)
     args = pretrain.parse(["--modality", "rgb", "--data", str(root), "--batch-size", "8"])
     pretrain.open_scenes(args, 1)
     assert args.preset == "full" and args.batch_size == 8

@@ -37,7 +37,8 @@ SIZE = 64                                         # pixels a side; PerA's crops 
 
 # ------------------------------------------------------------------------------------- UC Merced
 
-SMALL = ["--preset", "small", "--holdout", "0", "--epochs", "4"]
+SMALL = ["--preset", "small", "--batch-size", "64"]      # the preset's 16 came from these runs
+UCM_FLAGS = [*SMALL, "--holdout", "0", "--epochs", "4"]
 BATCH_16 = ["--batch-size", "16"]
 INFO_NCE = ["--soft-weight", "0", "--mask-ratio", "0"]
 SOFT = ["--mask-ratio", "0"]
@@ -81,7 +82,7 @@ CHOICES = {                                       # "+ both", but for these flag
     "clip 3": ["--clip", "3"],
     "drop-path 0.1": ["--drop-path", "0.1"],
     "weight decay 0": ["--weight-decay", "0", "0"]}
-PERA_CHOICES = {                                  # "PerA", but for these flags; one split
+PERA_CHOICES = {                                  # "PerA", but for these flags; two splits
     "PerA, batch size 16": ["--batch-size", "16"],
     "PerA, no local crops": ["--crops", "2", "0"],
     "PerA, prototypes 64": ["--prototypes", "64"],
@@ -94,7 +95,7 @@ def ucm_run(split, flags, share=100, start=WEIGHTS, switch=None):
     """A training run on 80 % of the images, `share` % of them with labels; ridge heads."""
     root = f"{UCM}/{split}"
     flags = ["--modality", "rgb", "--data", f"{root}/train", "--labels",
-             f"{root}/train_{share}.tsv", *SMALL, *flags, "--seed", str(split)]
+             f"{root}/train_{share}.tsv", *UCM_FLAGS, *flags, "--seed", str(split)]
     if "pera" not in flags:                       # PerA's crops have sizes of their own
         flags += ["--img-size", str(SIZE)]
     if start:
@@ -137,7 +138,9 @@ def soft_term_runs():
         runs[f"ucm/{name}, no predictor/rgb/{split}"] = ucm_run(split, flags, switch=no_predictor)
         runs[f"ucm/{name}, thawed/rgb/{split}"] = ucm_run(split, flags, switch=thaw)
         runs[f"ucm/{name}, 12 epochs/rgb/{split}"] = ucm_run(split, [*flags, "--epochs", "12"])
-        runs[f"ucm/{name}, batch size 16/rgb/{split}"] = ucm_run(split, [*flags, *BATCH_16])
+    for split, name in itertools.product(SPLITS, ("InfoNCE", "+ soft")):
+        flags = [*METHODS[name], *BATCH_16]
+        runs[f"ucm/{name}, batch size 16/rgb/{split}"] = ucm_run(split, flags)
     for split, share in itertools.product(range(3), SHARES[1:]):
         runs[f"ucm/+ soft, {share} % labelled/rgb/{split}"] = ucm_run(split, SOFT, share)
         runs[f"ucm/+ soft, {share} % labelled, their mean/rgb/{split}"] = ucm_run(
@@ -155,8 +158,9 @@ def choice_runs():
     runs = {}
     for split, name in itertools.product(range(3), CHOICES):
         runs[f"ucm/{name}/rgb/{split}"] = ucm_run(split, CHOICES[name])
-    for name in PERA_CHOICES:
-        runs[f"ucm/{name}/rgb/0"] = ucm_run(0, [*METHODS["PerA"], *PERA_CHOICES[name]])
+    for split, name in itertools.product(range(2), PERA_CHOICES):
+        flags = [*METHODS["PerA"], *PERA_CHOICES[name]]
+        runs[f"ucm/{name}/rgb/{split}"] = ucm_run(split, flags)
     return runs
 
 
@@ -219,7 +223,7 @@ def make_ucm(source, folder):
 
 # ---------------------------------------------------------- from natural images to other sensors
 
-CHIPS = ["--preset", "small", "--layout", "eurosat", "--holdout", "0", "--img-size", str(SIZE),
+CHIPS = [*SMALL, "--layout", "eurosat", "--holdout", "0", "--img-size", str(SIZE),
          "--epochs", "8", *INFO_NCE]
 STARTS = {
     "scratch": [],
@@ -271,8 +275,8 @@ def rgb_runs():
     probes = chip_probes("rgb", 80, 0, ("ridge", "logistic"), ["cls+mean"])
     runs["continual/frozen/rgb/0"] = Run(["--ckpt", WEIGHTS], None, probes, train=False)
     for name in ("scratch", "random"):
-        flags = ["--modality", "rgb", "--data", f"{chip_folder('rgb', 80, 0)}/train", "--preset",
-                 "small", "--holdout", "0", "--img-size", str(SIZE), "--epochs", "1", *INFO_NCE,
+        flags = ["--modality", "rgb", "--data", f"{chip_folder('rgb', 80, 0)}/train", *SMALL,
+                 "--holdout", "0", "--img-size", str(SIZE), "--epochs", "1", *INFO_NCE,
                  *STARTS[name], "--seed", "0"]
         runs[f"continual/{name}/rgb/0"] = Run(flags, None, probes, amp="off")
     return runs
@@ -283,7 +287,7 @@ def radar_runs():
     probe = ["--modality", "s1", "--data", "toy", "--holdout", "0.4", "--img-size", str(SIZE)]
     runs = {"continual/frozen/s1/0": Run(["--ckpt", WEIGHTS_S1], None, [probe], train=False)}
     for seed, name in itertools.product(range(3), ("scratch", "random", "mean")):
-        flags = ["--preset", "small", "--img-size", str(SIZE), "--epochs", "4", *STARTS[name]]
+        flags = [*SMALL, "--img-size", str(SIZE), "--epochs", "4", *STARTS[name]]
         run = toy_run("s1", seed, flags)
         run.amp = "off"
         runs[f"continual/{name}/s1/{seed}"] = run
