@@ -24,7 +24,8 @@ def test_b():
     assert [1, 2] == [1, 3]
 
 def test_c():
-    assert os.environ["WHAT"] != "crash" or os._exit(6)
+    if os.environ["WHAT"] != "go on":
+        os._exit(int(os.environ["WHAT"]))
 
 def test_d(tmp_path):
     pass
@@ -36,15 +37,14 @@ def run_pytest(folder, what, *words):
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_first.py").write_text(FIRST)
     (folder / two_processes.SECOND[0]).write_text(SECOND)
-    environment = os.environ | {"WHAT": what}
-    environment.pop(two_processes.REPORTS, None)
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", ".", *words], cwd=folder,
-                          env=environment, capture_output=True, text=True, timeout=60)
+                          env=os.environ | {"WHAT": what}, capture_output=True, text=True,
+                          timeout=60)
     return done.returncode, done.stdout
 
 
 def test_each_test_is_counted_once_and_a_failed_one_says_why(tmp_path):
-    status, output = run_pytest(tmp_path, "no crash")
+    status, output = run_pytest(tmp_path, "go on")
     assert status == 1
     assert "1 failed, 3 passed" in output
     assert "At index 1 diff: 2 != 3" in output and "said by b" in output
@@ -55,10 +55,13 @@ def test_each_test_is_counted_once_and_a_failed_one_says_why(tmp_path):
     (["-k", "b or d"], "1 failed, 1 passed, 2 deselected"),
     (["--collect-only"], "4 tests collected")])
 def test_words_of_the_command_hold_for_both(words, counts, tmp_path):
-    assert counts in run_pytest(tmp_path, "no crash", *words)[1]
+    assert counts in run_pytest(tmp_path, "go on", *words)[1]
 
 
-def test_a_crash_of_the_second_process_is_an_error_and_what_it_reported_counts(tmp_path):
-    status, output = run_pytest(tmp_path, "crash")
+@pytest.mark.parametrize("code", ["0", "1", "6"])
+def test_if_the_second_process_ends_too_early_that_is_an_error_and_what_it_reported_counts(
+        code, tmp_path):
+    status, output = run_pytest(tmp_path, code)
     assert status == 3
-    assert "the second process ended with 6" in output and "1 failed, 1 passed" in output
+    assert f"the second process ended with {code} after 1 of 3 tests" in output
+    assert "1 failed, 1 passed" in output

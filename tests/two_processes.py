@@ -38,8 +38,9 @@ def pytest_runtestloop(session):
     """Pytest's hook around the run of session.items."""
     first = [test for test in session.items if test.path.name not in SECOND]
     second = [test for test in session.items if test.path.name in SECOND]
-    if REPORTS in os.environ:
-        session.config.pluginmanager.register(ReportsToFile(session.config, os.environ[REPORTS]))
+    reports = os.environ.pop(REPORTS, None)
+    if reports:
+        session.config.pluginmanager.register(ReportsToFile(session.config, reports))
         session.items = second
         return (yield)
     if min(len(first), len(second)) < FEW or needs_one_process(session.config.option):
@@ -49,21 +50,25 @@ def pytest_runtestloop(session):
         process = start_again(session.config.invocation_params, Path(folder))
         try:
             result = yield
+            process.wait()
         except BaseException:
             process.send_signal(signal.SIGINT)    # what ends the first process ends the second
             raise
         finally:
             process.wait()
-            pass_on_reports(session.config, Path(folder))
-        if process.returncode not in (0, 1):      # 1: a test failed
-            output = Path(folder, "output.txt").read_text()
-            raise RuntimeError(f"the second process ended with {process.returncode}:\n{output}")
+            ended = pass_on_reports(session.config, Path(folder, "reports.txt"))
+        output = Path(folder, "output.txt").read_text()
+    code = process.returncode                     # 1: a test failed
+    if (code not in (0, 1) or len(ended) < len(second)) and not session.shouldfail:     # by -x
+        raise RuntimeError(f"the second process ended with {code} after {len(ended)} of "
+                           f"{len(second)} tests:\n{output}")
     return result
 
 
 def needs_one_process(option):
-    """Runs nothing, or asks at the terminal, or has one folder for what tests write."""
-    return option.collectonly or option.usepdb or option.basetemp
+    """Runs nothing, or asks at the terminal, or stops and remembers, or has one folder to write."""
+    stepwise = getattr(option, "stepwise", False)
+    return option.collectonly or option.usepdb or stepwise or option.basetemp
 
 
 def start_again(params, folder):
@@ -75,12 +80,18 @@ def start_again(params, folder):
                                 stderr=output)
 
 
-def pass_on_reports(config, folder):
-    """Say of the second process's tests what pytest says of its own."""
-    file = folder / "reports.txt"
-    if not file.exists():                         # it did not come so far
-        return
-    for line in file.read_text().splitlines():
-        as_dict = ast.literal_eval(line)
+def pass_on_reports(config, file):
+    """Say of the second process's tests what pytest says of its own -> the names of those that came
+    to their end."""
+    ended = set()
+    lines = file.read_text().splitlines() if file.exists() else []
+    for line in lines:
+        try:
+            as_dict = ast.literal_eval(line)
+        except (SyntaxError, ValueError):         # a full disk cut it off
+            break
         report = config.hook.pytest_report_from_serializable(config=config, data=as_dict)
         config.hook.pytest_runtest_logreport(report=report)
+        if report.when == "teardown":
+            ended.add(report.nodeid)
+    return ended

@@ -12,9 +12,9 @@ DIR/vit_tiny_in1k/vit_tiny_patch16_224.pth     ViT-Tiny of natural images; Apach
 DIR/eurosat_ms/{class}/*.tif    1,180 chips of EuroSAT-MS; MIT, zenodo.org/records/7711810, 2 GB
 DIR/eurosat_rgb/{class}/*.jpg   21,600 chips of EuroSAT-RGB, the same record; 107 MB
 
-UC Merced is split five times, and some runs have fewer splits: of each folder 80 % are to pretrain
-on and to fit the head, 20 % to test.
-Networks see labels of the 80 % alone, or of a share of them.  Training is in float32.
+UC Merced is split five times, and some runs have two or three of the splits.  Of the 80 images of
+each folder 64 are to pretrain on and to fit the head, 16 to test.  Pretraining sees the labels of
+those 64, or of a share of them.  Training is in float32.
 """
 import itertools
 from pathlib import Path
@@ -37,7 +37,7 @@ SIZE = 64                                         # pixels a side; PerA's crops 
 
 # ------------------------------------------------------------------------------------- UC Merced
 
-SMALL = ["--preset", "small", "--batch-size", "64"]      # the preset's 16 came from these runs
+SMALL = ["--preset", "small", "--batch-size", "64"]      # as the preset had; 16 came from here
 UCM_FLAGS = [*SMALL, "--holdout", "0", "--epochs", "4"]
 BATCH_16 = ["--batch-size", "16"]
 INFO_NCE = ["--soft-weight", "0", "--mask-ratio", "0"]
@@ -59,32 +59,32 @@ FORMS = {                                         # "+ soft", but for these flag
 CHOICES = {                                       # "+ both", but for these flags
     "lr 1.5e-4": ["--lr", "1.5e-4"],
     "lr 6e-4": ["--lr", "6e-4"],
+    "lr 1.2e-3": ["--lr", "1.2e-3"],
     "momentum 0.95": ["--momentum", "0.95"],
     "momentum 0.995": ["--momentum", "0.995"],
-    "crops from 0.15": ["--crop-min", "0.15"],
-    "crops from 0.6": ["--crop-min", "0.6"],
-    "lr 1.2e-3": ["--lr", "1.2e-3"],
     "lr 6e-4, momentum 0.95": ["--lr", "6e-4", "--momentum", "0.95"],
-    "batch size 8": ["--batch-size", "8"],
-    "batch size 16": BATCH_16,
-    "batch size 16, lr 6e-4": [*BATCH_16, "--lr", "6e-4"],
-    "batch size 16, hidden 4096": [*BATCH_16, "--hidden", "4096"],
-    "batch size 16, crops from 0.6": [*BATCH_16, "--crop-min", "0.6"],
-    "batch size 16, momentum 0.95": [*BATCH_16, "--momentum", "0.95"],
-    "batch size 16, momentum 0.99": [*BATCH_16, "--momentum", "0.99"],
-    "batch size 32": ["--batch-size", "32"],
-    "batch size 32, lr 6e-4": ["--batch-size", "32", "--lr", "6e-4"],
-    "batch size 32, momentum 0.95": ["--batch-size", "32", "--momentum", "0.95"],
-    "8 epochs": ["--epochs", "8"],
-    "8 epochs, batch size 32": ["--epochs", "8", "--batch-size", "32"],
-    "8 epochs, batch size 16": ["--epochs", "8", *BATCH_16],
-    "batch size 128": ["--batch-size", "128"],
     "hidden 256": ["--hidden", "256"],
     "hidden 4096": ["--hidden", "4096"],
+    "crops from 0.15": ["--crop-min", "0.15"],
+    "crops from 0.6": ["--crop-min", "0.6"],
     "jitter 0.4, grey 0.2": ["--jitter", "0.4", "--grey", "0.2"],
     "clip 3": ["--clip", "3"],
     "drop-path 0.1": ["--drop-path", "0.1"],
-    "weight decay 0": ["--weight-decay", "0", "0"]}
+    "weight decay 0": ["--weight-decay", "0", "0"],
+    "batch size 128": ["--batch-size", "128"],
+    "batch size 32": ["--batch-size", "32"],
+    "batch size 32, lr 6e-4": ["--batch-size", "32", "--lr", "6e-4"],
+    "batch size 32, momentum 0.95": ["--batch-size", "32", "--momentum", "0.95"],
+    "batch size 16": BATCH_16,
+    "batch size 16, lr 6e-4": [*BATCH_16, "--lr", "6e-4"],
+    "batch size 16, momentum 0.95": [*BATCH_16, "--momentum", "0.95"],
+    "batch size 16, momentum 0.99": [*BATCH_16, "--momentum", "0.99"],
+    "batch size 16, hidden 4096": [*BATCH_16, "--hidden", "4096"],
+    "batch size 16, crops from 0.6": [*BATCH_16, "--crop-min", "0.6"],
+    "batch size 8": ["--batch-size", "8"],
+    "8 epochs": ["--epochs", "8"],
+    "8 epochs, batch size 32": ["--epochs", "8", "--batch-size", "32"],
+    "8 epochs, batch size 16": ["--epochs", "8", *BATCH_16]}
 PERA_CHOICES = {                                  # "PerA", but for these flags; two splits
     "PerA, batch size 16": BATCH_16,
     "PerA, no local crops": ["--crops", "2", "0"],
@@ -185,7 +185,7 @@ def images_of(share):
 
 
 def logistic_run(split):
-    """One probe of several networks: its band statistics and random weights serve them all."""
+    """One probe of several networks, which computes band statistics and random weights once."""
     files = [WEIGHTS]
     for name in ("InfoNCE", "+ soft"):
         files.append(f"{run_folder(f'ucm/{name}/rgb/{split}')}/backbone.pt")
@@ -265,7 +265,7 @@ def multispectral_runs():
 
 
 def beside_run(split, name):
-    """The features of that run, band statistics, and both, by beside.py."""
+    """A head on the features of the run `name`, on band statistics, and on both (beside.py)."""
     chips = chip_folder("s2c", 70, split)
     backbone = f"{run_folder(f'continual/{name}/s2c/{split}')}/backbone.pt"
     return Run([backbone, "--modality", "s2c", "--data", f"{chips}/all", "--lists",
