@@ -413,7 +413,8 @@ DEFAULT_ROWS = [
     ("`--batch-size 16` of SoftCon", "The small presets, one choice at a time; From natural images "
      "to other sensors, 13 bands"),
     ("`--lr`, `--momentum`, `--hidden`, `--crop-min`, `--jitter`, `--grey`, `--clip`, "
-     "`--drop-path`, `--weight-decay`; PerA's `--batch-size`, `--crops`, `--prototypes`, `--jitter`, `--clip`",
+     "`--drop-path`, `--weight-decay`; PerA's `--batch-size`, `--crops`, `--prototypes`, "
+     "`--jitter`, `--clip`",
      "The small presets, one choice at a time"),
     ("toy: all", "SoftCon's choices; PerA's choices; The toy world"),
     ("full: `--soft-weight 0.1`", "The soft term's form on real labels: .1 is as good as .5 there, "
