@@ -489,6 +489,9 @@ def findings():
         lines.append(sentence_of_gain(
             f"With labels of all images in pretraining and of {share} % for the head",
             "ucm/+ soft", "ucm/InfoNCE", probe=probe))
+        lines.append(sentence_of_gain(
+            f"The same, of {share} % for the head, with batches of 16", "ucm/+ soft, batch size 16",
+            "ucm/InfoNCE, batch size 16", probe=probe))
     lines.append(
         "On 13 bands, with a logistic head: going on from natural-image weights whose RGB fill the "
         f"input layer has {mean_of('rgb', 's2c')} after 8 epochs, "
