@@ -414,7 +414,7 @@ DEFAULT_ROWS = [
      "to other sensors, 13 bands"),
     ("`--lr`, `--momentum`, `--hidden`, `--crop-min`, `--jitter`, `--grey`, `--clip`, "
      "`--drop-path`, `--weight-decay`; PerA's `--batch-size`, `--crops`, `--prototypes`, "
-     "`--jitter`, `--clip`",
+     "`--jitter`",
      "The small presets, one choice at a time"),
     ("toy: all", "SoftCon's choices; PerA's choices; The toy world"),
     ("full: `--soft-weight 0.1`", "The soft term's form on real labels: .1 is as good as .5 there, "
@@ -501,7 +501,8 @@ def findings():
         f"{mean_of('frozen', 's2c')}, band statistics {mean_of('frozen', 's2c', 'stats')}.")
     lines.append(
         "On 21,600 RGB chips, with a logistic head: one epoch of InfoNCE from natural-image "
-        f"weights has {mean_of('random', 'rgb')}, the frozen weights {mean_of('frozen', 'rgb')}, "
+        f"weights has {mean_of('random', 'rgb')}, from scratch {mean_of('scratch', 'rgb')}, "
+        f"the frozen weights {mean_of('frozen', 'rgb')}, "
         f"band statistics {mean_of('frozen', 'rgb', 'stats')} (one split).")
     lines.append(
         "On radar images of the toy world, in micro average precision: SoftCon from natural-image "
