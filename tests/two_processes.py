@@ -51,15 +51,16 @@ def pytest_runtestloop(session):
         try:
             result = yield
             process.wait()
-        except BaseException:
-            process.send_signal(signal.SIGINT)    # what ends the first process ends the second
+        except BaseException:                     # what ends the first process ends the second
+            process.send_signal(signal.SIGINT)
+            process.wait()
             raise
         finally:
-            process.wait()
             ended = pass_on_reports(session.config, Path(folder, "reports.txt"))
         output = Path(folder, "output.txt").read_text()
-    code = process.returncode                     # 1: a test failed
-    if (code not in (0, 1) or len(ended) < len(second)) and not session.shouldfail:     # by -x
+    code = process.returncode
+    whole = code in (0, 1) and len(ended) == len(second)      # 1: a test failed
+    if not whole and not session.shouldfail:      # shouldfail: -x or --maxfail cut it short
         raise RuntimeError(f"the second process ended with {code} after {len(ended)} of "
                            f"{len(second)} tests:\n{output}")
     return result

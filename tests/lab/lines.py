@@ -1,4 +1,5 @@
 """Reading the lines of results/*.jsonl, and turning them into the tables and words of a page."""
+import functools
 import json
 import textwrap
 from pathlib import Path
@@ -15,7 +16,13 @@ def read_lines(study):
     file = RESULTS / f"{study}.jsonl"
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return parse(file.read_text())
+
+
+@functools.cache
+def parse(text):
+    """The JSON of each line.  A page asks for the same text some hundred times."""
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def find(run, modality):

@@ -305,9 +305,9 @@ def share_gains():
 
 def choice_table(rows, text):
     """Average precision, and the gain over the first row on the splits that both have."""
-    means = mean_rows(rows, [(metric, 0) for metric in METRICS])
     lines = []
-    for row, cells in zip(that_were_run(rows), means):
+    for row in that_were_run(rows):
+        [cells] = mean_rows([row], [(metric, 0) for metric in METRICS])
         gains = ["-", "-"]
         if row is not rows[0]:
             gains = [gain_with_error(gain(row["run"], rows[0]["run"], m)) for m in METRICS]
@@ -451,8 +451,10 @@ def mean_of(name, modality, network="checkpoint"):
     if modality in CHIP_HEADS:
         metric = "accuracy"
         probe = CHIP_HEADS[modality]["logistic"]
-    found = first_values(f"continual/{name}", metric, network, probe, modality)
-    return f"{np.mean(list(found.values())):.3f}"
+    numbers = list(first_values(f"continual/{name}", metric, network, probe, modality).values())
+    if not numbers:
+        return "not run"
+    return f"{np.mean(numbers):.3f}"
 
 
 def findings():
