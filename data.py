@@ -1,36 +1,37 @@
-"""Reading, scaling, labels, packing, augmentation, and a toy world to practise on.
+"""Sensors, archives, packs, augmentation, and a toy world to practise on.
 
-A reader lists the files of one layout and returns `Scenes`.  A scene is a place with one or more
-images (its seasons); an image is a uint8 array (C,H,W) with a row of labels.
+Every data set becomes one array and one table.  An archive only lists its images.  `pack` reads
+them, scales them, joins their labels and meets their bad files; everything else opens the pack:
 
-    SSL4EOZips(root, sensor)    root/{S1GRD,S2L1C,S2L2A,S2RGB}/*.zarr.zip             [1], v1.1
-    SSL4EO(root, sensor)        root/{s1,s2c,s2a}/{0000000}/{product}/{band}.tif      [1], v1.0
-    Folder(root, sensor)        TIFF, PNG and JPEG images, in class folders or all in root
-    EuroSAT(root, sensor)       the same, with EuroSAT's order of bands               [2]
-    BigEarthNet(root, sensor)   root/BigEarthNet-{...}/{patch}/{patch}_{band}.tif     [3], v1 and v2
-    Packed(root, sensor)        what `python data.py pack` made of any of these
-    open_data(root, sensor)     takes the reader that fits what lies in root
-    make_toy(root)              writes an artificial SSL4EO-S12 tree with labels
+    images.npy    (n,C,H,W) uint8, all images of a scene one after another
+    images.csv    a row an image: scene, image, split, labels (names of classes, joined by ;)
+    pack.json     the sensor, the classes, where the labels come from, what was left out and why
+
+A scene is a place with one or more images, its seasons.  These are the archives:
+
+    read_ssl4eo        root/{s1,s2c,s2a}/{0000000}/{product}/{band}.tif           [1], v1.0
+    read_ssl4eo_zarr   root/{S1GRD,S2L1C,S2L2A,S2RGB}/*.zarr.zip                  [1], v1.1
+    read_bigearthnet   root/BigEarthNet-{...}/{patch}/{patch}_{band}.tif          [2], v1 and v2
+    read_folder        TIFF, PNG and JPEG files, in class folders or not
+    make_toy           writes an artificial SSL4EO-S12 v1.0 tree with labels
 
 All sensors are scaled in one way: x' = (x - mean) / (4 std) + 1/2, clipped to [0,1], so that
-mean - 2 std becomes 0 and mean + 2 std becomes 1 [SoftCon README, "Data normalization"].  Images
-are stored as uint8, 0 to 255, and reach the network as float, 0 to 1.  RGB images are uint8
-already and stay as they are.
+mean - 2 std becomes 0 and mean + 2 std becomes 1 [SoftCon README, "Data normalization"].  Packs
+hold x' as uint8, 0 to 255; networks get it as float, 0 to 1.  RGB images are uint8 already and
+stay as they are.
 
-A file holds the bands of its sensor in the sensor's order.  Nothing guesses another order from the
+A file holds its bands where the sensor's `channels` says.  Nothing guesses another order from the
 names of folders: a wrong one would train without a word.
 
 [1] Wang et al. 2023, SSL4EO-S12; the labels are SSL4EO-S12-ML of SoftCon
-[2] Helber et al. 2019, EuroSAT; Wang et al. 2023, EuroSAT-SAR
-[3] Sumbul et al. 2021, BigEarthNet-MM (v1); Clasen et al. 2024, reBEN (v2)
+[2] Sumbul et al. 2021, BigEarthNet-MM (v1); Clasen et al. 2024, reBEN (v2)
 """
 import argparse
-import copy
 import csv
 import dataclasses
-import fcntl
 import json
 import logging
+import multiprocessing
 import os
 import re
 import shutil
@@ -38,8 +39,11 @@ import struct
 import sys
 import zipfile
 import zlib
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -48,87 +52,167 @@ import numpy as np
 import tifffile
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 # tifffile logs what is wrong with a file before it raises an error; the error is enough
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+
+# ---------------------------------------------------------------------------------------- errors
+
+# What tifffile, imagecodecs, zarr, csv and json raise for files that are cut off, damaged or
+# something else.  Codecs raise RuntimeErrors of their own.
+BAD_FILE = (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, AttributeError,
+            EOFError, struct.error, zlib.error, csv.Error, zipfile.BadZipFile,
+            tifffile.TiffFileError)
+
+
+class InputError(ValueError):
+    """What a user gave cannot be used.  The message is one line that names file, flag or value."""
+
+
+def require(condition, problem):
+    """Raise InputError(problem) unless the condition holds."""
+    if not condition:
+        raise InputError(problem)
+
+
+@contextmanager
+def reading(path, problem="unreadable"):
+    """Turn what a library raises about a file into an InputError of one line that names the file.
+
+    An InputError gets the name as well.  Other OSErrors than that of a missing file, MemoryError
+    and NameError are no fault of the file and go on.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: missing") from error
+    except BAD_FILE as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path}: {problem} ({type(error).__name__}: {reason})") from error
+
+
+def read_text(path):
+    """The content of a text file in UTF-8."""
+    with reading(path):
+        return Path(path).read_text(encoding="utf-8-sig")
+
+
+def read_json(path):
+    """The dict in a JSON file."""
+    text = read_text(path)
+    with reading(path, "no JSON"):
+        content = json.loads(text)
+        require(isinstance(content, dict), "its JSON is no {name: value}")
+    return content
+
 
 # --------------------------------------------------------------------------------------- sensors
 
 
 @dataclass
 class Sensor:
-    """One kind of images.  Lists follow the order of the channels, with an entry per band."""
-    name: str       # as --modality takes it; the folder's name in an SSL4EO-S12 tree
-    bands: list     # names of the bands
-    kind: str       # "optical": reflectance; "radar": decibels; "rgb": display values, not rescaled
-    dtype: str      # type of the pixels on disk, as numpy calls it
-    ratios: list    # side of a pixel of the band, in pixels of the finest band
-    look: list      # the three bands to show as red, green and blue, by position
-    mean: list      # of the band, in the sensor's units; empty: pixels are display values, 0 to 255
-    std: list       # of the band, in the sensor's units
-    scale: float = 1.0        # units = pixels * scale + offset
+    """One kind of images.  Lists have an entry for each band; InputError: fields do not agree."""
+    name: str         # as --modality takes it; the folder's name in an SSL4EO-S12 tree
+    bands: list       # names of the bands
+    kind: str         # "optical": reflectance; "radar": decibels; "rgb": display values, 0 to 255
+    dtype: str        # type of the pixels in the files, as numpy calls it
+    mean: list = ()   # in the sensor's units; empty: pixels are display values
+    std: list = ()
+    ratios: list = ()            # side of a pixel, in pixels of the finest band
+    red_green_blue: list = ()    # positions of these bands; by their names, empty if there are none
+    channels: list = ()          # where in a file each band lies; 0, 1, 2, ...
+    scale: float = 1.0           # units = pixels * scale + offset
     offset: float = 0.0
-    decibels: bool = False    # pixels are linear power: reading turns the units into decibels
-    nodata: float = None      # value of pixels without a measurement; they become the band's mean
+    decibels: bool = False       # pixels are linear power: reading turns the units into decibels
+    nodata: float = None         # value of pixels without a measurement; packs hold the mean there
+
+    def __post_init__(self):
+        C = len(self.bands)
+        self.mean = [*self.mean]
+        self.std = [*self.std]
+        self.ratios = [*self.ratios] or [1] * C
+        self.red_green_blue = [*self.red_green_blue] or find_red_green_blue(self.bands)
+        self.channels = [*self.channels] or [*range(C)]
+
+        require(C > 0 and len(set(self.bands)) == C, f"bands {self.bands}: none, or a name twice")
+        kinds = ("optical", "radar", "rgb")
+        require(self.kind in kinds, f"kind {self.kind!r}: not one of {', '.join(kinds)}")
+        require(np.dtype(self.dtype).kind in "iuf", f"dtype {self.dtype!r}: neither int nor float")
+        require(self.mean or self.kind == "rgb", "no mean; `python data.py stats` measures it")
+        for name in ("mean", "std", "ratios", "channels"):
+            values = getattr(self, name)
+            display_values = self.kind == "rgb" and name in ("mean", "std") and not self.mean
+            require(len(values) == C * (not display_values),
+                    f"{name}: {len(values)} numbers for {C} bands")
+            require(np.isfinite(values).all(), f"{name} {values}: not finite")
+        require(all(std > 0 for std in self.std), f"std {self.std}: not above 0")
+        require(min(self.ratios) == 1, f"ratios {self.ratios}: the finest band has 1")
+        require(len(set(self.channels)) == C and min(self.channels) >= 0,
+                f"channels {self.channels}: one twice, or below 0")
+        require(len(self.red_green_blue) in (0, 3) and set(self.red_green_blue) <= {*range(C)},
+                f"red_green_blue {self.red_green_blue}: not three positions of {C} bands")
+        require(self.scale != 0 and np.isfinite([self.scale, self.offset]).all(),
+                f"scale {self.scale}, offset {self.offset}: units would not depend on pixels")
+
+
+def find_red_green_blue(bands):
+    """Positions of the bands that are red, green and blue by their names; empty: there are none."""
+    names = [re.sub("^b0", "b", str(band).lower()) for band in bands]
+    for colours in (["b4", "b3", "b2"], ["red", "green", "blue"], ["r", "g", "b"]):
+        if set(colours) <= set(names):
+            return [names.index(colour) for colour in colours]
+    return []
 
 
 # mean and std: of all of SSL4EO-S12 [SSL4EO-S12 convert_rgb.py; torchgeo resnet.py]
 SENSORS = {
     # Sentinel-1 GRD: backscatter in decibels
-    "s1": Sensor(
-        name="s1",
-        bands=["VV", "VH"],
-        kind="radar",
-        dtype="float32",
-        ratios=[1, 1],
-        look=[0, 1, 0],
-        mean=[-12.59, -20.26],
-        std=[5.26, 5.91]),
+    "s1": Sensor("s1", ["VV", "VH"], "radar", "float32", mean=[-12.59, -20.26], std=[5.26, 5.91]),
     # Sentinel-2 L1C, light as it reaches the satellite through the air: reflectance x 10000
     "s2c": Sensor(
-        name="s2c",
-        bands=["B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B10", "B11", "B12"],
-        kind="optical",
-        dtype="uint16",
-        ratios=[6, 1, 1, 1, 2, 2, 2, 1, 2, 6, 6, 2, 2],      # pixels of 60, 10 and 20 m
-        look=[3, 2, 1],
+        "s2c",
+        ["B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B10", "B11", "B12"],
+        "optical", "uint16",
         mean=[1612.9, 1397.6, 1322.3, 1373.1, 1561.0, 2108.4, 2390.7, 2318.7, 2581.0, 837.7, 22.0,
               2195.2, 1537.4],
         std=[791.0, 854.3, 878.7, 1144.9, 1127.5, 1164.2, 1276.0, 1249.5, 1345.9, 577.5, 47.5,
-             1340.0, 1142.9]),
+             1340.0, 1142.9],
+        ratios=[6, 1, 1, 1, 2, 2, 2, 1, 2, 6, 6, 2, 2]),     # pixels of 60, 10 and 20 m
     # Sentinel-2 L2A, light as it leaves the ground: reflectance x 10000, without B10
     "s2a": Sensor(
-        name="s2a",
-        bands=["B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B11", "B12"],
-        kind="optical",
-        dtype="uint16",
-        ratios=[6, 1, 1, 1, 2, 2, 2, 1, 2, 6, 2, 2],
-        look=[3, 2, 1],
+        "s2a",
+        ["B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B11", "B12"],
+        "optical", "uint16",
         mean=[756.4, 889.6, 1151.7, 1307.6, 1637.6, 2212.6, 2442.0, 2538.9, 2602.9, 2666.8, 2388.8,
               1821.5],
         std=[1111.4, 1159.1, 1188.1, 1375.2, 1376.6, 1358.6, 1418.4, 1476.4, 1439.9, 1582.1,
-             1460.7, 1352.2]),
+             1460.7, 1352.2],
+        ratios=[6, 1, 1, 1, 2, 2, 2, 1, 2, 6, 2, 2]),
     # aerial or satellite pictures
-    "rgb": Sensor(
-        name="rgb",
-        bands=["R", "G", "B"],
-        kind="rgb",
-        dtype="uint8",
-        ratios=[1, 1, 1],
-        look=[0, 1, 2],
-        mean=[],
-        std=[]),
+    "rgb": Sensor("rgb", ["R", "G", "B"], "rgb", "uint8"),
 }
+# EuroSAT is L1C too; its files hold B8A last.  One sensor has the statistics of SSL4EO-S12, which
+# networks are trained with, the other EuroSAT's own [SSL4EO-S12 eurosat_dataset.py].
+SENSORS["eurosat"] = replace(
+    SENSORS["s2c"], name="eurosat", ratios=[1] * 13,
+    channels=[0, 1, 2, 3, 4, 5, 6, 7, 12, 8, 9, 10, 11])
+SENSORS["eurosat-own"] = replace(
+    SENSORS["eurosat"], name="eurosat-own",
+    mean=[1353.73, 1117.20, 1041.88, 946.55, 1199.19, 2003.01, 2374.01, 2301.22, 2599.78, 732.18,
+          12.10, 1820.70, 1118.20],
+    std=[897.27, 736.02, 684.78, 620.03, 791.86, 1341.28, 1595.39, 1545.53, 1750.12, 475.12, 98.27,
+         1216.49, 736.70])
 
 
 def find_sensor(name):
-    """The sensor of that name, or the one in that JSON file.  ValueError: there is none."""
+    """The sensor of that name, or the one in that JSON file.  InputError: there is none."""
     if name.endswith(".json"):
-        text = read_text(name)
-        with file_errors(name, "not a sensor"):
-            return make_sensor(json.loads(text), Path(name).stem)
+        fields = read_json(name)
+        with reading(name, "no sensor"):
+            return make_sensor(fields, Path(name).stem)
     require(name in SENSORS, f"--modality {name}: unknown, take one of {', '.join(SENSORS)}, or a "
                              f"JSON file")
     return SENSORS[name]
@@ -138,264 +222,79 @@ def make_sensor(fields, name="own"):
     """A Sensor from a dict of its fields, as JSON holds them.
 
     bands, kind and dtype must be there, mean and std too unless the pixels are display values.
-    Left out, the ratios are 1, and find_look says which bands look red, green and blue.
-    ValueError: a field is unknown, missing or does not fit the bands.
+    InputError: a field is unknown, missing, or does not agree with the others.
     """
-    known = [field.name for field in dataclasses.fields(Sensor)]
-    for field in fields:
-        require(field in known, f"unknown field {field!r}, a sensor has {', '.join(known)}")
-    for field in ("bands", "kind", "dtype"):
-        require(field in fields, f"no field {field!r}")
-    bands = fields["bands"]
-    C = len(bands)
-    require(isinstance(bands, list) and C > 0, f"bands {bands!r}: not a list of names")
-    require(len(set(bands)) == C, f"bands {bands}: a name twice")
-    defaults = {"name": name, "ratios": [1] * C, "look": find_look(bands), "mean": [], "std": []}
-    sensor = Sensor(**defaults | fields)
-
-    kinds = ("optical", "radar", "rgb")
-    require(sensor.kind in kinds, f"kind {sensor.kind!r}: not one of {', '.join(kinds)}")
-    require(np.dtype(sensor.dtype).kind in "iuf", f"dtype {sensor.dtype!r}: neither int nor float")
-    require(sensor.mean or sensor.kind == "rgb", "no mean and std; `python data.py stats` measures")
-    scaled = ["mean", "std"] if sensor.mean or sensor.std else []
-    for field in ["ratios", *scaled]:
-        values = getattr(sensor, field)
-        require(len(values) == C, f"{field}: {len(values)} numbers for {C} bands")
-        require(np.isfinite(values).all(), f"{field} {values}: not finite")
-    require(min(sensor.ratios) == 1, f"ratios {sensor.ratios}: the finest band has 1")
-    require(all(std > 0 for std in sensor.std), f"std {sensor.std}: not above 0")
-    require(len(sensor.look) == 3 and set(sensor.look) <= set(range(C)),
-            f"look {sensor.look}: not three positions of {C} bands")
-    require(sensor.scale != 0 and np.isfinite([sensor.scale, sensor.offset]).all(),
-            f"scale {sensor.scale}, offset {sensor.offset}: units would not depend on pixels")
-    return sensor
-
-
-def find_look(bands):
-    """Positions of the bands that are red, green and blue by their names, else of the first three.
-
-    Of two bands the second looks green, as in Sentinel-1; a single one is grey.
-    """
-    names = [re.sub("^b0", "b", band.lower()) for band in bands]
-    for colours in (["b4", "b3", "b2"], ["red", "green", "blue"], ["r", "g", "b"]):
-        if set(colours) <= set(names):
-            return [names.index(colour) for colour in colours]
-    if len(bands) < 3:
-        return [0, len(bands) - 1, 0]
-    return [0, 1, 2]
-
-
-# ---------------------------------------------------------------------------------------- errors
-
-
-def require(fine, problem):
-    """Raise ValueError(problem) unless `fine`.  A problem is a line that names file or flag."""
-    if not fine:
-        raise ValueError(problem)
-
-
-@contextmanager
-def file_errors(path, problem, gone="no such file"):
-    """Turn whatever a library raises inside into a ValueError of one line that names the file."""
     try:
-        yield
-    except FileNotFoundError:
-        raise ValueError(f"{path}: {gone}") from None
-    except Exception as error:          # codecs raise a dozen kinds, some with a dozen lines
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: {problem} ({type(error).__name__}: {reason})") from None
-
-
-def error_message(error):
-    """What an error says, without the traceback that a reading process puts before it."""
-    return re.split(r"\n\w+Error: ", str(error))[-1].strip()
-
-
-# ----------------------------------------------------------------------------------------- files
-
-
-def read_text(path):
-    """The content of a text file.  ValueError, naming the file: it is missing or not UTF-8."""
-    with file_errors(path, "not a readable text file"):
-        return Path(path).read_text(encoding="utf-8")
-
-
-def read_tiff(path, bands=1):
-    """The first page of a TIFF as an array.  ValueError, naming it: missing, cut off or no TIFF.
-
-    bands: if a page holds a single band and there are so many pages, all of them (bands,H,W).
-    A channel of opacity beyond the bands is left out.
-    `pages.first` of an open file is faster than `tifffile.imread`, which looks at all pages.
-    """
-    with file_errors(path, "unreadable TIFF", gone="missing"):
-        with open(path, "rb") as file:
-            tiff = tifffile.TiffFile(file)
-            page = tiff.pages.first
-            require(page.photometric != tifffile.PHOTOMETRIC.PALETTE,
-                    "its colours are numbers of a palette; save it as RGB")
-            x = page.asarray()
-            if bands > 1 and x.ndim == 2 and len(tiff.pages) == bands:
-                x = np.stack([page.asarray() for page in tiff.pages])
-        opacity = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
-        if page.samplesperpixel == bands + 1 and page.extrasamples[-1:] in [(o,) for o in opacity]:
-            channels_first = page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
-            x = x[:bands] if channels_first else x[..., :bands]
-        return x.astype(x.dtype.newbyteorder("="), copy=False)       # the machine's byte order
-
-
-def read_picture(path):
-    """A PNG or JPEG -> (H,W,C) as stored, at least one channel.  ValueError as read_tiff."""
-    with file_errors(path, "unreadable image"):
-        raw = Path(path).read_bytes()
-        require(raw, "empty file")
-        if raw.startswith(b"\x89PNG"):
-            return np.atleast_3d(imagecodecs.png_decode(raw))
-        require(raw.startswith(b"\xff\xd8"), "neither PNG nor JPEG")
-        # of a JPEG without its end marker the decoder makes the missing rows up
-        require(b"\xff\xd9" in raw[-32:], "JPEG is cut off")
-        return np.atleast_3d(imagecodecs.jpeg8_decode(raw))
-
-
-def image_sides(path):
-    """(H, W) of a TIFF, PNG or JPEG, from its header alone.  ValueError as read_tiff."""
-    with file_errors(path, "unreadable image"), open(path, "rb") as file:
-        start = file.read(24)
-        if start.startswith(b"\x89PNG"):
-            width, height = struct.unpack(">II", start[16:24])
-            return height, width
-        if not start.startswith(b"\xff\xd8"):
-            file.seek(0)
-            page = tifffile.TiffFile(file).pages.first
-            return page.imagelength, page.imagewidth
-        # a JPEG is a chain of segments: marker, length, content; those of the sides are C0 to C3
-        place = 2
-        while True:
-            file.seek(place)
-            marker, length, _, height, width = struct.unpack(">HHBHH", file.read(9))
-            require(marker >= 0xff00, "broken JPEG header")
-            if 0xffc0 <= marker <= 0xffc3:
-                return height, width
-            place += 2 + length
-
-
-def to_units(x, sensor):
-    """Pixels as stored, any shape -> the sensor's units.  Those without a measurement become NaN.
-
-    Most sensors store their units, so that most pixels come back as they are.
-    """
-    missing = None
-    if sensor.nodata is not None:
-        missing = x == sensor.nodata
-        if np.isnan(sensor.nodata):
-            missing = np.isnan(x)
-    if sensor.scale != 1 or sensor.offset != 0:
-        x = np.float32(x) * np.float32(sensor.scale) + np.float32(sensor.offset)
-    if sensor.decibels:
-        x = 10 * np.log10(np.maximum(np.float32(x), 1e-10))          # zero power has no logarithm
-    if missing is not None:
-        x = np.where(missing, np.float32("nan"), x)
-    return x
-
-
-def require_finite(x, sensor, path):
-    """ValueError: pixels that are NaN, unless that says nodata, or infinite."""
-    fine = np.isfinite(x)
-    if sensor.nodata is not None:
-        fine |= np.isnan(x) & np.isnan(sensor.nodata)
-    require(fine.all(), f"{path}: NaN or infinite pixels")
-
-
-def read_band(path, sensor, size):
-    """One band's TIFF -> (H,W) in the sensor's units, finite, about size x size pixels."""
-    x = read_tiff(path)
-    require(x.dtype == sensor.dtype, f"{path}: {x.dtype} pixels, {sensor.name} has {sensor.dtype}")
-    tolerance = size // 40                     # some files of SSL4EO-S12 are a few pixels off
-    fits = x.ndim == 2 and max(abs(side - size) for side in x.shape) <= tolerance
-    require(fits, f"{path}: {x.shape} pixels, expected {size} x {size}")
-    require_finite(x, sensor, path)
-    return to_units(x, sensor)
-
-
-def read_all_bands(path, sensor):
-    """One image file with all bands -> (C,H,W) of the sensor's type, finite.
-
-    rgb: a grey image has three equal bands.
-    """
-    bands = len(sensor.bands)
-    if path.lower().endswith((".tif", ".tiff")):
-        x = read_tiff(path, bands)
-    else:
-        x = read_picture(path)
-        if x.shape[2] == bands + 1 or x.shape[2] == 2:
-            x = x[..., :-1]                                          # opacity
-    if sensor.kind == "rgb" and (x.ndim == 2 or x.shape[2] == 1):
-        x = np.repeat(x.reshape(*x.shape[:2], 1), 3, axis=2)
-    if x.ndim == 2:
-        x = x[..., None]                                             # a single band
-    if x.shape[2] == bands:
-        x = x.transpose(2, 0, 1)
-    fits = x.shape[0] == bands and x.ndim == 3 and x.dtype == sensor.dtype
-    require(fits, f"{path}: {x.dtype} {x.shape}, expected {bands} bands of {sensor.dtype}")
-    require_finite(x, sensor, path)
-    return x
-
-
-def subfolders(folder):
-    """Sorted names of the folders in a folder."""
-    require(os.path.isdir(folder), f"{folder}: no such folder")
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-
-
-def usual_side(paths):
-    """The side that most of the first 20 images have.
-
-    The first image alone could be a bad one.  If all 20 are, it is 264, the side of SSL4EO-S12.
-    """
-    sides = []
-    for path in paths[:20]:
-        with suppress(ValueError):
-            sides.append(max(image_sides(path)))
-    return max(sides, key=sides.count, default=264)
+        return Sensor(**{"name": name} | fields)
+    except TypeError as error:                 # an unknown or missing field, text for a number
+        raise InputError(f"sensor {name}: {error}") from error
 
 
 # --------------------------------------------------------------------------------------- scaling
 
 
+def is_missing(x, sensor):
+    """bool as x, pixels as stored: those that say that nothing was measured."""
+    if sensor.nodata is not None and np.isnan(sensor.nodata):
+        return np.isnan(x)
+    return x == sensor.nodata                            # no pixel equals None
+
+
+def require_finite(x, sensor):
+    """InputError: pixels as stored are NaN or infinite, and that does not say nodata."""
+    finite = np.isfinite(x)
+    require(finite.all() or (finite | is_missing(x, sensor)).all(),
+            "NaN or infinite pixels; if nothing was measured there, give the sensor a nodata")
+
+
+def to_units(x, sensor):
+    """Pixels as stored, any shape -> the sensor's units, NaN where nothing was measured.
+
+    Most sensors store their units, so that most pixels come back as they are.
+    """
+    units = x
+    if sensor.scale != 1 or sensor.offset != 0:
+        units = np.float32(x) * np.float32(sensor.scale) + np.float32(sensor.offset)
+    if sensor.decibels:
+        power = np.array(units, np.float32)
+        power[power <= 0] = np.nan                       # no power has no logarithm
+        units = 10 * np.log10(power)
+    if sensor.nodata is not None:
+        units = np.where(is_missing(x, sensor), np.float32("nan"), units)
+    return units
+
+
 def to_uint8(x, sensor):
-    """C bands (H,W) in the sensor's units -> uint8 (C,H,W): mean -+ 2 std become 0 and 255.
+    """(C,H,W) in the sensor's units -> uint8 (C,H,W): mean -+ 2 std become 0 and 255.
 
     Values beyond saturate.  (A plain cast would wrap: reflectance 12000 as x/10000*255 gives 50.)
     NaN, a pixel without a measurement, becomes the mean.  A sensor without a mean has display
     values, which are only rounded.
     """
-    if not sensor.mean:
-        x = np.asarray(x)
-        if x.dtype == np.uint8:
-            return x
-        return np.clip(np.nan_to_num(x, nan=127) + 0.5, 0, 255).astype(np.uint8)
-    mean = np.float32(sensor.mean)[:, None, None]                    # (C,1,1)
-    std = np.float32(sensor.std)[:, None, None]                      # (C,1,1)
-    x = np.stack(x, dtype=np.float32)                                # (C,H,W)
-    x -= mean - 2 * std
-    x *= 255 / (4 * std)
+    x = np.array(x, np.float32)                                      # a copy
+    if sensor.mean:
+        mean = np.float32(sensor.mean)[:, None, None]                # (C,1,1)
+        std = np.float32(sensor.std)[:, None, None]                  # (C,1,1)
+        x -= mean - 2 * std
+        x *= 255 / (4 * std)
     x += 0.5                                                         # the cast rounds down
-    if sensor.nodata is not None:
-        x[np.isnan(x)] = 127.5
+    x[np.isnan(x)] = 127.5
     return np.clip(x, 0, 255, out=x).astype(np.uint8)
 
 
 def to_input(x, sensor):
-    """An array (C,H,W), pixels as the sensor's files hold them -> float (1,C,H,W) in [0,1].
+    """An array (C,H,W), pixels as stored, bands in the sensor's order -> float (1,C,H,W) in [0,1].
 
-    It is what the networks were trained on: units, scale, clip, 256 levels.  Pixels of SSL4EO-S12
-    v1.1 are those of ZIP_SENSORS.  ValueError: another number of bands, or NaN.
+    It is what the networks were trained on: units, scale, clip, 256 levels.  `sensor` is that of
+    the pack; pixels of SSL4EO-S12 v1.1 differ from those of v1.0.  InputError: another number of
+    bands, or NaN.
     """
     x = np.asarray(x)
     bands = len(sensor.bands)
     require(x.ndim == 3 and len(x) == bands,
             f"array of shape {x.shape}: {sensor.name} takes ({bands}, height, width), in the order "
             f"{' '.join(sensor.bands)}")
-    require_finite(x, sensor, "array")
+    require_finite(x, sensor)
     return torch.from_numpy(to_uint8(to_units(x, sensor), sensor)).float()[None] / 255
 
 
@@ -409,359 +308,180 @@ def resize(x, size):
     return image.numpy().reshape(*x.shape[:-2], size, size)
 
 
-def read_product(folder, sensor, size, prefix="", scale=to_uint8):
-    """A folder of TIFFs {prefix}{band}.tif -> uint8 (C,size,size), all bands on one grid.
+# ----------------------------------------------------------------------------------- image files
 
-    size is the side of the finest bands; the coarser ones are interpolated.  scale(bands, sensor)
-    makes the result out of bands in the sensor's units.  ValueError: a line for each bad file.
+TIFF = (".tif", ".tiff")
+PICTURES = (".png", ".jpg", ".jpeg")
+
+
+def read_tiff(path, bands=1):
+    """A TIFF -> (C,H,W) as stored.  InputError: missing, cut off, no TIFF, or colours in disguise.
+
+    The bands are the channels of its only page, or each has a page.  Smaller copies and masks in
+    the file are passed over; of bands + 1 channels one of opacity is left out.
     """
-    bands, problems = [], []
-    for name, ratio in zip(sensor.bands, sensor.ratios):
+    with reading(path), open(path, "rb") as file, tifffile.TiffFile(file) as tiff:
+        pages = [page for page in tiff.pages if not (page.is_reduced or page.is_mask)]
+        require(len(pages) in (1, bands), f"{len(pages)} pages, not one, or one for each band")
+        page = pages[0]
+        for kind in ("PALETTE", "MINISWHITE"):
+            require(page.photometric != tifffile.PHOTOMETRIC[kind],
+                    f"its pixels are of the kind {kind}; save it as grey or RGB")
+        x = np.stack([page.asarray() for page in pages])             # (pages,H,W) or with channels
+        if x.ndim == 4:
+            require(len(pages) == 1, "several pages of several channels")
+            x = x[0]
+            if page.planarconfig != tifffile.PLANARCONFIG.SEPARATE:
+                x = x.transpose(2, 0, 1)
+        opacity = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
+        if len(x) == bands + 1 and page.extrasamples and page.extrasamples[-1] in opacity:
+            x = x[:bands]
+        return x.astype(x.dtype.newbyteorder("="), copy=False)       # the machine's byte order
+
+
+def read_picture(path, bands=3):
+    """A PNG or JPEG -> (C,H,W) as stored; opacity is left out unless it is one of the bands."""
+    with reading(path):
+        raw = Path(path).read_bytes()
+        if raw.startswith(b"\x89PNG"):
+            x = imagecodecs.png_decode(raw)
+        else:
+            require(raw.startswith(b"\xff\xd8"), "neither PNG nor JPEG")
+            # of a JPEG without its end marker the decoder makes the missing rows up
+            require(b"\xff\xd9" in raw[-32:], "JPEG is cut off")
+            x = imagecodecs.jpeg8_decode(raw)
+    x = np.atleast_3d(x).transpose(2, 0, 1)
+    if len(x) in (2, 4) and len(x) != bands:
+        x = x[:-1]
+    return x
+
+
+def read_pixels(path, bands):
+    """A TIFF, PNG or JPEG that should have so many bands -> (C,H,W) as stored."""
+    if path.lower().endswith(TIFF):
+        return read_tiff(path, bands)
+    return read_picture(path, bands)
+
+
+def read_file(path, sensor, channels):
+    """Those channels of an image file -> (C,H,W) in the sensor's units.
+
+    If they are the first ones, in any order, the file has no others.  rgb: a grey image has three
+    equal bands.  InputError: another number of channels or type, NaN, and as read_tiff.
+    """
+    C = len(channels)
+    x = read_pixels(path, C)
+    if sensor.kind == "rgb" and len(x) == 1:
+        x = np.repeat(x, C, axis=0)
+    fits = len(x) > max(channels)
+    if max(channels) == C - 1:
+        fits = len(x) == C
+    require(fits and x.dtype == sensor.dtype,
+            f"{path}: {x.dtype} {x.shape}, expected {C} bands of {sensor.dtype}, channels "
+            f"{' '.join(map(str, channels))}")
+    with reading(path):
+        require_finite(x, sensor)
+    if channels != [*range(C)]:
+        x = x[channels]
+    return to_units(x, sensor)
+
+
+def read_bands(paths, sensor):
+    """A TIFF for each band -> (C,S,S) in the sensor's units, all on the grid of the finest.
+
+    InputError names each bad file.
+    """
+    bands = []
+    problems = []
+    for path in paths:
         try:
-            x = read_band(f"{folder}/{prefix}{name}.tif", sensor, size // ratio)
-            bands.append(resize(x, size))
-        except ValueError as error:
+            bands.append(read_file(path, sensor, [0])[0])
+        except InputError as error:
             problems.append(str(error))
-    require(not problems, "\n".join(problems))
-    return scale(bands, sensor)
+    require(not problems, "; ".join(problems))
+    size = max(bands[sensor.ratios.index(1)].shape)
+    for path, x, ratio in zip(paths, bands, sensor.ratios):
+        side = size // ratio
+        # some files of SSL4EO-S12 are a few pixels off
+        require(max(abs(length - side) for length in x.shape) <= size // 40,
+                f"{path}: {x.shape} pixels, expected {side} x {side}")
+    return np.stack([resize(x, size) for x in bands])
 
 
-def read_image(path, sensor, size, order=None, scale=to_uint8):
-    """One TIFF, PNG or JPEG -> uint8 (C,size,size): its central square, resized.
+# -------------------------------------------------------------------------------------- archives
 
-    order: where in the file each band of the sensor is; None: at its own place.  scale: see
-    read_product.
+
+@dataclass(slots=True)
+class Image:
+    """One image of an archive, not yet read."""
+    scene: str          # name of the place
+    name: str           # path in the archive
+    read: Callable      # read() -> (C,H,W) in the sensor's units, NaN where nothing was measured
+    labels: tuple = ()  # names of classes; empty: unlabelled
+    split: str = ""     # "train", "val" or "test", where the archive says so
+
+
+@dataclass
+class Archive:
+    """What lies in a folder: images of one sensor, those of a scene together, in order of time."""
+    images: list             # of Image
+    sensor: Sensor           # of the files: its statistics or offset may be others than asked for
+    classes: tuple = ()
+    labels_from: str = ""    # where the labels come from, in words
+    notes: list = field(default_factory=list)    # lines for the user
+
+
+def open_archive(root, sensor, labels=None):
+    """The archive in `root`, by the reader for what lies there.
+
+    labels: the json of SSL4EO-S12-ML for SSL4EO-S12 (None: the one in root, if any); for folders of
+    images a table, see labels_from_table, or "classes", the folders; None: they are unlabelled.
+    BigEarthNet brings its own.  InputError: nothing there that fits the sensor.
     """
-    x = read_all_bands(path, sensor)                                 # (C,H,W)
-    if order is not None:
-        x = x[order]
-    x = to_units(x, sensor)
-    side = min(x.shape[1:])
-    top, left = [(length - side) // 2 for length in x.shape[1:]]
-    x = resize(x[:, top:top + side, left:left + side], size)
-    return scale(x, sensor)
+    folders = set(subfolders(root))
+    require(not os.path.exists(f"{root}/images.npy"), f"{root}: is a pack already")
+    if folders & set().union(*BEN_FOLDERS.values()):
+        require(labels in (None, "classes"), f"--labels {labels}: BigEarthNet brings its own")
+        return read_bigearthnet(root, sensor)
+    zips = find_zips(root, sensor)
+    if not zips and not folders & {"s1", "s2c", "s2a"}:
+        return read_folder(root, sensor, labels)
+    require(labels != "classes", f"--labels classes: {root} holds products of SSL4EO-S12")
+    if not labels and os.path.exists(f"{root}/ssl4eo_multilabel.json"):
+        labels = f"{root}/ssl4eo_multilabel.json"
+    reader = read_ssl4eo_zarr if zips else read_ssl4eo
+    return reader(root, sensor, labels)
 
 
-# ---------------------------------------------------------------------------------------- scenes
+def subfolders(folder):
+    """Sorted names of the folders in a folder."""
+    require(os.path.isdir(folder), f"{folder}: no such folder")
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
 
 
-class Scenes(Dataset):
-    """Places, each with one or more images.
-
-        ids       names of the scenes
-        files     files[i][s] is the path of image s of scene i: a file, or a folder of bands
-        labels    labels[i] is (S,L) uint8, a multi-hot row for each image; all 0: unlabelled
-        classes   names of the L classes
-        sensor    what the images are made of
-        size      side of all images, in pixels
-        decode    decode(path) -> uint8 (C,H,W)
-        views     how many images of a scene scenes[i, seed] gives
-        memory    None, or images in memory (n,C,H,W); image s of scene i is memory[rows[i][s]]
-        notes     lines for the user: what the reader did that nobody may expect
-    """
-
-    def __init__(self, ids, files, labels, classes, sensor, size, decode, views=2):
-        self.ids = ids
-        self.files = files
-        self.labels = labels
-        self.classes = classes
-        self.sensor = sensor
-        self.size = size
-        self.decode = decode
-        self.views = views
-        self.memory = None
-        self.rows = None
-        self.notes = []
-
-    def __len__(self):
-        return len(self.ids)
-
-    def images_of(self, scenes):
-        """All images of the scenes with these numbers: [(i, s), ...]."""
-        pairs = []
-        for i in scenes:
-            pairs += [(i, s) for s in range(len(self.files[i]))]
-        return pairs
-
-    def image(self, i, s):
-        """Image s of scene i: uint8 (C,H,W)."""
-        if self.memory is not None:
-            return self.memory[self.rows[i][s]]
-        return self.decode(self.files[i][s])
-
-    def draw(self, i, seed):
-        """(V,) numbers of different images of scene i; a scene with fewer than V repeats them."""
-        order = np.random.default_rng(seed).permutation(len(self.files[i]))
-        return np.resize(order, self.views)
-
-    def __getitem__(self, key):
-        """scenes[i, seed] -> x (V,C,H,W) uint8 and y (V,L) uint8, images of scene i and labels."""
-        i, seed = key
-        drawn = self.draw(i, seed)
-        x = np.stack([self.image(i, s) for s in drawn])
-        y = self.labels[i][drawn]
-        return x, y
-
-    def __getitems__(self, keys):
-        """A batch of keys (i, seed) -> x (B,V,C,H,W) and y (B,V,L), as __getitem__ for each.
-
-        A DataLoader with batch_sampler calls it; its collate_fn is torch's default_convert.
-        """
-        if self.memory is None:
-            items = [self[key] for key in keys]
-            x = np.stack([images for images, _ in items])
-            y = np.stack([labels for _, labels in items])
-            return x, y
-        drawn = [(i, self.draw(i, seed)) for i, seed in keys]
-        rows = np.stack([self.rows[i][order] for i, order in drawn])         # (B,V)
-        y = np.stack([self.labels[i][order] for i, order in drawn])
-        return self.memory[rows], y                                  # each image is copied once
-
-    def preload(self, scenes, workers=0):
-        """Read all images of these scenes into memory, so that no epoch reads them again.
-
-        After it the images of other scenes are an IndexError.  A packed file stays where it is:
-        the system holds in memory what was read of it.
-        """
-        if self.memory is not None:
-            return
-        pairs = self.images_of(scenes)
-        memory = np.empty((len(pairs), len(self.sensor.bands), self.size, self.size), np.uint8)
-        loader = DataLoader(Images(self, pairs), batch_size=64, num_workers=workers)
-        for x, _, positions in tqdm(loader, "reading", leave=False):
-            memory[positions] = x
-        self.rows = [np.empty(0, int) for _ in self.files]
-        start = 0
-        for i in scenes:
-            end = start + len(self.files[i])
-            self.rows[i] = np.arange(start, end)
-            start = end
-        self.memory = memory
-
-
-class Images(Dataset):
-    """Single images of `scenes`: pairs = [(i, s), ...]; item j -> (x (C,H,W), y (L,), j)."""
-
-    def __init__(self, scenes, pairs):
-        self.scenes = scenes
-        self.pairs = pairs
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def __getitem__(self, j):
-        i, s = self.pairs[j]
-        return self.scenes.image(i, s), self.scenes.labels[i][s], j
-
-
-def in_parallel(job, items, workers, title):
-    """job(item) for each item of a list, in order, by `workers` processes (0: by this one).
-
-    A DataLoader without batches calls collate_fn on each item, in the processes that it starts.
-    """
-    return tqdm(DataLoader(items, batch_size=None, collate_fn=job, num_workers=workers), title)
-
-
-def held_out(ids, fraction):
-    """(n,) bool: the scenes set aside for testing, chosen by a hash of the name alone.
-
-    So pretraining and probing agree without a list, whatever else lies in the folder.
-    """
-    return np.array([zlib.crc32(name.encode()) / 2 ** 32 < fraction for name in ids], bool)
-
-
-USUAL_CAUSES = {
-    "optical": "another order of the bands, another unit (0 to 1 instead of 0 to 10000), another "
-               "level (L1C, L2A), the +1000 of ESA's products since 2022, pixels without data",
-    "radar": "another order of the bands, linear power instead of decibels, pixels without data",
-    "rgb": "pixels without data, a scale for more than 8 bits",
-}
-
-
-def look_at(scenes, numbers, images=16):
-    """Look at some images of the scenes with these numbers -> lines that name suspicious bands.
-
-    Of such a band more than half of the pixels are clipped, or have one and the same value.
-    """
-    pairs = scenes.images_of(numbers[::max(1, len(numbers) // images)])[:images]
-    sample = []
-    for i, s in pairs:
-        with suppress(ValueError):          # whoever reads it for training names a bad file
-            sample.append(scenes.image(i, s))
-    if not sample:
-        return []
-    clipped, equal = [], []
-    for band, pixels in zip(scenes.sensor.bands, np.stack(sample, axis=1)):      # (n,H,W)
-        shares = np.bincount(pixels.ravel(), minlength=256) / pixels.size
-        extreme = shares[0] + shares[255]
-        if extreme > 0.5:
-            clipped.append(f"{band} {extreme:.0%}")
-        elif shares.max() > 0.5:
-            equal.append(f"{band} {shares.max():.0%}")
-    lines = []
-    if clipped:
-        lines.append(f"most of the pixels are clipped: {', '.join(clipped)}")
-    if equal:
-        lines.append(f"most of the pixels have the same value: {', '.join(equal)}")
-    if lines:
-        lines.append(f"the usual causes: {USUAL_CAUSES[scenes.sensor.kind]}; `python data.py "
-                     f"stats` measures each band")
-    return lines
-
-
-# ---------------------------------------------------------------------------------------- labels
+# ----------------------------------------------------------------------------------- SSL4EO-S12
 
 # Dynamic World's indices 0 to 8, which SSL4EO-S12-ML uses
 CLASSES = ("water", "trees", "grass", "flooded vegetation", "crops", "shrub & scrub", "built",
            "bare", "snow & ice")
 
 
-def multi_hot(rows, L):
-    """[{class index, ...}, ...], a set for each image -> (S,L) uint8."""
-    y = np.zeros((len(rows), L), np.uint8)
-    for s, row in enumerate(rows):
-        y[s, list(row)] = 1
-    return y
+def read_ssl4eo(root, sensor, labels=None):
+    """An SSL4EO-S12 v1.0 tree [1]; sensor s1, s2c or s2a; labels: SSL4EO-S12-ML's json."""
+    return join_labels(root, sensor, labels, list_tree)
 
 
-def read_labels(path):
-    """SSL4EO-S12-ML's json -> {scene: {S2 product: [class index, ...]}}.
-
-    In the file classes are strings "0" to "8".  ValueError: another form or an unknown class.
-    """
-    text = read_text(path)
-    with file_errors(path, "not labels of the form {scene: {product: [class]}}"):
-        table = json.loads(text)
-        for scene, products in table.items():
-            for product, classes in products.items():
-                for c in classes:
-                    require(str(c).isdecimal() and int(c) < len(CLASSES),
-                            f"unknown class {c!r} in scene {scene}, product {product}")
-                products[product] = [int(c) for c in classes]
-        return table
-
-
-def read_table(path):
-    """A table of labels -> (classes, {image: [0 or 1 for each class]}).
-
-    Tabs or commas separate the cells.  The header row names the classes after its first cell, and
-    each other row begins with an image.  ValueError, naming file and row: anything else.
-    """
-    lines = [line for line in read_text(path).removeprefix("\ufeff").splitlines() if line.strip()]
-    require(lines, f"{path}: empty")
-    separator = "\t" if "\t" in lines[0] else ","
-    header, *rows = csv.reader(lines, delimiter=separator)
-    require(len(header) > 1, f"{path}: no header row of classes, separated by tabs or commas")
-    classes = tuple(name.strip() for name in header[1:])
-    require(len(set(classes)) == len(classes), f"{path}: a class twice")
-    require(not set(classes) <= {"0", "1"}, f"{path}: the first row holds labels, not classes")
-    table = {}
-    for row in rows:
-        name, *cells = [cell.strip() for cell in row]
-        require(len(cells) == len(classes),
-                f"{path}: {name}: {len(cells)} labels for {len(classes)} classes")
-        require(set(cells) <= {"0", "1"}, f"{path}: {name}: labels are 0 or 1")
-        require(name not in table, f"{path}: {name}: a row twice")
-        table[name] = [int(cell) for cell in cells]
-    return classes, table
-
-
-def labels_from_table(path, root, images):
-    """Labels of `images`, paths in root, from a table -> (classes, [(1,L) uint8, ...]).
-
-    A row names its image with or without its folder and its ending.  Images without a row are
-    unlabelled.  ValueError, naming the row: no image or several have that name.
-    """
-    classes, table = read_table(path)
-    numbers = {}                                # the images that a name means
-    for i, image in enumerate(images):
-        inside = Path(image).relative_to(root)
-        for name in {inside.name, inside.stem, str(inside), str(inside.with_suffix(""))}:
-            numbers.setdefault(name, []).append(i)
-    labels = [None] * len(images)
-    for name, row in table.items():
-        found = numbers.get(name, [])
-        require(found, f"{path}: {name}: no such image in {root}")
-        require(len(found) == 1, f"{path}: {name}: {len(found)} images have that name, write "
-                                 f"folder/{name}")
-        require(labels[found[0]] is None, f"{path}: {name}: its image has another row")
-        labels[found[0]] = np.uint8([row])
-    unlabelled = np.zeros((1, len(classes)), np.uint8)
-    return classes, [unlabelled if label is None else label for label in labels]
-
-
-def read_names(path, known, skip=False):
-    """Names of images from a text file, one a line; see known_names."""
-    return known_names(read_text(path).split(), known, path, skip)
-
-
-def known_names(names, known, source, skip=False):
-    """Those of `names` that are in `known`; of a pair "a,b", the one that is.
-
-    ValueError, naming the source: some are not known.  With `skip` they are passed over.
-    """
-    found, missing = [], []
-    for entry in names:
-        choices = [Path(name).stem for name in entry.split(",")]
-        matches = [name for name in choices if name in known]
-        if matches:
-            found.append(matches[0])
-        else:
-            missing.append(choices[0])
-    require(skip or not missing, f"{source}: {len(missing)} of {len(names)} images are not there: "
-                                 f"{', '.join(missing[:5])}")
-    return found
-
-
-# ----------------------------------------------------------------------------------- SSL4EO-S12
-
-PRODUCTS = ["s1", "s2c", "s2a"]                # a folder of scenes for each sensor
-
-
-def SSL4EO(root, sensor, labels=None, views=2):
-    """An SSL4EO-S12 v1.0 tree [1]; sensor s1, s2c or s2a; labels: SSL4EO-S12-ML's json.
-
-    A scene or product that the json leaves out, or gives an empty list, is unlabelled.
-    ValueError: a class, a product or a scene that does not exist.
-    """
+def list_tree(root, sensor):
+    """{scene: {product: function that reads it}}, products in order of time."""
     tree = f"{root}/{sensor.name}"
-    ids = subfolders(tree)
-    require(ids, f"{tree}: no scenes")
-    trees = {name: f"{root}/{name}" for name in PRODUCTS if os.path.isdir(f"{root}/{name}")}
-    for other in trees.values():
-        missing = sorted(set(subfolders(other)) - set(ids))
-        if missing:
-            raise ValueError(f"{tree}/{missing[0]}: missing, while {other}/{missing[0]} is there")
-
-    table = {}
-    if labels:
-        table = read_labels(labels)
-    s2_tree = trees.get("s2c", trees.get("s2a"))
-    files, rows = [], []
-    for scene in ids:
-        products = products_of(f"{tree}/{scene}")
-        require(products, f"{tree}/{scene}: scene without a {sensor.name} product")
-        files.append([f"{tree}/{scene}/{product}" for product in products])
-        labelled = table.get(scene, {})        # {S2 product: classes}
-        names = products                       # of the S2 images whose labels these images take
-        if sensor.kind == "radar":
-            names = s2_names(scene, s2_tree, labelled)
-        for name in labelled:
-            require(name in names, f"{labels}: scene {scene} has no product {name}")
-        if len(names) != len(products):        # no telling which belongs to which
-            names = [None] * len(products)
-        rows.append(multi_hot([labelled.get(name, ()) for name in names], len(CLASSES)))
-
-    finest = sensor.bands[sensor.ratios.index(min(sensor.ratios))]
-    size = usual_side([f"{products[0]}/{finest}.tif" for products in files])
-    decode = partial(read_product, sensor=sensor, size=size)
-    return Scenes(ids, files, rows, CLASSES, sensor, size, decode, views)
-
-
-def products_of(folder):
-    """Names of the products of a scene, in order of time."""
-    with file_errors(folder, "not a scene"):
-        return sorted(subfolders(folder), key=date)
+    scenes = {}
+    for scene in subfolders(tree):
+        products = sorted(subfolders(f"{tree}/{scene}"), key=date)
+        require(products, f"{tree}/{scene}: scene without a product")
+        scenes[scene] = {product: partial(read_product, f"{tree}/{scene}/{product}", sensor)
+                         for product in products}
+    require(scenes, f"{tree}: no scenes")
+    return scenes
 
 
 def date(product):
@@ -771,14 +491,70 @@ def date(product):
     return found[0]
 
 
-def s2_names(scene, s2_tree, labelled):
-    """S2 products of a scene in order of time: an S1 image takes the labels of the same rank.
+def read_product(folder, sensor):
+    """A folder with a TIFF for each band -> (C,S,S) in the sensor's units."""
+    return read_bands([f"{folder}/{band}.tif" for band in sensor.bands], sensor)
 
-    The S2 tree has their names, or without such a tree the scene's labels.
+
+def join_labels(root, sensor, path, list_products):
+    """The archive of all products that list_products(root, sensor) finds, with their labels.
+
+    path: SSL4EO-S12-ML's json, which names S2 products, or None.
+
+    Labels go to the products that they name.  If these are not here, because the archive is radar
+    or another level of S2, they go by order of time to as many products of the same scene.  A scene
+    or product that the json leaves out, or gives an empty list, is unlabelled.
     """
-    if s2_tree:
-        return products_of(f"{s2_tree}/{scene}")
-    return sorted(labelled, key=date)
+    archive = Archive([], sensor)
+    scenes = list_products(root, sensor)
+    table = read_labels(path) if path else {}
+    named = None                               # {scene: {product: ...}} of the modality in the json
+    labelled = 0
+    by_order = 0
+    for scene, products in scenes.items():
+        labels = table.get(scene, {})
+        sources = [*products]                  # whose labels the products take, one by one
+        if not labels.keys() <= products.keys():
+            if named is None:
+                named = other_s2(root, sensor, list_products)
+            for names in (named.get(scene, ()), sorted(labels, key=date)):
+                if labels.keys() <= {*names} and len(names) == len(products):
+                    sources = [*names]
+        for product, source in zip(products, sources):
+            classes = labels.get(source, ())
+            labelled += len(classes) > 0
+            by_order += len(classes) > 0 and source != product
+            archive.images.append(Image(scene, f"{scene}/{product}", products[product], classes))
+    if path:
+        require(labelled, f"{path}: labels none of the products here")
+        archive.classes = CLASSES
+        archive.labels_from = f"{Path(path).name} (SSL4EO-S12-ML)"
+        archive.notes.append(f"{labelled} images have labels from {path}, {by_order} of them by "
+                             f"place and order of time")
+    return archive
+
+
+def other_s2(root, sensor, list_products):
+    """As list_products gives, of another S2 modality beside the sensor's; {}: there is none."""
+    for name in ("s2c", "s2a"):
+        if name != sensor.name:
+            with suppress(InputError):
+                return list_products(root, SENSORS[name])
+    return {}
+
+
+def read_labels(path):
+    """SSL4EO-S12-ML's json -> {scene: {S2 product: (class name, ...)}}.
+
+    In the file classes are strings "0" to "8".  InputError: another form or an unknown class.
+    """
+    table = read_json(path)
+    names = dict(zip("012345678", CLASSES))
+    with reading(path, "not labels of the form {scene: {product: [class]}}"):
+        for products in table.values():
+            for product, numbers in products.items():
+                products[product] = tuple(names[str(number)] for number in numbers)
+    return table
 
 
 # ------------------------------------------------------------------------- SSL4EO-S12 v1.1, zarr
@@ -788,8 +564,7 @@ ZIP_FOLDERS = {"s1": "S1GRD", "s2c": "S2L1C", "s2a": "S2L2A", "rgb": "S2RGB"}
 # What its files hold.  The pixels of Sentinel-2 are reflectance x 10000 + 1000, as in ESA's
 # products since 2022.  Its statistics [SSL4EO-S12-v1.1, README] include that offset, ours do not.
 ZIP_SENSORS = {
-    "s1": replace(
-        SENSORS["s1"], dtype="float16", mean=[-12.577, -20.265], std=[5.179, 5.872]),
+    "s1": replace(SENSORS["s1"], dtype="float16", mean=[-12.577, -20.265], std=[5.179, 5.872]),
     "s2c": replace(
         SENSORS["s2c"], dtype="int16", offset=-1000.0,
         mean=[1607.345, 1393.068, 1320.225, 1373.963, 1562.536, 2110.071, 2392.832, 2321.154,
@@ -806,273 +581,78 @@ ZIP_SENSORS = {
 }
 
 
+def read_ssl4eo_zarr(root, sensor, labels=None):
+    """SSL4EO-S12 v1.1 as it is downloaded: zips of zarr arrays, 64 places of four seasons each.
+
+    labels: SSL4EO-S12-ML's json.  A sensor from a JSON file says itself what the files hold.
+    """
+    if sensor == SENSORS[sensor.name]:
+        sensor = ZIP_SENSORS[sensor.name]
+    return join_labels(root, sensor, labels, list_zips)
+
+
 def find_zips(root, sensor):
     """Paths of the sensor's zips in root, root/train and root/val, sorted."""
-    folder = ZIP_FOLDERS.get(sensor.name)
     paths = []
-    for part in (".", "train", "val"):
-        paths += sorted(Path(root, part, str(folder)).glob("*.zarr.zip"))
+    if sensor.name in ZIP_FOLDERS:
+        for part in (".", "train", "val"):
+            paths += sorted(Path(root, part, ZIP_FOLDERS[sensor.name]).glob("*.zarr.zip"))
     return [str(path) for path in paths]
 
 
-def SSL4EOZips(root, sensor, labels=None, views=2):
-    """SSL4EO-S12 v1.1 as it is downloaded: zips of zarr arrays, 64 places of four seasons each.
-
-    labels: SSL4EO-S12-ML's json, joined by the product's name; to s1 by place and order of time.
-    The path of image s of sample i is written {zip}/{i}.{s}.
-    """
-    on_disk = sensor
-    if sensor == SENSORS.get(sensor.name):
-        on_disk = ZIP_SENSORS[sensor.name]               # a sensor from a JSON file stays as it is
-    paths = find_zips(root, sensor)
-    table = {}
-    s2_products = {}
-    if labels:
-        table = read_labels(labels)
-        if sensor.kind == "radar":
-            s2_products = products_in_zips(root)
-
-    ids, files, rows = [], [], []
-    images = {}                                          # {zip: its array of images}
-    joined = 0                                           # products that have labels
-    for path in tqdm(paths, "opening", leave=False, disable=len(paths) < 100):
-        with file_errors(path, "no zip of SSL4EO-S12 v1.1"):
-            images[path] = index_zarr(path, "bands")
-            require_bands(path, on_disk)
-            places = read_zarr(index_zarr(path, "sample"))
-            products = read_zarr(index_zarr(path, "file_id"))        # (places,seasons)
-        for i, place in enumerate(map(str, places)):
-            order = sorted(range(len(products[i])), key=lambda s: date(str(products[i, s])))
-            names = [str(products[i, s]) for s in order]
-            labelled = table.get(place, {})                          # {S2 product: classes}
-            if sensor.kind == "radar":
-                names = s2_products.get(place, sorted(labelled, key=date))
-            if len(names) != len(order):                 # no telling which belongs to which
-                names = [None] * len(order)
-            joined += len(set(names) & set(labelled))
-            ids.append(place)
-            files.append([f"{path}/{i}.{s}" for s in order])
-            rows.append(multi_hot([labelled.get(name, ()) for name in names], len(CLASSES)))
-
-    sides = {array.shape[-2:] for array in images.values()}
-    size = images[paths[0]].shape[-1]
-    require(sides == {(size, size)}, f"{root}: images of unlike sizes: {sides}")
-    decode = partial(read_zip_image, sensor=on_disk, images=images)
-    scenes = Scenes(ids, files, rows, CLASSES, sensor, size, decode, views)
-    if labels:
-        listed = sum(len(products) for products in table.values())
-        scenes.notes.append(f"{joined} of the {listed} products in {labels} are here")
+def list_zips(root, sensor):
+    """As list_tree."""
+    scenes = {}
+    for path in tqdm(find_zips(root, sensor), "opening", leave=False):
+        with reading(path, "no zip of SSL4EO-S12 v1.1"):
+            file = open_zip(path)
+            places = file["sample"][:].tolist()
+            products = file["file_id"][:].tolist()                   # [places] of [seasons]
+            bands = file["band"][:].tolist()
+            chunk = file["bands"].chunks[0]
+            # B01 is B1, vv is VV
+            plain = [re.sub("^B0", "B", bands[channel].upper()) for channel in sensor.channels]
+            require(plain == [band.upper() for band in sensor.bands],
+                    f"bands {' '.join(bands)}, {sensor.name} has {' '.join(sensor.bands)}")
+        for i, (place, names) in enumerate(zip(places, products)):
+            scenes[place] = {}
+            for product in sorted(names, key=date):
+                season = names.index(product)
+                scenes[place][product] = partial(read_zip_image, path, i, season, chunk, sensor)
+    require(scenes, f"{root}: no zips of {sensor.name}")
     return scenes
 
 
-def products_in_zips(root):
-    """{place: its S2 products in order of time}, from the zips of L1C or else of L2A."""
-    products = {}
-    paths = find_zips(root, SENSORS["s2c"]) or find_zips(root, SENSORS["s2a"])
-    for path in paths:
-        with file_errors(path, "no zip of SSL4EO-S12 v1.1"):
-            places = read_zarr(index_zarr(path, "sample"))
-            names = read_zarr(index_zarr(path, "file_id"))
-        for place, row in zip(places, names):
-            products[str(place)] = sorted(map(str, row), key=date)
-    return products
+def open_zip(path):
+    """The zarr group in a zip."""
+    try:
+        import zarr
+    except ImportError as error:
+        raise InputError("needs the package zarr: pip install zarr") from error
+    return zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r")
 
 
-def require_bands(path, sensor):
-    """ValueError: the zip has other bands than the sensor.  B01 and B1, vv and VV are the same."""
-    names = [str(name) for name in read_zarr(index_zarr(path, "band"))]
-    plain = [re.sub("^B0", "B", name.upper()) for name in names]
-    require(plain == [band.upper() for band in sensor.bands],
-            f"bands {' '.join(names)}, {sensor.name} has {' '.join(sensor.bands)}")
+@lru_cache(maxsize=2)
+def open_bands(path, process):
+    """The array of images in a zip.  No process may share the open file of another."""
+    return open_zip(path)["bands"]
 
 
-def read_zip_image(file, sensor, images, scale=to_uint8):
-    """Image {zip}/{i}.{s} -> uint8 (C,H,W).  images: {zip: ZarrArray}; scale: see read_product."""
-    path, numbers = os.path.split(file)
-    with file_errors(file, "unreadable"):
-        i, s = map(int, numbers.split("."))
-        x = read_zarr(images[path], (i, s))                          # (C,H,W)
-        require(x.dtype == sensor.dtype, f"{x.dtype} pixels, {sensor.name} has {sensor.dtype}")
-    require_finite(x, sensor, file)
-    return scale(to_units(x, sensor), sensor)
-
-
-# zarr, version 2: an array is cut into chunks, and each is compressed alone.  In the zip,
-# NAME/.zarray is a json of its shape, and NAME/1.0.2 the second chunk along the first axis, the
-# first along the second, the third along the third.
-
-DECODERS = {"blosc": imagecodecs.blosc_decode, "zstd": imagecodecs.zstd_decode,
-            "zlib": imagecodecs.zlib_decode, "gzip": imagecodecs.gzip_decode}
-
-
-@dataclass
-class ZarrArray:
-    """An array in a zip: what zarr says of it, and where in the file each chunk lies."""
-    path: str
-    shape: tuple
-    chunks: tuple          # shape of a chunk
-    dtype: np.dtype
-    order: str             # "C" or "F", of the numbers in a chunk
-    compressor: str        # a key of DECODERS, or "" for none
-    fill: object           # value of a chunk that is not there; None: all must be there
-    where: np.ndarray      # (chunks along each axis, 4): place of its header, bytes, CRC-32, method
-
-
-def index_zarr(path, name):
-    """Find the array `name` in a zip: ZarrArray.  Its chunks are not read."""
-    with zipfile.ZipFile(path) as file:
-        meta = json.loads(file.read(f"{name}/.zarray"))
-        require(meta["zarr_format"] == 2, f"{name}: zarr of version {meta['zarr_format']}, not 2")
-        require(not meta["filters"], f"{name}: filters {meta['filters']}")
-        compressor = (meta["compressor"] or {"id": ""})["id"]
-        require(compressor in ("", *DECODERS), f"{name}: compressor {compressor}")
-        grid = [-(-length // chunk) for length, chunk in zip(meta["shape"], meta["chunks"])]
-        where = np.zeros((*grid, 4), np.int64)
-        separator = meta.get("dimension_separator", ".")
-        for info in file.infolist():
-            folder, _, key = info.filename.partition("/")
-            if folder == name and not key.startswith("."):
-                chunk = tuple(map(int, key.split(separator)))
-                where[chunk] = (info.header_offset, info.compress_size, info.CRC,
-                                info.compress_type)
-    return ZarrArray(path, tuple(meta["shape"]), tuple(meta["chunks"]), np.dtype(meta["dtype"]),
-                     meta["order"], compressor, meta["fill_value"], where)
-
-
-def read_zarr(array, first=()):
-    """The part array[first] of a ZarrArray, where first holds numbers for the first axes."""
-    n = len(first)
-    corner = tuple(i // chunk for i, chunk in zip(first, array.chunks))
-    inside = tuple(i % chunk for i, chunk in zip(first, array.chunks))
-    x = np.empty(array.shape[n:], array.dtype)
-    for rest in np.ndindex(array.where.shape[n:-1]):
-        starts = [i * chunk for i, chunk in zip(rest, array.chunks[n:])]
-        target = tuple(slice(start, start + chunk) for start, chunk
-                       in zip(starts, array.chunks[n:]))
-        # a chunk at the end of an axis is whole, and reaches beyond the array
-        kept = tuple(slice(0, length - start) for start, length in zip(starts, x.shape))
-        x[target] = read_chunk(array, corner + rest)[inside][kept]
-    return x
-
-
-def read_chunk(array, number):
-    """Chunk `number`, a tuple, of a ZarrArray: array of the shape of a chunk."""
-    place, size, checksum, method = map(int, array.where[number])
-    if size == 0:
-        require(array.fill is not None, f"chunk {number} is not there")
-        return np.full(array.chunks, array.fill, array.dtype)
-    return decode_chunk(array.path, place, size, checksum, method, array.compressor,
-                        array.dtype, array.chunks, array.order)
-
-
-# Where a chunk holds many images, those that are read in order, as `pack` does, decode it once.
+# Where a chunk holds many places, images that are read in order decode it once for each season.
 @lru_cache(maxsize=4)
-def decode_chunk(path, place, size, checksum, method, compressor, dtype, shape, order):
-    """The chunk whose zip header is at byte `place` of a file."""
-    with open(path, "rb") as file:
-        file.seek(place)
-        name, extra = struct.unpack("<26x2H", file.read(30))         # lengths of what comes before
-        file.seek(name + extra, os.SEEK_CUR)
-        raw = file.read(size)
-    if method == zipfile.ZIP_DEFLATED:
-        raw = zlib.decompress(raw, -zlib.MAX_WBITS)
-    else:
-        require(method == zipfile.ZIP_STORED, f"compressed in the zip by method {method}")
-    require(zlib.crc32(raw) == checksum, "damaged, its checksum differs")
-    if compressor:
-        raw = DECODERS[compressor](raw)
-    x = np.frombuffer(raw, dtype).reshape(shape, order=order)
-    return x.astype(dtype.newbyteorder("="), copy=False)
+def read_chunk(path, start, stop, season):
+    """(places,C,H,W) as stored."""
+    return np.asarray(open_bands(path, os.getpid())[start:stop, season])
 
 
-# -------------------------------------------------------------------------------- image folders
-
-EUROSAT_CLASSES = {"AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial",
-                   "Pasture", "PermanentCrop", "Residential", "River", "SeaLake"}
-EUROSAT_ORDER = [0, 1, 2, 3, 4, 5, 6, 7, 12, 8, 9, 10, 11]           # B8A is last in the files
-
-
-def Folder(root, sensor, views=2, order=None, labels="classes", tile=0):
-    """Images, each a scene: a folder a class, or all in root and unlabelled.
-
-    TIFFs that hold all bands; of up to four bands of 8 or 16 bits PNG and JPEG as well.  The
-    central square of each is resized to tile x tile pixels; 0: to the side that most have.
-    order: see read_image.  labels: "classes", those of the folders, or a table, see read_table.
-    """
-    images = find_images(root, sensor)
-    paths = []
-    classes = tuple(images)
-    class_labels = []
-    for k, members in enumerate(images.values()):
-        label = multi_hot([{k}], len(classes))                       # (1,L)
-        if classes == (".",):
-            label = np.zeros_like(label)                             # no folders, no classes
-        paths += members
-        class_labels += [label] * len(members)
-    if labels == "classes":
-        labels = class_labels
-    else:
-        classes, labels = labels_from_table(labels, root, paths)
-
-    ids = [Path(path).stem for path in paths]
-    files = [[path] for path in paths]
-    size, notes = common_size(paths, tile)
-    decode = partial(read_image, sensor=sensor, size=size, order=order)
-    scenes = Scenes(ids, files, labels, classes, sensor, size, decode, views)
-    scenes.notes = notes
-    if 1 < len(images) <= 30:
-        scenes.notes.append(f"folders: {', '.join(images)}")
-    return scenes
-
-
-def find_images(root, sensor):
-    """Images that may be the sensor's: {folder in root: paths}, or {".": paths} of root itself."""
-    kinds = [".tif", ".tiff"]
-    if len(sensor.bands) <= 4 and sensor.dtype in ("uint8", "uint16"):
-        kinds += [".png", ".jpg", ".jpeg"]
-    images = {name: list_images(f"{root}/{name}", kinds) for name in subfolders(root)}
-    images = {name: paths for name, paths in images.items() if paths}
-    beside = list_images(root, kinds)
-    require(not images or not beside, f"{root}: images beside folders of images "
-                                      f"({', '.join(list(images)[:3])}); move one or the other")
-    require(images or beside,
-            f"{root}: no {sensor.name} images ({' '.join(kinds)}) in it or its folders")
-    return images or {".": beside}
-
-
-def list_images(folder, kinds):
-    """Paths of the files with these endings, sorted by name.  Hidden ones are no images."""
-    names = [name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
-    return [f"{folder}/{name}" for name in names if name.lower().endswith(tuple(kinds))]
-
-
-def common_size(paths, tile=0, most=10000):
-    """(size, notes): the side that most images have, or `tile`, and how many have others.
-
-    Looks at the headers of `most` images.  A bad file has no say.
-    """
-    looked_at = paths[::max(1, len(paths) // most)]
-    shapes = []
-    for path in looked_at:
-        with suppress(ValueError):
-            shapes.append(image_sides(path))
-    sides = sorted(min(shape) for shape in shapes)
-    size = tile or max(sides, key=sides.count, default=264)
-    others = sum(shape != (size, size) for shape in shapes)
-    if others == 0:
-        return size, []
-    return size, [f"{others} of {len(looked_at)} images are not {size} x {size}: their central "
-                  f"square is resized"]
-
-
-def EuroSAT(root, sensor, views=2, labels="classes", tile=0):
-    """EuroSAT [2], unpacked: s2c (13 bands, TIFF), rgb (JPEG) or s1 (EuroSAT-SAR, TIFF)."""
-    if sensor.name != "s2c":
-        return Folder(root, sensor, views, None, labels, tile)
-    scenes = Folder(root, sensor, views, EUROSAT_ORDER, labels, tile)
-    in_files = sorted(sensor.bands, key=lambda band: EUROSAT_ORDER[sensor.bands.index(band)])
-    scenes.notes.append(f"EuroSAT's files hold {' '.join(in_files)}")
-    return scenes
+def read_zip_image(path, place, season, chunk, sensor):
+    """One image in a zip -> (C,H,W) in the sensor's units.  chunk: the places of a chunk."""
+    start = place // chunk * chunk
+    with reading(f"{path}: place {place}, season {season}"):
+        x = read_chunk(path, start, start + chunk, season)[place - start, sensor.channels]
+        require(x.dtype == sensor.dtype, f"{x.dtype} pixels, {sensor.name} has {sensor.dtype}")
+        require_finite(x, sensor)
+    return to_units(x, sensor)
 
 
 # ---------------------------------------------------------------------------------- BigEarthNet
@@ -1083,361 +663,545 @@ BEN_FOLDERS = {
     "s2a": {"BigEarthNet-v1.0", "BigEarthNet-S2", "S2"},
     "s2c": {"BigEarthNet-v1.0", "BigEarthNet-S2", "S2"},
 }
-# its files, and the statistics of its own pixels [SSL4EO-S12 bigearthnet_dataset_seco.py]
-BEN_S2 = replace(
-    SENSORS["s2a"],
-    bands=["B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12"],
-    mean=[341, 430, 614, 590, 951, 1792, 2075, 2219, 2266, 2246, 1594, 1009],
-    std=[555, 572, 583, 676, 730, 1096, 1273, 1365, 1356, 1302, 1079, 819])
+BEN_SPLITS = {"train": "train", "validation": "val", "test": "test"}
 
 # the 19 classes, which v2's labels name, and the CORINE labels of v1 that belong to each
 BEN_CLASSES = {
     "Urban fabric": ["Continuous urban fabric", "Discontinuous urban fabric"],
-    "Industrial or commercial units": ["Industrial or commercial units"],
+    "Industrial or commercial units": [],
     "Arable land": ["Non-irrigated arable land", "Permanently irrigated land", "Rice fields"],
     "Permanent crops": ["Vineyards", "Fruit trees and berry plantations", "Olive groves",
                         "Annual crops associated with permanent crops"],
-    "Pastures": ["Pastures"],
-    "Complex cultivation patterns": ["Complex cultivation patterns"],
-    "Land principally occupied by agriculture, with significant areas of natural vegetation": [
-        "Land principally occupied by agriculture, with significant areas of natural vegetation"],
-    "Agro-forestry areas": ["Agro-forestry areas"],
-    "Broad-leaved forest": ["Broad-leaved forest"],
-    "Coniferous forest": ["Coniferous forest"],
-    "Mixed forest": ["Mixed forest"],
-    "Natural grassland and sparsely vegetated areas": [
-        "Natural grassland", "Sparsely vegetated areas"],
-    "Moors, heathland and sclerophyllous vegetation": [
-        "Moors and heathland", "Sclerophyllous vegetation"],
+    "Pastures": [],
+    "Complex cultivation patterns": [],
+    "Land principally occupied by agriculture, with significant areas of natural vegetation": [],
+    "Agro-forestry areas": [],
+    "Broad-leaved forest": [],
+    "Coniferous forest": [],
+    "Mixed forest": [],
+    "Natural grassland and sparsely vegetated areas": ["Natural grassland",
+                                                       "Sparsely vegetated areas"],
+    "Moors, heathland and sclerophyllous vegetation": ["Moors and heathland",
+                                                       "Sclerophyllous vegetation"],
     "Transitional woodland, shrub": ["Transitional woodland/shrub"],
-    "Beaches, dunes, sands": ["Beaches, dunes, sands"],
+    "Beaches, dunes, sands": [],
     "Inland wetlands": ["Inland marshes", "Peatbogs"],
     "Coastal wetlands": ["Salt marshes", "Salines"],
     "Inland waters": ["Water courses", "Water bodies"],
     "Marine waters": ["Coastal lagoons", "Estuaries", "Sea and ocean"],
 }
-BEN_NO_CLASS = [
-    "Road and rail networks and associated land", "Port areas", "Airports",
-    "Mineral extraction sites", "Dump sites", "Construction sites", "Green urban areas",
-    "Sport and leisure facilities", "Bare rock", "Burnt areas", "Intertidal flats"]
 
 
-BEN_EXPORT = """python -c "import pandas; t = pandas.read_parquet('metadata.parquet'); \
-t['labels'] = t['labels'].str.join(';'); t.to_csv('metadata.csv', index=False)\""""
+def read_bigearthnet(root, sensor):
+    """BigEarthNet [2], v1 or v2; sensor s1, s2a, or s2c, whose B10 is then 0 in the pack.
 
-
-def BigEarthNet(root, sensor, split=None, views=2, skip=False):
-    """BigEarthNet [3], v1 or v2; sensor s1 or s2a, or s2c, whose B10 is then 0 everywhere.
-
-    split: a file of names (see known_names), or a part of v2 such as train; None: all patches.
-    skip: pass over names without a patch.  v2 has its labels in root/metadata.csv.
+    S2 patches are L2A and scaled with the statistics of s2a, as the first author of SoftCon does
+    [Copernicus-Bench].  v1 has a json of labels in each patch; v2 has labels and official splits in
+    root/metadata.parquet (which pandas or pyarrow reads) or the same table as metadata.csv.
     """
     found = [name for name in subfolders(root) if name in BEN_FOLDERS.get(sensor.name, ())]
     require(found, f"{root}: no BigEarthNet folder for modality {sensor.name}")
-    metadata = Path(root, "metadata.csv")
-    v2 = metadata.exists()
-    require(v2 or found[0] not in ("BigEarthNet-S1", "BigEarthNet-S2"),
-            f"{metadata}: missing; make it of BigEarthNet v2's metadata.parquet, with pandas and "
-            f"pyarrow: {BEN_EXPORT}")
-    table, pattern = {}, "S*"
-    if v2:
-        table = read_metadata(metadata, sensor)
-        pattern = "S*/S*"                                            # tile/patch
-    folders = {path.name: path for path in sorted(Path(root, found[0]).glob(pattern))}
+    archive = Archive([], sensor, tuple(BEN_CLASSES), "BigEarthNet's own labels")
+    on_disk = sensor
+    if sensor.name == "s2c":
+        on_disk = SENSORS["s2a"]
+        b10 = sensor.bands.index("B10")
+        archive.sensor = replace(             # 0 is mean - 2 std of B10, so that the pack has 0
+            sensor,
+            mean=[*on_disk.mean[:b10], 2.0, *on_disk.mean[b10:]],
+            std=[*on_disk.std[:b10], 1.0, *on_disk.std[b10:]])
+        archive.notes.append("B10 is 0 everywhere, since level L2A has none")
 
-    # v2's table lists the patches of all parts, or of the one that `split` names
-    listed = [name for name, row in table.items() if split in (None, row.get("split"))]
-    if listed:
-        names = known_names(listed, folders, metadata, skip)
-    elif split:
-        names = read_names(split, folders, skip)
+    class_of = {}                              # {label of v1 or v2: class}
+    for name, corine in BEN_CLASSES.items():
+        class_of |= dict.fromkeys([name, *corine], name)
+    table = read_metadata(root, "s1_name" if sensor.name == "s1" else "patch_id")
+    pattern = "S*/S*" if table else "S*"                             # v2: tile/patch
+    for path in sorted(Path(root, found[0]).glob(pattern), key=lambda path: path.name):
+        if not table:
+            json_file = path / f"{path.name}_labels_metadata.json"
+            require(json_file.exists(), f"{json_file}: missing, and {root}/metadata.parquet of v2")
+            labels, split = read_json(json_file).get("labels", []), ""
+        elif path.name in table:
+            labels, split = table[path.name]
+        else:                                  # v2's table leaves out patches of snow and cloud
+            continue
+        classes = {class_of[label] for label in labels if label in class_of}
+        read = partial(read_patch, str(path), on_disk, archive.sensor)
+        archive.images.append(Image(path.name, path.name, read, tuple(sorted(classes)), split))
+    require(archive.images, f"{root}/{found[0]}: no patches")
+    if table:
+        archive.notes.append(f"{len(archive.images)} of the {len(table)} patches of the table are "
+                             f"here")
+    return archive
+
+
+def read_metadata(root, column):
+    """v2's table -> {name of a patch, from `column`: (labels, split)}; {}: there is no table."""
+    columns = [column, "labels", "split"]
+    path = f"{root}/metadata.csv"
+    if os.path.exists(path):
+        rows = csv.DictReader(read_text(path).splitlines())
+    elif os.path.exists(path := f"{root}/metadata.parquet"):
+        rows = read_parquet(path, columns)
     else:
-        names = list(folders)
-
-    rows = []
-    index = ben_index()
-    for name in names:
-        source = folders[name]
-        if v2:
-            source = metadata
-        with file_errors(source, f"no BigEarthNet labels of {name}"):
-            if v2:
-                labels = table[name]["labels"].split(";")
-            else:
-                labels = json.loads(read_text(source / f"{name}_labels_metadata.json"))["labels"]
-            present = {index[label] for label in labels} - {None}
-            rows.append(multi_hot([present], len(BEN_CLASSES)))
-    files = [[str(folders[name])] for name in names]
-    decode = partial(read_patch, sensor=sensor)
-    scenes = Scenes(names, files, rows, tuple(BEN_CLASSES), sensor, 120, decode, views)
-    if sensor.name == "s2c":
-        scenes.notes.append("B10 is 0 everywhere, since level L2A has none")
-    return scenes
+        return {}
+    table = {}
+    with reading(path, f"no table with the columns {', '.join(columns)}"):
+        for row in rows:
+            labels = row["labels"]
+            if isinstance(labels, str):
+                labels = labels.split(";")
+            table[row[column]] = (labels, BEN_SPLITS.get(row["split"], ""))
+    return table
 
 
-def read_metadata(path, sensor):
-    """v2's table -> {name of a patch of the sensor: its row}."""
-    column = "patch_id"
-    if sensor.name == "s1":
-        column = "s1_name"
-    with file_errors(path, "not a table"):
-        return {row.get(column) or "": row for row in csv.DictReader(read_text(path).splitlines())}
+def read_parquet(path, columns):
+    """Some columns of a table: [{column: value}, ...]."""
+    with suppress(ImportError), reading(path):
+        import pyarrow.parquet
+        return pyarrow.parquet.read_table(path, columns=columns).to_pylist()
+    with suppress(ImportError), reading(path):
+        import pandas
+        return pandas.read_parquet(path, columns=columns).to_dict("records")
+    raise InputError(f"{path}: needs the package pyarrow, or pandas with fastparquet: pip install "
+                     f"pyarrow")
 
 
-def ben_index():
-    """{label of v1 or v2: index of its class, or None}."""
-    index = dict.fromkeys(BEN_NO_CLASS)
-    for k, (name, corine) in enumerate(BEN_CLASSES.items()):
-        index |= dict.fromkeys([name, *corine], k)
-    return index
-
-
-def read_patch(folder, sensor, scale=to_uint8):
-    """A patch -> uint8 (C,120,120).  For s2c: L2A with 0 for B10, as in SSL4EO-S12's probes."""
-    on_disk = BEN_S2
-    if sensor.name == "s1":
-        on_disk = sensor
-    x = read_product(folder, on_disk, size=120, prefix=f"{Path(folder).name}_", scale=scale)
-    if sensor.name == "s2c":
+def read_patch(folder, on_disk, sensor):
+    """A patch -> (C,120,120) in the sensor's units; B10, which L2A does not have, is 0."""
+    name = os.path.basename(folder)
+    files = [re.sub(r"^B(\d)$", r"B0\1", band) for band in on_disk.bands]        # B1 is B01
+    x = read_bands([f"{folder}/{name}_{band}.tif" for band in files], on_disk)
+    if len(x) < len(sensor.bands):
         x = np.insert(x, sensor.bands.index("B10"), 0, axis=0)
     return x
 
 
-# ------------------------------------------------------------------------------------- any folder
+# -------------------------------------------------------------------------------- image folders
+
+MASKS = {"mask", "masks", "label", "labels", "gt", "annotation", "annotations"}
 
 
-def open_data(root, sensor, labels=None, views=2, layout=None, tile=0):
-    """The scenes in `root`, by the reader that fits what lies there.
+def read_folder(root, sensor, labels=None):
+    """All images in a folder and the folders in it, each a scene named by its path.
 
-    labels: a json for an SSL4EO-S12 tree (None: the one in root, if any); for folders of images a
-    table, see read_table, or "classes", those of the folders; None: they are unlabelled.  A packed
-    folder brings its own.
-    layout: "eurosat" for its order of the bands.  tile: see Folder.
+    TIFFs that hold all bands, and for up to four bands of 8 or 16 bits PNG and JPEG as well.
+    labels: "classes", the first folders of the paths, or a table, see labels_from_table.
     """
-    folders = set(subfolders(root))
-    if os.path.exists(f"{root}/images.uint8"):
-        refuse_folder_flags(root, layout, tile)
-        return Packed(root, sensor, labels, views)
-    zips = find_zips(root, sensor)
-    if zips or folders & set(PRODUCTS):
-        refuse_folder_flags(root, layout, tile)
-        require(labels != "classes", f"--labels classes: {root} holds products")
-        json_in_root = f"{root}/ssl4eo_multilabel.json"
-        if not labels and os.path.exists(json_in_root):
-            labels = json_in_root
-        if zips:
-            return SSL4EOZips(root, sensor, labels, views)
-        return SSL4EO(root, sensor, labels, views)
+    archive = Archive([], sensor)
+    names = find_images(root, sensor)
+    folders = sorted({name.rpartition("/")[0].partition("/")[0] for name in names})      # the first
+    found = {}                                           # {image: its classes}
+    if labels == "classes":
+        require("" not in folders and len(folders) > 1,
+                f"--labels classes: {root} has no folders of classes, or images beside them")
+        archive.classes = tuple(folders)
+        archive.labels_from = "the names of the folders"
+        found = {name: (name.partition("/")[0],) for name in names}
+    elif labels:
+        archive.classes, found = labels_from_table(labels, root, names)
+        archive.labels_from = Path(labels).name
+    elif 1 < len(folders) <= 30:
+        archive.notes.append(f"no labels; --labels classes takes the folders: {', '.join(folders)}")
 
-    if folders & set().union(*BEN_FOLDERS.values()):
-        refuse_folder_flags(root, layout, tile)
-        require(labels in (None, "classes"), f"--labels {labels}: {root} brings its own labels, "
-                                             f"which --labels classes takes")
-        scenes = BigEarthNet(root, sensor, views=views)
-    else:
-        require(not labels or not labels.endswith(".json"), f"--labels {labels}: {root} holds "
-                                                            f"classes")
-        reader = {None: Folder, "eurosat": EuroSAT}[layout]
-        scenes = reader(root, sensor, views, labels=labels or "classes", tile=tile)
-        require(labels != "classes" or any(y.any() for y in scenes.labels),
-                f"--labels classes: {root} has no folders of classes")
-        if sensor.name == "s2c" and not layout and folders and folders <= EUROSAT_CLASSES:
-            scenes.notes.append("the folders are named as EuroSAT's, whose files have another "
-                                "order of bands: if these are they, --layout eurosat")
-    if not labels:
-        scenes.labels = [np.zeros_like(y) for y in scenes.labels]
-    return scenes
+    scenes = {}                                          # {scene: its image}
+    masks = set()
+    for name in names:
+        scene = os.path.splitext(name)[0]
+        require(scene not in scenes, f"{root}: {scenes.get(scene)} and {name} have one name; if "
+                                     f"these are masks, move them elsewhere")
+        scenes[scene] = name
+        masks |= MASKS & {part.lower() for part in name.split("/")[:-1]}
+        read = partial(read_file, f"{root}/{name}", sensor, sensor.channels)
+        archive.images.append(Image(scene, name, read, found.get(name, ())))
+    if masks:
+        archive.notes.append(f"folders called {', '.join(sorted(masks))} are packed as images; if "
+                             f"they hold masks, move them elsewhere")
+    return archive
 
 
-def refuse_folder_flags(root, layout, tile):
-    for name, value in (("layout", layout), ("tile", tile)):
-        require(not value, f"--{name} {value}: {root} is no folder of images")
+def find_images(root, sensor):
+    """Sorted paths in root of the files that may be the sensor's images.  Hidden ones are none."""
+    endings = TIFF
+    if max(sensor.channels) < 4 and sensor.dtype in ("uint8", "uint16"):
+        endings = TIFF + PICTURES
+    paths = []
+    for folder, inside, files in os.walk(root, followlinks=True):
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        paths += [Path(folder, name).relative_to(root) for name in files
+                  if name.lower().endswith(endings) and not name.startswith(".")]
+    require(paths, f"{root}: no {sensor.name} images ({' '.join(endings)}) in it or its folders")
+    return [path.as_posix() for path in sorted(paths)]
 
 
-# ------------------------------------------------------------------- packing, checking, statistics
+def labels_from_table(path, root, names):
+    """Labels of the images `names`, paths in root -> (classes, {image: (class, ...)}).
 
-
-def pack(scenes, out, workers=0):
-    """Write all images, as read, into one file: out/images.uint8 (n,C,H,W), scene by scene.
-
-    The second line of out/index.jsonl has what else Packed needs, the first line its CRC-32.
-    `out` appears when it is whole.  Until then the file grows in a folder beside it, named by what
-    goes in.  After a kill the same call drops the half image at its end and goes on from there.
+    Tabs or commas separate the cells of the table.  Its header row names the classes after the
+    first cell; each other row begins with an image, with or without its folder and its ending, and
+    has 0 or 1 for each class.  Images without a row are unlabelled.  InputError, naming the row.
     """
-    require_new(out)
-    index = {"modality": scenes.sensor.name, "sensor": dataclasses.asdict(scenes.sensor),
-             "size": scenes.size, "classes": scenes.classes,
-             "ids": scenes.ids, "labels": [y.tolist() for y in scenes.labels]}
-    index = json.dumps(index).encode()
-    content = zlib.crc32(index + repr(scenes.files).encode())
-    part = f"{os.path.normpath(out)}.part{content:08x}"
-    path = f"{part}/images.uint8"
-    os.makedirs(part, exist_ok=True)
-    try:
-        with open(path, "ab") as file:
-            with file_errors(part, "another process is writing it"):
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            append_images(file, scenes, workers, f"packing {out}")
-        Path(part, "index.jsonl").write_bytes(b"%d\n%b" % (zlib.crc32(index), index))
-        os.rename(part, out)
-    except OSError as error:            # a full disk, above all; bad images are ValueErrors
-        raise ValueError(f"{path}: not written ({error.strerror})") from None
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
+    require(lines, f"{path}: empty")
+    header, *rows = csv.reader(lines, delimiter="\t" if "\t" in lines[0] else ",")
+    classes = tuple(cell.strip() for cell in header[1:])
+    require(classes and len(set(classes)) == len(classes) and not set(classes) <= {"0", "1"},
+            f"{path}: its first row does not name the classes, separated by tabs or commas")
+    meant = {}                                           # {name in a row: images that it may mean}
+    for name in names:
+        inside = Path(name)
+        for short in {inside.name, inside.stem, name, os.path.splitext(name)[0]}:
+            meant.setdefault(short, []).append(name)
+    found = {}
+    for row in rows:
+        name, *cells = [cell.strip() for cell in row]
+        images = meant.get(name, [])
+        require(images, f"{path}: {name}: no such image in {root}")
+        require(len(images) == 1, f"{path}: {name}: {len(images)} images have that name, write "
+                                  f"folder/{name}")
+        require(images[0] not in found, f"{path}: {name}: its image has another row")
+        require(len(cells) == len(classes) and set(cells) <= {"0", "1"},
+                f"{path}: {name}: its labels are not {len(classes)} times 0 or 1")
+        found[images[0]] = tuple(label for label, cell in zip(classes, cells) if cell == "1")
+    return classes, found
 
 
-def require_new(out):
+# --------------------------------------------------------------------------------------- packing
+
+HEADER = ["scene", "image", "split", "labels"]           # of images.csv
+
+
+def pack(archive, out, size=0, skip_bad=False, workers=os.cpu_count()):
+    """Read, scale and write all images of an archive into the pack `out`, a new folder.
+
+    size: side in pixels, to which the central square of each image is resized; 0: the side that
+    most images have.  skip_bad: leave out the images that cannot be read, and name them.  `out`
+    appears when it is whole.  InputError: bad images, after all are listed; a full disk.
+    """
     require(not os.path.exists(out), f"{out}: exists; pack never overwrites")
-
-
-def append_images(file, scenes, workers, title):
-    """Bring a file of images to its full length, and its bytes to the disk."""
-    image_bytes = len(scenes.sensor.bands) * scenes.size ** 2
-    written = file.tell() // image_bytes
-    file.truncate(written * image_bytes)                             # drop half an image
-    missing = scenes.images_of(range(len(scenes)))[written:]
-    for x in in_parallel(partial(image_of, scenes), missing, workers, title):
-        file.write(np.ascontiguousarray(x))
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def image_of(scenes, pair):
-    i, s = pair
-    return scenes.image(i, s)
-
-
-def Packed(root, sensor, labels=None, views=2):
-    """The scenes that `pack` wrote to root.  Images are views of the file, mapped into memory.
-
-    labels must be None: a packed folder brings its own.
-    """
-    path = f"{root}/images.uint8"
-    index_path = f"{root}/index.jsonl"
-    with file_errors(index_path, "unreadable", gone="missing; pack did not come to its end"):
-        checksum, _, index = Path(index_path).read_bytes().partition(b"\n")
-    require(checksum == b"%d" % zlib.crc32(index), f"{index_path}: damaged, its checksum differs")
-    index = json.loads(index)
-    require(not labels and sensor.name == index["modality"],
-            f"{root}: packed with its labels, for --modality {index['modality']} only")
-    packed_for = json.dumps(index.get("sensor", dataclasses.asdict(sensor)))
-    require(packed_for == json.dumps(dataclasses.asdict(sensor)),
-            f"{root}: packed for a {sensor.name} with other fields: {packed_for}")
-
-    rows, n = [], 0
-    for scene_labels in index["labels"]:
-        rows.append(np.arange(n, n + len(scene_labels)))
-        n += len(scene_labels)
-    shape = (n, len(sensor.bands), index["size"], index["size"])
-    expected = np.prod(shape)
-    found = os.path.getsize(path)
-    require(found == expected, f"{path}: {found} bytes, but {shape} pixels make {expected}")
-
-    files = [[path] * len(scene_rows) for scene_rows in rows]
-    labels = [np.uint8(scene_labels) for scene_labels in index["labels"]]
-    scenes = Scenes(index["ids"], files, labels, index["classes"], sensor, index["size"], None,
-                    views)
-    scenes.memory = np.memmap(path, np.uint8, "r", shape=shape)
-    scenes.rows = rows
-    return scenes
-
-
-def find_bad_files(scenes, workers=0):
-    """Read everything -> {number of a scene: [a line for each of its bad files]}."""
-    pairs = scenes.images_of(range(len(scenes)))
-    problems = in_parallel(partial(problem_of, scenes), pairs, workers, "checking")
-    bad = {}
-    for (i, _), problem in zip(pairs, problems):
-        if problem:
-            bad.setdefault(i, []).extend(problem.splitlines())
-    return bad
-
-
-def problem_of(scenes, pair):
-    """What is wrong with an image; "": nothing."""
+    require(";" not in "".join(archive.classes), "a name of a class has a semicolon in it")
+    size = size or usual_size(archive.images)
+    part = f"{os.path.normpath(out)}.part{os.getpid()}"
+    os.makedirs(part)
     try:
-        image_of(scenes, pair)
-    except (ValueError, OSError) as error:
-        return str(error)
-    return ""
+        images, left_out, notes = write_images(f"{part}/images.npy", archive, size, workers)
+        bad = f"{len(left_out)} of {len(archive.images)} images cannot be read"
+        require(skip_bad or not left_out, f"{bad}, see above; --skip-bad leaves them out")
+        require(images, f"{bad}: nothing to pack")
+        if left_out:
+            notes.append(f"{bad} and are left out: {', '.join([*left_out][:5])}")
+        with open(f"{part}/images.csv", "w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(HEADER)
+            for image in images:
+                table.writerow([image.scene, image.name, image.split, ";".join(image.labels)])
+        index = {"sensor": dataclasses.asdict(archive.sensor), "classes": archive.classes,
+                 "labels_from": archive.labels_from, "notes": archive.notes + notes,
+                 "left_out": left_out}
+        Path(part, "pack.json").write_text(json.dumps(index, indent=1))
+        os.rename(part, out)
+    except OSError as error:
+        if error.filename:                     # of an image: see pack_image
+            raise
+        raise InputError(f"{part}: not written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    for note in archive.notes + notes:
+        print(note)
+    scenes = {image.scene for image in images}
+    labelled = sum(len(image.labels) > 0 for image in images)
+    print(f"{out}: {len(images)} images of {len(scenes)} scenes, {labelled} labelled, {size} x "
+          f"{size} pixels, {len(archive.sensor.bands)} bands")
 
 
-def leave_out(scenes, bad):
-    """The scenes without those whose numbers are in `bad`; for scenes that are not in memory."""
-    good = [i for i in range(len(scenes)) if i not in bad]
-    require(good, "each scene has a bad file")
-    result = copy.copy(scenes)
-    result.ids = [scenes.ids[i] for i in good]
-    result.files = [scenes.files[i] for i in good]
-    result.labels = [scenes.labels[i] for i in good]
-    return result
+def usual_size(images):
+    """The side that most images have, of up to 64 that are spread over the list."""
+    sides = Counter()
+    for image in images[::-(-len(images) // 64)]:
+        with suppress(InputError):                       # packing will name it
+            sides[min(image.read().shape[1:])] += 1
+    require(sides, f"{images[0].name} and more: no image can be read; --size N, and each is named")
+    return sides.most_common(1)[0][0]
 
 
-def moments(x, sensor):
-    """C bands (H,W) in the sensor's units -> (C,9), nine numbers a band.
+def write_images(path, archive, size, workers):
+    """Write images.npy -> (the Images in it, {name: what is wrong} of the others, notes)."""
+    images = []
+    left_out = {}
+    resized = 0
+    bands = len(archive.sensor.bands)
+    job = partial(pack_image, sensor=archive.sensor, size=size)
+    with open(path, "wb") as file:
+        write_header(file, (len(archive.images), bands, size, size))
+        results = in_parallel(job, archive.images, workers, "packing")
+        for image, (x, was_resized, problem) in zip(archive.images, results):
+            if problem:
+                left_out[image.name] = problem
+                tqdm.write(problem)
+                continue
+            file.write(np.ascontiguousarray(x))
+            images.append(image)
+            resized += was_resized
+        write_header(file, (len(images), bands, size, size))
+    notes = []
+    if resized:
+        notes.append(f"{resized} of {len(images)} images are not {size} x {size}: their central "
+                     f"square is resized")
+    if images:
+        sample = np.load(path, mmap_mode="r")[::max(1, len(images) // 16)]
+        notes += suspicious_bands(sample, archive.sensor)
+    return images, left_out, notes
 
-    They are mean, mean square, min, max, the shares of pixels that to_uint8 clips below and above,
-    the mean and std that the sensor has, and the share of pixels that hold a measurement.  All but
-    the last are of these pixels only.
+
+def write_header(file, shape):
+    """The beginning of a .npy file of uint8.  Its length is the same for any number of images."""
+    file.seek(0)
+    fields = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, fields)
+
+
+def pack_image(image, sensor, size):
+    """An Image -> (uint8 (C,size,size), was it resized, ""), or (None, False, what is wrong)."""
+    try:
+        x = image.read()
+    except InputError as error:
+        return None, False, str(error)
+    except OSError as error:                             # of the disk, and no fault of the file
+        reason = error.strerror or str(error)
+        raise OSError(error.errno, reason, error.filename or image.name) from error
+    side = min(x.shape[1:])
+    top, left = [(length - side) // 2 for length in x.shape[1:]]
+    square = resize(x[:, top:top + side, left:left + side], size)
+    return to_uint8(square, sensor), x.shape[1:] != (size, size), ""
+
+
+def in_parallel(job, items, workers, title):
+    """Yield job(item) for each item of a list, in order, with a bar, by `workers` processes."""
+    if workers <= 1:
+        yield from map(job, tqdm(items, title))
+        return
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    wave = 128 * workers                       # at most so many results wait for who fetches them
+    with (ProcessPoolExecutor(workers, multiprocessing.get_context(method), torch.set_num_threads,
+                              (1,)) as pool, tqdm(total=len(items), desc=title) as bar):
+        for start in range(0, len(items), wave):
+            for result in pool.map(job, items[start:start + wave], chunksize=16):
+                bar.update()
+                yield result
+
+
+def suspicious_bands(x, sensor):
+    """Notes about bands of the images x (n,C,H,W) uint8 that look as if something was wrong."""
+    suspicious = []
+    for band, pixels in zip(sensor.bands, x.swapaxes(0, 1)):         # (n,H,W)
+        shares = np.bincount(pixels.ravel(), minlength=256) / pixels.size
+        clipped = shares[0] + shares[255]
+        if clipped > 0.5:
+            suspicious.append(f"{band} {clipped:.0%} clipped")
+        elif shares.max() > 0.5:
+            suspicious.append(f"{band} {shares.max():.0%} of one value")
+    if not suspicious:
+        return []
+    return [f"suspicious bands: {', '.join(suspicious)}; usual causes: another order of bands, "
+            f"another unit (reflectance 0 to 1, linear power), another level or offset of "
+            f"Sentinel-2, pixels without data; `python data.py stats` measures each band"]
+
+
+# ---------------------------------------------------------------------------------- packs, opened
+
+
+@dataclass
+class Pack:
+    """A pack, opened: n images of m scenes, L classes.
+
+    Besides the fields it has `size`, the side of the images in pixels, `checksum` of the names of
+    the scenes, and `one_label`: there are labels, and no image has more than one class.
     """
-    x = np.float64(x).reshape(len(x), -1).T                          # (HW,C)
-    mean = np.float64(sensor.mean)                                   # (C,)
-    std = np.float64(sensor.std)
-    below = x < mean - 2 * std
-    above = x > mean + 2 * std
-    measured = ~np.isnan(x)
-    count = measured.sum(0).clip(1)                                  # (C,)
-    low = np.where(measured, x, np.inf).min(0)
-    high = np.where(measured, x, -np.inf).max(0)
-    x = np.where(measured, x, 0)
-    return np.stack([x.sum(0) / count, (x * x).sum(0) / count, low, high, below.sum(0) / count,
-                     above.sum(0) / count, mean, std, measured.mean(0)], axis=1)
+    path: str
+    images: np.memmap      # (n,C,H,W) uint8, read only
+    names: list            # [n] of the images
+    split: np.ndarray      # (n,) "train", "val", "test" or ""
+    labels: np.ndarray     # (n,L) uint8, multi-hot; all 0: unlabelled
+    classes: list          # [L] names
+    sensor: Sensor
+    scenes: list           # [m] names, in order of their first images
+    rows: list             # [m] int arrays: rows[i] are the images of scene i
+    labels_from: str       # where the labels come from, in words
+    notes: list            # lines for the user: what was left out, clipped bands, ...
+
+    def __post_init__(self):
+        self.size = self.images.shape[-1]
+        text = "\n".join(self.scenes)
+        self.checksum = f"{zlib.crc32(text.encode()):08x}"           # packs of one archive agree
+        classes = self.labels.sum(1)                                 # of each image
+        self.one_label = bool(classes.max(initial=0) == 1)
+        self.file = open(f"{self.path}/images.npy", "rb", buffering=0)
+
+    def read(self, rows, out):
+        """Copy the images `rows`, k numbers, into out (k,C,H,W), a contiguous uint8 array.
+
+        Whole images are read, by calls that leave Python's lock: several threads at once are as
+        fast as the disk.  A memory map would fetch them in pieces of 4 KB.
+        """
+        for row, image in zip(rows, out, strict=True):
+            memory = memoryview(image).cast("B")
+            place = self.images.offset + int(row) * len(memory)
+            while memory:
+                count = os.preadv(self.file.fileno(), [memory], place)
+                require(count > 0, f"{self.path}/images.npy: ends before image {row}")
+                memory = memory[count:]
+                place += count
 
 
-def statistics(scenes, workers=0):
-    """(C,8) as `moments`, over all images and with the std in place of the mean square."""
-    require(scenes.memory is None and scenes.sensor.mean,
-            "rgb and packed images have no sensor units")
-    paths = [scenes.files[i][s] for i, s in scenes.images_of(range(len(scenes)))]
-    job = partial(scenes.decode, scale=moments)
-    x = np.stack([*in_parallel(job, paths, workers, "statistics")])  # (n,C,9)
-    low = x[:, :, 2].min(0)
-    high = x[:, :, 3].max(0)
-    measured = x[:, :, 8:]                                           # (n,C,1)
-    require(measured.any(0).all(), "a band without any measurement: is nodata right?")
-    x = np.where(measured > 0, x, 0)[:, :, :8]
-    table = (x * measured).sum(0) / measured.sum(0)                  # (C,8)
-    table[:, 1] = np.sqrt((table[:, 1] - table[:, 0] ** 2).clip(0))  # std
-    table[:, 2] = low
-    table[:, 3] = high
-    return table
+def open_pack(path):
+    """Open the pack in a folder.  InputError: it is none, or its files do not agree."""
+    require(os.path.isdir(path), f"{path}: no such folder")
+    for name in ("images.npy", "images.csv", "pack.json"):
+        require(os.path.exists(f"{path}/{name}"),
+                f"{path}: no pack, it has no {name}; `python data.py pack {path} NEW_FOLDER "
+                f"--modality s1|s2c|s2a|rgb|SENSOR.json` makes one of an archive or of images")
+    index = read_json(f"{path}/pack.json")
+    sensor = index.get("sensor", index)                  # a name, a dict, or a sensor's file alone
+    with reading(f"{path}/pack.json"):
+        sensor = find_sensor(sensor) if isinstance(sensor, str) else make_sensor(sensor)
+    with reading(f"{path}/images.npy"):
+        images = np.load(f"{path}/images.npy", mmap_mode="r")
+    n, *shape = images.shape
+    C = len(sensor.bands)
+    require(images.dtype == np.uint8 and images.flags.c_contiguous and len(shape) == 3
+            and shape[0] == C and shape[1] == shape[2],
+            f"{path}/images.npy: {images.dtype} {images.shape}, expected uint8 (n, {C}, side, side)"
+            f" for the {C} bands of {sensor.name}")
+
+    scene_of, names, split, texts = read_images_csv(f"{path}/images.csv")
+    require(len(names) == n, f"{path}: {n} images in images.npy, {len(names)} in images.csv")
+    classes = index.get("classes", sorted({*";".join({*texts}).split(";")} - {""}))
+    rows = {}
+    for row, scene in enumerate(scene_of):
+        rows.setdefault(scene, []).append(row)
+    return Pack(path, images, names, np.array(split), multi_hot(texts, classes, path), classes,
+                sensor, [*rows], [np.array(members) for members in rows.values()],
+                index.get("labels_from", ""), index.get("notes", []))
 
 
-def measure_sensor(root, fields, tile=0, workers=0):
+def read_images_csv(path):
+    """images.csv -> its four columns, lists of text."""
+    with reading(path), open(path, newline="", encoding="utf-8-sig") as file:
+        rows = [row for row in csv.reader(file) if row]
+    require(len(rows) > 1 and rows[0] == HEADER, f"{path}: not {','.join(HEADER)} and their rows")
+    for number, row in enumerate(rows, start=1):
+        require(len(row) == 4, f"{path}: line {number} has {len(row)} cells, expected 4")
+    columns = [list(column) for column in zip(*rows[1:])]
+    unknown = {*columns[2]} - {"train", "val", "test", ""}
+    require(not unknown, f"{path}: split {unknown}, expected train, val, test or nothing")
+    return columns
+
+
+def multi_hot(texts, classes, path):
+    """["class;class", ...] -> (n,L) uint8."""
+    index = {name: k for k, name in enumerate(classes)}
+    kinds = {text: kind for kind, text in enumerate({*texts})}       # few: each is taken apart once
+    y = np.zeros((len(kinds), len(classes)), np.uint8)
+    for text, kind in kinds.items():
+        for name in filter(None, text.split(";")):
+            require(name in index, f"{path}/images.csv: class {name!r} is not in pack.json")
+            y[kind, index[name]] = 1
+    return y[[kinds[text] for text in texts]]
+
+
+def held_out(names, fraction):
+    """(n,) bool: the scenes set aside for testing, chosen by a hash of the name alone.
+
+    So pretraining and probing agree without a list, whatever else lies in the folder.
+    """
+    return np.array([zlib.crc32(name.encode()) / 2 ** 32 < fraction for name in names], bool)
+
+
+# ------------------------------------------------------------------------------------ statistics
+
+
+def scale_of(sensor):
+    """Mean and std (C,1) by which to_uint8 scales; those of display values span 0 to 255."""
+    C = len(sensor.bands)
+    mean = np.float64(sensor.mean or [127.5] * C)
+    std = np.float64(sensor.std or [63.75] * C)
+    return mean[:, None], std[:, None]
+
+
+def moments(image, sensor):
+    """An Image -> (7,C), numbers about the pixels of each band that hold a measurement.
+
+    How many they are, their sum, sum of squares, how many to_uint8 clips below and above, min, max.
+    """
+    x = np.float64(image.read())
+    x = x.reshape(len(x), -1)                                        # (C,HW)
+    mean, std = scale_of(sensor)
+    return np.stack([
+        (~np.isnan(x)).sum(1),
+        np.nansum(x, 1),
+        np.nansum(x * x, 1),
+        (x < mean - 2 * std).sum(1),
+        (x > mean + 2 * std).sum(1),
+        np.fmin.reduce(x, 1),                                        # of numbers, not of NaN
+        np.fmax.reduce(x, 1)])
+
+
+def statistics(archive, workers=0):
+    """Mean, std, min, max and the shares clipped below and above of each band: (C,6).
+
+    Over all pixels of all images, in the sensor's units; pixels without a measurement do not count.
+    InputError: a bad image, or a band without any measurement.
+    """
+    job = partial(moments, sensor=archive.sensor)
+    x = np.stack([*in_parallel(job, archive.images, workers, "statistics")])     # (n,7,C)
+    count, sums, squares, below, above = x[:, :5].sum(0)             # (C,) each
+    require(count.all(), "a band without any measurement: is nodata right?")
+    mean = sums / count
+    std = np.sqrt((squares / count - mean ** 2).clip(0))
+    low = np.fmin.reduce(x[:, 5])
+    high = np.fmax.reduce(x[:, 6])
+    return np.stack([mean, std, low, high, below / count, above / count], axis=1)
+
+
+def print_statistics(archive, workers):
+    """A line for each band: what its pixels are, and what the sensor takes them for."""
+    table = np.concatenate([statistics(archive, workers), *scale_of(archive.sensor)], axis=1)
+    print("band      mean       std       min       max  below  above  sensor: mean       std")
+    for name, row in zip(archive.sensor.bands, table):
+        print("{:4}{:10.2f}{:10.2f}{:10.2f}{:10.2f}{:7.2%}{:7.2%}{:14.2f}{:10.2f}"
+              .format(name, *row))
+
+
+def measure_sensor(root, fields, workers=0):
     """A Sensor for the images in a folder, with the mean and std of all their pixels.
 
-    fields: those that no pixel tells: name, bands, kind, and if need be scale, offset, decibels
-    and nodata.  ValueError: bad images, or a band that is constant.
+    fields: those that no pixel tells: name, bands, kind, and if need be channels, scale, offset,
+    decibels and nodata.  InputError: bad images, or a band that is constant.
     """
     C = len(fields["bands"])
-    unscaled = {"mean": [0.0] * C, "std": [1.0] * C}
-    sensor = make_sensor(fields | unscaled | {"dtype": find_dtype(root)})
-    table = statistics(Folder(root, sensor, tile=tile), workers)
-    for band, std in zip(sensor.bands, table[:, 1]):
-        require(std > 0, f"{root}: band {band} is constant")
-    mean = [float(f"{value:.6g}") for value in table[:, 0]]
-    std = [float(f"{value:.6g}") for value in table[:, 1]]
-    return replace(sensor, mean=mean, std=std)
+    fields = fields | {"mean": [0.0] * C, "std": [1.0] * C}
+    sensor = make_sensor(fields | {"dtype": "uint8"})
+    path = f"{root}/{find_images(root, sensor)[0]}"
+    sensor = replace(sensor, dtype=read_pixels(path, C).dtype.name)
+    if sensor.nodata is None:
+        sensor = replace(sensor, nodata=nodata_tag(path))
+        if sensor.nodata is not None:
+            print(f"{path}: GDAL's tag says that {sensor.nodata:g} is no data; --nodata overrides")
+    mean, std = statistics(read_folder(root, sensor), workers).T[:2]
+    for band, deviation in zip(sensor.bands, std):
+        require(deviation > 0, f"{root}: band {band} is constant")
+    return replace(sensor, mean=[float(f"{value:.6g}") for value in mean],
+                   std=[float(f"{value:.6g}") for value in std])
 
 
-def find_dtype(root):
-    """The numpy name of the pixels' type in the first image of a folder that can be read."""
-    for folder in [*subfolders(root), "."]:
-        for path in list_images(f"{root}/{folder}", [".tif", ".tiff"]):
-            with suppress(ValueError):
-                return read_tiff(path).dtype.name
-        for path in list_images(f"{root}/{folder}", [".png", ".jpg", ".jpeg"]):
-            with suppress(ValueError):
-                return read_picture(path).dtype.name
-    raise ValueError(f"{root}: no image that can be read, in it or its folders")
+def nodata_tag(path):
+    """The value that a TIFF of GDAL's says is no data; None: it says nothing."""
+    if not path.lower().endswith(TIFF):
+        return None
+    with reading(path), tifffile.TiffFile(path) as tiff:
+        tag = tiff.pages.first.tags.get(42113)
+        return None if tag is None else float(tag.value)
 
 
 # --------------------------------------------------------------------------------- augmentation
@@ -1447,7 +1211,7 @@ def find_dtype(root):
 
 
 def draw_crops(n, generator, area_min=0.2, area_max=1.0):
-    """Where n views look: {name: (n,) floats}.
+    """The crops of n views: {name: (n,) floats}.
 
         h, w            sides as shares of the image's: area U(area_min, area_max) of the image,
                         aspect log-uniform in [3/4, 4/3]
@@ -1472,7 +1236,7 @@ def draw_crops(n, generator, area_min=0.2, area_max=1.0):
 
 
 def draw_colours(n, sensor, generator, p=0.8, jitter=0.4, grey=0.2, blur=0.5):
-    """In what light n views are seen: {name: (n,) floats; offset: (n,C) or (n,1)}.
+    """The colours of n views: {name: (n,) floats; offset: (n,C) or (n,1)}.
 
     With probability p a view is jittered:
 
@@ -1514,9 +1278,10 @@ def draw_colours(n, sensor, generator, p=0.8, jitter=0.4, grey=0.2, blur=0.5):
 
 
 def crop(x, p, size):
-    """uint8 (n,C,H,W) and what draw_crops drew -> float (n,C,size,size) in [0,1], on x's device.
+    """uint8 (n,C,H,W) and what draw_crops drew -> (n,C,size,size) in [0,1], on x's device.
 
-    Crop, resize and flip are one bilinear sampling of all images at once.
+    Crop, resize and flip are one bilinear sampling of all images at once.  The views are of
+    PyTorch's default type.
     """
     p = {name: value.to(x.device, non_blocking=True)[:, None] for name, value in p.items()}
     # Centres of the pixels of a view, which spans [-1, 1].  F.affine_grid gives the same numbers,
@@ -1526,17 +1291,18 @@ def crop(x, p, size):
     rows = p["h"] * p["flip_y"] * centres + p["y"]                   # (n,size)
     grid = torch.stack([columns[:, None, :].expand(-1, size, -1),
                         rows[:, :, None].expand(-1, -1, size)], dim=3)       # (n,size,size,2)
-    x = F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
+    x = x.to(torch.get_default_dtype())
+    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
     return x.div_(255)
 
 
 def colour(x, p):
-    """float (n,C,H,W) in [0,1] and what draw_colours drew -> the same images in that light."""
+    """float (n,C,H,W) in [0,1] and what draw_colours drew -> the same images in these colours."""
     # decided while the numbers are on the CPU: asking a GPU would make it wait
     blurred = p["blur"].nonzero()[:, 0]
     changes_saturation = bool((p["saturation"] != 1).any())
     reach = int(np.ceil(3 * float(p["blur"].max()) * x.shape[-1] / 224))     # 3 std, in pixels
-    p = {name: value.to(x.device, non_blocking=True).view(len(x), -1, 1, 1)
+    p = {name: value.to(x.device, x.dtype, non_blocking=True).view(len(x), -1, 1, 1)
          for name, value in p.items()}                               # (n,1,1,1); offset (n,C,1,1)
 
     x = change_light(x, p["brightness"], p["contrast"], p["offset"])
@@ -1585,42 +1351,109 @@ def blur_images(x, std, reach):
     return x.view(n, C, H, W)
 
 
+# ---------------------------------------------------------------------------------- command line
+
+EXAMPLES = """examples:
+  python data.py toy toy                                  an artificial world of 2,000 scenes
+  python data.py pack toy toy_s1 --modality s1            its radar images as a pack
+  python data.py pack SSL4EO packed --modality s2c        v1.0 or v1.1, with the labels in it
+  python data.py pack EuroSAT euro --modality eurosat --labels classes
+  python data.py pack DIR mine --modality rgb --labels table.csv --size 128
+  python data.py stats SSL4EO --modality s2c              mean, std and range of each band
+  python data.py stats DIR --bands B2 B3 B4 B8 --out my.json          a sensor for --modality
+  python data.py stats DIR --bands red nir --channels 3 7 --out my.json       of two channels
+  python pretrain.py --modality s1 --data toy_s1          pretrain on a pack
+"""
+
+
+def parse(argv):
+    """Command line -> namespace of flags.  Wrong flags end the program with one line."""
+    parser = argparse.ArgumentParser(
+        description="Put archives and folders of satellite images into packs, measure them, write "
+                    "the toy world.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    source = argparse.ArgumentParser(add_help=False)                 # what pack and stats share
+    source.add_argument("root", help="SSL4EO-S12 v1.0 or v1.1, BigEarthNet v1 or v2, or a folder "
+                                     "of TIFF, PNG or JPEG images")
+    source.add_argument("--modality", metavar="SENSOR",
+                        help=f"{', '.join(SENSORS)}, or a JSON file that stats wrote")
+    source.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+
+    flag = commands.add_parser("toy", help="write the toy world, an SSL4EO-S12 v1.0 tree",
+                               allow_abbrev=False).add_argument
+    flag("root", help="a new folder")
+    flag("--scenes", type=int, default=2000, help="places, four seasons each")
+    flag("--size", type=int, default=36, help="side in pixels, a multiple of 6")
+    flag("--seed", type=int, default=0, help="another seed, another world")
+
+    flag = commands.add_parser("pack", help="put all images into one array and one table",
+                               parents=[source], allow_abbrev=False).add_argument
+    flag("out", help="a new folder")
+    flag("--labels", metavar="FILE", help="the json of SSL4EO-S12-ML; a table of an image, then 0 "
+                                          "or 1 for each class; or classes: the folders' names")
+    flag("--skip-bad", action="store_true", help="leave out images that cannot be read")
+    flag("--size", type=int, default=0, metavar="N", help="side in pixels, to which the central "
+                                                          "square is resized; default: the usual")
+
+    flag = commands.add_parser("stats", help="mean, std, range of each band; or make a new sensor",
+                               parents=[source], allow_abbrev=False).add_argument
+    flag("--bands", nargs="+", metavar="BAND", help="names of a new sensor's bands")
+    flag("--out", metavar="FILE", help="JSON file for the new sensor")
+    flag("--channels", nargs="+", type=int, default=(), metavar="N",
+         help="where in a file each of its bands lies, from 0; default: 0 1 2 ...")
+    flag("--kind", choices=["optical", "radar", "rgb"], default="optical",
+         help="of the new sensor: which colours change in training (%(default)s)")
+    flag("--scale", type=float, default=1.0, help="units = pixels * scale + offset")
+    flag("--offset", type=float, default=0.0, help="for example -1000")
+    flag("--decibels", action="store_true", help="pixels are linear power")
+    flag("--nodata", type=float, help="value of pixels without a measurement, or nan; default: "
+                                      "what GDAL's tag in the TIFFs says")
+    args = parser.parse_args(argv)
+    new_sensor = args.command == "stats" and args.bands and args.out
+    if args.command != "toy" and bool(args.modality) == bool(new_sensor):
+        parser.error("--modality is required, or for stats --bands and --out instead of it")
+    return args
+
+
+def main(argv=None):
+    """Run a command.  InputError, OSError: what was given cannot be used."""
+    args = parse(argv)
+    if args.command == "toy":
+        make_toy(args.root, args.scenes, args.size, args.seed)
+    elif args.command == "pack":
+        archive = open_archive(args.root, find_sensor(args.modality), args.labels)
+        pack(archive, args.out, args.size, args.skip_bad, args.workers)
+    elif args.modality:
+        print_statistics(open_archive(args.root, find_sensor(args.modality)), args.workers)
+    else:
+        names = ("bands", "kind", "channels", "scale", "offset", "decibels", "nodata")
+        fields = {name: getattr(args, name) for name in names}
+        sensor = measure_sensor(args.root, fields | {"name": Path(args.out).stem}, args.workers)
+        lines = [f" {json.dumps(name)}: {json.dumps(value)}"
+                 for name, value in dataclasses.asdict(sensor).items()]
+        Path(args.out).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        print(f"{args.out}: {len(sensor.bands)} bands of {sensor.dtype}; check its unit and which "
+              f"bands are red, green, blue; then --modality {args.out}")
+
+
 # ------------------------------------------------------------------------------------- toy world
 
-# s2c: reflectance x 10000 of each class in the 13 bands; s1: backscatter of VV and VH in decibels;
-# texture: how much its brightness varies
-LAND = {
-    "water": {
-        "s2c": [1300, 1000, 800, 550, 450, 350, 320, 280, 260, 120, 10, 120, 80],
-        "s1": [-19, -26], "texture": 0.1},
-    "trees": {
-        "s2c": [1220, 880, 800, 520, 850, 1850, 2200, 2150, 2350, 800, 14, 1200, 550],
-        "s1": [-9.5, -14.5], "texture": 1},
-    "grass": {
-        "s2c": [1330, 1080, 1120, 900, 1500, 2550, 2950, 2850, 3050, 980, 18, 2250, 1250],
-        "s1": [-13, -20], "texture": 1},
-    "flooded vegetation": {
-        "s2c": [1290, 1020, 900, 680, 850, 1400, 1600, 1550, 1650, 550, 12, 750, 400],
-        "s1": [-9, -18.5], "texture": 1},
-    "crops": {
-        "s2c": [1380, 1130, 1180, 950, 1600, 3000, 3900, 3800, 4000, 1150, 20, 1900, 1000],
-        "s1": [-11.5, -17], "texture": 1},
-    "shrub & scrub": {
-        "s2c": [1420, 1200, 1180, 1250, 1600, 2050, 2250, 2200, 2450, 880, 21, 2700, 1950],
-        "s1": [-12, -18.5], "texture": 1},
-    "built": {
-        "s2c": [1800, 1720, 1680, 1750, 1850, 1950, 2000, 2050, 2100, 780, 25, 2100, 1900],
-        "s1": [-5, -12], "texture": 1.2},
-    "bare": {
-        "s2c": [1700, 1560, 1680, 2100, 2450, 2600, 2700, 2700, 2900, 900, 26, 3500, 3100],
-        "s1": [-15, -23], "texture": 0.8},
-    "snow & ice": {
-        "s2c": [4200, 4000, 3900, 3900, 3800, 3600, 3500, 3400, 3300, 1300, 60, 800, 600],
-        "s1": [-13, -19], "texture": 0.3},
-}
-SPECTRA = np.float32([land["s2c"] for land in LAND.values()])        # (9,13)
-BACKSCATTER = np.float32([land["s1"] for land in LAND.values()])     # (9,2)
-TEXTURE = np.array([land["texture"] for land in LAND.values()])      # (9,)
+# rows in the order of CLASSES; reflectance x 10000 in the 13 bands of s2c
+SPECTRA = np.float32([
+    [1300, 1000, 800, 550, 450, 350, 320, 280, 260, 120, 10, 120, 80],
+    [1220, 880, 800, 520, 850, 1850, 2200, 2150, 2350, 800, 14, 1200, 550],
+    [1330, 1080, 1120, 900, 1500, 2550, 2950, 2850, 3050, 980, 18, 2250, 1250],
+    [1290, 1020, 900, 680, 850, 1400, 1600, 1550, 1650, 550, 12, 750, 400],
+    [1380, 1130, 1180, 950, 1600, 3000, 3900, 3800, 4000, 1150, 20, 1900, 1000],
+    [1420, 1200, 1180, 1250, 1600, 2050, 2250, 2200, 2450, 880, 21, 2700, 1950],
+    [1800, 1720, 1680, 1750, 1850, 1950, 2000, 2050, 2100, 780, 25, 2100, 1900],
+    [1700, 1560, 1680, 2100, 2450, 2600, 2700, 2700, 2900, 900, 26, 3500, 3100],
+    [4200, 4000, 3900, 3900, 3800, 3600, 3500, 3400, 3300, 1300, 60, 800, 600]])
+# backscatter of VV and VH in decibels
+BACKSCATTER = np.float32([[-19, -26], [-9.5, -14.5], [-13, -20], [-9, -18.5], [-11.5, -17],
+                          [-12, -18.5], [-5, -12], [-15, -23], [-13, -19]])
+TEXTURE = np.array([0.1, 1, 1, 1, 1, 1, 1.2, 0.8, 0.3])              # how much brightness varies
 WATER, TREES, GRASS, FLOODED, CROPS, SHRUB, BUILT, BARE, SNOW = range(9)
 VEGETATION = slice(TREES, SHRUB + 1)
 WINTER, SPRING, SUMMER, AUTUMN = range(4)
@@ -1658,35 +1491,25 @@ def textures(rng, size):
     parcels = smooth(rng, size, 4) > 0                               # ploughed in two directions
     ploughed = [stripes(rng, size, rng.uniform(4, 6), 0) for _ in range(2)]
     houses = town(rng, size)
-    t = {
-        "water": smooth(rng, size, 1),
-        "trees": smooth(rng, size, 1.2),
-        "grass": smooth(rng, size, 5),
-        "flooded vegetation": np.sign(smooth(rng, size, 2.5)),
-        "crops": np.where(parcels, *ploughed),
-        "shrub & scrub": smooth(rng, size, 0.8) > 1.3,
-        "built": houses,
-        "bare": stripes(rng, size, rng.uniform(8, 12), 2 * smooth(rng, size, 6)),
-        "snow & ice": smooth(rng, size, 8),
-    }
-    t = np.stack(list(t.values())).astype(np.float32)
+    t = [                                                            # in the order of CLASSES
+        smooth(rng, size, 1),
+        smooth(rng, size, 1.2),
+        smooth(rng, size, 5),
+        np.sign(smooth(rng, size, 2.5)),
+        np.where(parcels, *ploughed),
+        smooth(rng, size, 0.8) > 1.3,
+        houses,
+        stripes(rng, size, rng.uniform(8, 12), 2 * smooth(rng, size, 6)),
+        smooth(rng, size, 8),
+    ]
+    t = np.stack(t).astype(np.float32)
     return (t - t.mean((1, 2), keepdims=True)) / (t.std((1, 2), keepdims=True) + 1e-6)
 
 
 def summer_cover(rng, size, cold, wet, populated):
     """(size,size) class of each pixel: three to five classes that fit the climate."""
-    chance = {
-        "water": wet,
-        "trees": 1,
-        "grass": 1,
-        "flooded vegetation": 0.8 * wet,
-        "crops": 1,
-        "shrub & scrub": 1 - wet / 2,
-        "built": populated,
-        "bare": 1 - wet,
-        "snow & ice": cold - 0.15,
-    }
-    chance = np.array(list(chance.values())) + 0.15
+    chance = 0.15 + np.array(                                        # in the order of CLASSES
+        [wet, 1, 1, 0.8 * wet, 1, 1 - wet / 2, populated, 1 - wet, cold - 0.15])
     present = rng.choice(9, rng.integers(3, 6), replace=False, p=chance / chance.sum())
     score = np.stack([smooth(rng, size, size / 10) for _ in present])
     score += rng.normal(0, 0.6, (len(present), 1, 1))                # some cover more than others
@@ -1792,8 +1615,7 @@ def write_bands(folder, sensor, x, position):
             (33550, "d", 3, (degrees, degrees, 0), True),            # size of a pixel
             (33922, "d", 6, (0, 0, 0, *position, 0), True),          # place of the first pixel
             (34735, "H", 12, (1, 1, 0, 2, 1024, 0, 1, 2, 2048, 0, 1, 4326), True)]   # EPSG:4326
-        with file_errors(f"{folder}/{name}.tif", "not written"):
-            tifffile.imwrite(f"{folder}/{name}.tif", pixels, metadata=None, extratags=geotags)
+        tifffile.imwrite(f"{folder}/{name}.tif", pixels, metadata=None, extratags=geotags)
 
 
 def write_toy_scene(i, root, size, seed):
@@ -1839,136 +1661,18 @@ def make_toy(root, scenes=2000, size=36, seed=0, workers=os.cpu_count()):
     return root
 
 
-# ---------------------------------------------------------------------------------- command line
-
-EXAMPLES = """examples:
-  python data.py toy toy                              an artificial world of 2,000 scenes
-  python data.py check SSL4EO --modality s1           list the files that are missing or broken
-  python data.py stats SSL4EO --modality s2c          mean, std and range of each band
-  python data.py stats DIR --bands B2 B3 B4 B8 --out my.json       a sensor for --modality
-  python data.py pack SSL4EO PACKED --modality s2c    one file of pixels, much faster to read
-  python pretrain.py --modality s2c --data PACKED     pretrain on it
-"""
-
-
-def parse(argv):
-    """Command line -> namespace of flags.  Wrong flags end the program with one line."""
-    parser = argparse.ArgumentParser(
-        description="Make, check, measure and pack folders of satellite images.", epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    toy = commands.add_parser("toy", allow_abbrev=False,
-                              help="write the toy world, an SSL4EO-S12 v1.0 tree")
-    toy.add_argument("root", help="a new folder")
-    toy.add_argument("--scenes", type=int, default=2000, help="places, four seasons each")
-    toy.add_argument("--size", type=int, default=36, help="side in pixels, a multiple of 6")
-    toy.add_argument("--seed", type=int, default=0, help="another seed, another world")
-
-    source = argparse.ArgumentParser(add_help=False)                 # what the other three share
-    source.add_argument("root", help="any folder that pretrain.py takes as --data")
-    source.add_argument("--modality", metavar="SENSOR",
-                        help="s1 (radar), s2c (optical, L1C), s2a (optical, L2A), rgb or a JSON")
-    source.add_argument("--labels", help="labels to pack, as in pretrain.py")
-    source.add_argument("--layout", choices=["eurosat"], help="as in pretrain.py")
-    source.add_argument("--tile", type=int, default=0, metavar="N", help="as in pretrain.py")
-    source.add_argument("--workers", type=int, default=os.cpu_count(), help="reading processes")
-
-    commands.add_parser("check", parents=[source], allow_abbrev=False,
-                        help="read everything and list each bad file; exit code 1 if there is one")
-    stats = commands.add_parser(
-        "stats", parents=[source], allow_abbrev=False,
-        help="mean, std and range of each band, and the shares that are clipped; or a new sensor")
-    stats.add_argument("--bands", nargs="+", metavar="BAND",
-                       help="instead of --modality: names of the bands in the order of the files")
-    stats.add_argument("--out", metavar="FILE", help="JSON file for the sensor that --bands makes")
-    stats.add_argument("--kind", choices=["optical", "radar", "rgb"], default="optical",
-                       help="of the new sensor: which colours change in training (%(default)s)")
-    stats.add_argument("--scale", type=float, default=1.0, help="units = pixels * scale + offset")
-    stats.add_argument("--offset", type=float, default=0.0, help="for example -1000")
-    stats.add_argument("--decibels", action="store_true", help="pixels are linear power")
-    stats.add_argument("--nodata", type=float, help="value of pixels without a measurement, or nan")
-    packing = commands.add_parser("pack", parents=[source], allow_abbrev=False,
-                                  help="put all images into one file, which --data takes as well")
-    packing.add_argument("out", help="a new folder")
-    packing.add_argument("--skip-bad", action="store_true",
-                         help="leave out scenes with bad files, and name them")
-    args = parser.parse_args(argv)
-    if args.command == "stats" and args.bands:
-        if args.modality or not args.out:
-            parser.error("--bands goes with --out, and without --modality")
-    elif args.command != "toy" and not args.modality:
-        parser.error("the following arguments are required: --modality")
-    return args
-
-
-def write_sensor(args):
-    """Measure the images in args.root and write the sensor that they make to args.out."""
-    fields = {"name": Path(args.out).stem, "bands": args.bands, "kind": args.kind,
-              "scale": args.scale, "offset": args.offset, "decibels": args.decibels,
-              "nodata": args.nodata}
-    sensor = measure_sensor(args.root, fields, args.tile, args.workers)
-    lines = [f" {json.dumps(name)}: {json.dumps(value)}"
-             for name, value in dataclasses.asdict(sensor).items()]
-    with file_errors(args.out, "not written"):
-        Path(args.out).write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    print(f"{args.out}: {len(sensor.bands)} bands of {sensor.dtype}; look at its unit and at which "
-          f"bands look red, green, blue; then --modality {args.out}")
-
-
-def print_bad_files(scenes, workers):
-    """Print a line for each bad file -> as find_bad_files."""
-    bad = find_bad_files(scenes, workers)
-    for problems in bad.values():
-        print(*problems, sep="\n")
-    return bad
-
-
-def print_statistics(scenes, workers):
-    print("band      mean       std       min       max  below  above  sensor: mean       std")
-    for name, row in zip(scenes.sensor.bands, statistics(scenes, workers)):
-        mean, std, low, high, below, above, sensor_mean, sensor_std = row
-        print(f"{name:4}{mean:10.2f}{std:10.2f}{low:10.2f}{high:10.2f}{below:7.2%}{above:7.2%}"
-              f"{sensor_mean:14.2f}{sensor_std:10.2f}")
-
-
-def main(argv=None):
-    """Run a command -> exit code.  ValueError, OSError: what was given cannot be used."""
-    args = parse(argv)
-    if args.command == "toy":
-        make_toy(args.root, args.scenes, args.size, args.seed)
-        return 0
-    if args.command == "stats" and args.bands:
-        write_sensor(args)
-        return 0
-    scenes = open_data(args.root, find_sensor(args.modality), args.labels, layout=args.layout,
-                       tile=args.tile)
-    for note in scenes.notes:
-        print(note)
-    images = sum(len(files) for files in scenes.files)
-    if args.command == "stats":
-        print_statistics(scenes, args.workers)
-    if args.command == "check":
-        bad = print_bad_files(scenes, args.workers)
-        count = sum(len(problems) for problems in bad.values())
-        print(f"{args.root}: {images} images of {len(scenes)} scenes, {count} bad files")
-        return int(count > 0)
-    if args.command == "pack":
-        require_new(args.out)
-        if args.skip_bad:
-            bad = print_bad_files(scenes, args.workers)
-            for i in bad:
-                print(f"left out: {scenes.ids[i]}")
-            scenes = leave_out(scenes, bad)
-        pack(scenes, args.out, args.workers)
-        images = sum(len(files) for files in scenes.files)
-        print(f"{args.out}: {images} images of {len(scenes)} scenes")
-    return 0
+def toy_pack(modality):
+    """Make the toy world in ./toy and a pack of its s1 or s2c -> the pack's path, ./toy_s1."""
+    require(modality in ("s1", "s2c"), f"--modality {modality}: the toy world has s1 and s2c; name "
+                                       f"a pack of yours with --data")
+    path = f"toy_{modality}"
+    if not os.path.exists(path):
+        pack(open_archive(make_toy("toy"), SENSORS[modality]), path)
+    return path
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        first_line = error_message(error).partition("\n")[0]         # of a product, the first file
-        sys.exit(f"data.py: error: {first_line}")
+        main()
+    except (InputError, OSError) as error:
+        sys.exit(f"data.py: error: {error}")

@@ -92,52 +92,28 @@ def info_nce(q, k, tau, offset=0):
     return F.cross_entropy(logits, same_scene)                                          # eq. (2)
 
 
-# Temperature of the soft term for each of its forms. The release names none: these are ours.
-SOFT_TAU = {"ce": 0.2, "bce": 0.2, "bce_mean": 1.0}
-
-
-def soft_contrastive(q, k, yq, yk, form="bce", tau=None):
+def soft_contrastive(q, k, yq, yk, tau=0.2):
     """Soft contrast: the similarity c_ij = q_i.k_j follows the label similarity s_ij.
 
-    q (N,D) and k (M,D) are normalised here; yq (N,L) and yk (M,L) are multi-hot. SoftCon's release
-    has no formula, so `form` chooses one of three readings:
+        mean_i  sum_j  BCE(sigmoid(c_ij / tau), s_ij)
 
-        ce        mean_i  sum_j  -s_ij / (sum_l s_il)  log softmax_j(c_ij / tau)
-        bce       mean_i  sum_j  BCE(sigmoid(c_ij / tau), s_ij)
-        bce_mean  mean_i  mean_j BCE(sigmoid(c_ij / tau), s_ij)
+    q (N,D) and k (M,D) are normalised here; yq (N,L) and yk (M,L) are multi-hot. The formula is
+    our reading: we know of no published equation or temperature, and the pretraining code was never
+    released. The term sums over the keys, so its share of the gradient grows with the batch.
 
-    bce sums over the keys, so its share of the gradient grows with the batch; the share of the
-    other two does not. tau=None takes SOFT_TAU[form].
-
-    A pair of which one has no labels adds 0, but mean_i and mean_j count it: with few labels the
-    term is weak. (In ce the softmax is over the labelled keys.) A mean over the labelled rows alone
-    weighs a pair the more, the fewer labels there are: with labels of 10 % of UC Merced that was
-    worse than no soft term [tests/lab/results, Few labels]. A labelled row that shares no class
-    with any key adds 0 to ce.
+    A pair of which one has no labels adds 0, but the mean counts its row: with few labels the term
+    is weak. A mean over the labelled rows alone weighs a pair the more, the fewer labels there are:
+    with labels of 10 % of UC Merced that was worse than no soft term.
     """
-    if tau is None:
-        tau = SOFT_TAU[form]
-    labelled_q = has_labels(yq)                                                     # (N,)
-    labelled_k = has_labels(yk)                                                     # (M,)
     s = label_similarity(yq, yk)                                                    # (N,M)
     logits = cosine(q, k) / tau                                                     # (N,M)
-
-    if form == "ce":
-        row_sum = s.sum(1, keepdim=True).clamp_min(1e-12)                           # (N,1)
-        target = s / row_sum                                                        # (N,M)
-        # -1e4 takes a key out of the softmax; -inf would give 0 x inf = NaN in the product below
-        log_p = logits.masked_fill(~labelled_k, -1e4).log_softmax(1)                # (N,M)
-        terms = -target * log_p                              # rows without labels: target is 0
-    else:
-        terms = F.binary_cross_entropy_with_logits(logits, s.to(logits), reduction="none")
-        labelled_pairs = labelled_q[:, None] & labelled_k                           # (N,M)
-        terms = terms * labelled_pairs
-        if form == "bce_mean":
-            terms = terms / len(k)
-    return terms.sum() / len(q)                                                         # eq. (3)
+    terms = F.binary_cross_entropy_with_logits(logits, s.to(logits), reduction="none")
+    labelled_pairs = has_labels(yq)[:, None] & has_labels(yk)                       # (N,M)
+    terms = terms * labelled_pairs
+    return terms.sum() / len(q)                                      # eq. (3), which is our reading
 
 
-def softcon_loss(q, k, yq, yk, tau=0.2, weight=0.5, form="bce", soft_tau=None):
+def softcon_loss(q, k, yq, yk, tau=0.2, weight=0.5, soft_tau=0.2):
     """InfoNCE + weight * soft term, for this rank's queries against the keys of all ranks.
 
     k and yk are already gathered from all ranks; q and yq are this rank's. All ranks have equally
@@ -151,7 +127,7 @@ def softcon_loss(q, k, yq, yk, tau=0.2, weight=0.5, form="bce", soft_tau=None):
     if dist.is_initialized():
         rank = dist.get_rank()
     hard = info_nce(q, k, tau, offset=rank * len(q))
-    soft = soft_contrastive(q, k, yq, yk, form, soft_tau)
+    soft = soft_contrastive(q, k, yq, yk, soft_tau)
     loss = hard + weight * soft                                                         # eq. (4)
     return loss, hard, soft
 
@@ -225,15 +201,15 @@ def patchify(x, P):
     return x.reshape(B, -1, P * P * C)
 
 
-def pixel_loss(guess, pixels, unseen):
+def pixel_loss(guess, pixels, guessed_patches):
     """768 x the mean squared error of the guessed patches.
 
-    guess (b,m,PPC) is compared with the patches that unseen (b,m) names among pixels (b,N,PPC),
-    which patchify gives. The factor 768 is the number of values of PerA's 16 x 16 x 3 patches: for
-    them the loss is the squared error summed over a patch, as released. A mean keeps the weight of
-    the term the same for other patch sizes and bands.
+    guess (b,m,PPC) is compared with those of pixels (b,N,PPC), which patchify gives, that
+    guessed_patches (b,m) names. The factor 768 is the number of values of PerA's 16 x 16 x 3
+    patches: for them the loss is the squared error summed over a patch, as released. A mean keeps
+    the weight of the term the same for other patch sizes and bands.
     """
-    index = unseen[..., None].expand(-1, -1, pixels.shape[-1])                      # (b,m,PPC)
+    index = guessed_patches[..., None].expand(-1, -1, pixels.shape[-1])             # (b,m,PPC)
     target = pixels.gather(1, index)                                                # (b,m,PPC)
     error = F.mse_loss(at_least_float32(guess), at_least_float32(target))
     return 768 * error                                                                  # eq. (9)
@@ -274,29 +250,30 @@ def pera_loss(student, teacher, prototypes, centre, tau_teacher, n_crops, n_glob
 # ------------------------------------------------------------------------------------------ masks
 
 
-def disjoint_masks(batch, n_tokens, student=0.2, unseen=0.2, teacher=0.6, generator=None,
+def disjoint_masks(batch, n_tokens, student=0.2, guessed=0.2, teacher=0.6, generator=None,
                    device=None):
     """Draw PerA's three sets of patches, which share no patch [4, pera.py].
 
-    Returns the student's patches, those that neither sees and the student must guess, and the
-    teacher's. Each set is (batch, n) indices, sorted, drawn uniformly. The arguments are shares of
-    the n_tokens patches. Shares that sum to less than 1 leave the rest unused. A sum above 1 or a
-    set without a patch is a ValueError.
+    Returns student_patches, which only the student sees, guessed_patches, which nobody sees and
+    the student must guess, and teacher_patches. Each is (batch, n) indices, sorted, drawn
+    uniformly. The arguments are shares of the n_tokens patches. Shares that sum to less than 1
+    leave the rest unused. A sum above 1 or a set without a patch is a ValueError.
     """
-    unused = 1 - student - unseen - teacher
+    unused = 1 - student - guessed - teacher
     n_student = round(student * n_tokens)
     n_teacher = n_tokens - round((1 - teacher) * n_tokens)       # rounded as in the release
     n_unused = round(max(unused, 0) * n_tokens)
-    n_unseen = n_tokens - n_student - n_teacher - n_unused
+    n_guessed = n_tokens - n_student - n_teacher - n_unused
     # sums such as 0.2 + 0.2 + 0.6 may exceed 1 by a rounding error
-    if unused < -1e-6 or min(n_student, n_unseen, n_teacher) < 1:
-        raise ValueError(f"mask ratios {student} {unseen} {teacher} of {n_tokens} patches: each "
-                         f"part needs at least one, and their sum may not exceed 1")
+    if unused < -1e-6 or min(n_student, n_guessed, n_teacher) < 1:
+        raise ValueError(f"mask ratios {student} {guessed} {teacher} of {n_tokens} patches: each "
+                         f"set needs at least one, and their sum may not exceed 1")
     noise = torch.rand(batch, n_tokens, generator=generator)
     order = noise.argsort(1)                                     # (batch, N), a permutation each
-    parts = order.split([n_student, n_unseen, n_unused, n_teacher], dim=1)              # eq. (6)
-    by_student, by_none, _, by_teacher = [part.sort(1).values.to(device) for part in parts]
-    return by_student, by_none, by_teacher
+    sets = order.split([n_student, n_guessed, n_unused, n_teacher], dim=1)              # eq. (6)
+    sets = [patches.sort(1).values.to(device) for patches in sets]
+    student_patches, guessed_patches, _, teacher_patches = sets
+    return student_patches, guessed_patches, teacher_patches
 
 
 def draw_blocks(batch, grid, n_mask, generator, blocks):
@@ -350,8 +327,8 @@ def block_mask(batch, grid, ratio, generator=None, blocks=16):
     return order[:, n_mask:].sort(1).values
 
 
-def blank_patches(x, keep, patch_size):
-    """Set every patch of x (B,C,H,W) that is not in keep (B,n) to 0.5, the sensor's mean.
+def blank_patches(x, patches, patch_size):
+    """Set every patch of x (B,C,H,W) but the given patches (B,n) to 0.5, the sensor's mean.
 
     This masks the input of backbones that cannot drop tokens (ResNet).
     """
@@ -359,7 +336,7 @@ def blank_patches(x, keep, patch_size):
     h = H // patch_size
     w = W // patch_size
     kept = torch.zeros(B, h * w, dtype=torch.bool, device=x.device)
-    kept = kept.scatter(1, keep, True).reshape(B, 1, h, w)
+    kept = kept.scatter(1, patches, True).reshape(B, 1, h, w)
     kept = kept.repeat_interleave(patch_size, dim=2)
     kept = kept.repeat_interleave(patch_size, dim=3)                                # (B,1,H,W)
     return torch.where(kept, x, 0.5)
@@ -391,12 +368,12 @@ def collapse(features):
 def soft_share(q, hard, soft):
     """Share of the weighted soft term in the gradient norm at the embeddings q, over all ranks.
 
-    q (N,D) are this rank's; hard and soft its two parts of the loss, weights included. Returns
+    q (N,D) are this rank's; hard and soft its two terms of the loss, weights included. Returns
     |soft| / (|hard| + |soft|) in [0,1]. Every rank must call it, before the backward pass.
     """
     norms = []
-    for part in (hard, soft):
-        gradient, = torch.autograd.grad(part, q, retain_graph=True)
+    for term in (hard, soft):
+        gradient, = torch.autograd.grad(term, q, retain_graph=True)
         norms.append(gradient.norm())
     ranks = gather(torch.stack(norms)[None])                                        # (R,2)
     hard_norm, soft_norm = ranks.norm(dim=0)       # the root of the squares summed over all ranks

@@ -6,10 +6,10 @@ takes any number of channels (Sentinel-1: 2, Sentinel-2: 12 or 13, RGB: 3). The 
 depend on the satellite.
 
     build(arch, in_chans) -> module    load_pretrained(module, path)    python model.py inspect FILE
-    build_from(path) -> module         export_backbone(module)          python model.py fold -h
+    build_from(path) -> module         export_backbone(module)
 
 [1] He et al. 2016, Deep residual learning; the stride sits on the 3x3 as in torchvision (v1.5)
-[2] Dosovitskiy et al. 2021, ViT; Oquab et al. 2023, DINOv2 (LayerScale, SwiGLU, position table)
+[2] Dosovitskiy et al. 2021, ViT; Oquab et al. 2023, DINOv2 (LayerScale, position table)
 [3] Chen, Xie, He 2021, MoCo v3: projector and predictor
 [4] Shen et al. 2026, PerA
 
@@ -17,14 +17,15 @@ Letters: B batch, C channels, H W pixels, P patch side, N = (H/P)(W/P) patches, 
 """
 import argparse
 import math
-import os
+import pickle
 import re
+import struct
 import sys
 import zipfile
 from collections import Counter
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -37,7 +38,6 @@ VITS = {
     "vit_small": dict(width=384, depth=12, heads=6),
     "vit_base": dict(width=768, depth=12, heads=12),
     "vit_large": dict(width=1024, depth=24, heads=16),
-    "vit_giant2": dict(width=1536, depth=40, heads=24),         # DINOv2's ViT-g, with SwiGLU
     "vit_pera_g": dict(width=1024, depth=40, heads=16),         # PerA's "ViT-g", no LayerScale
 }
 
@@ -69,60 +69,11 @@ def build(arch, in_chans, img_size=224, patch_size=14, registers=0, drop_path=0.
 # ------------------------------------------------------------------------------------- ResNet [1]
 
 
-class AllReduce(torch.autograd.Function):
-    """Sums a tensor over all ranks.
-
-    The gradient is summed as well, because the loss of every rank depends on x of every rank.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient):
-        total = gradient.clone()
-        dist.all_reduce(total)
-        return total
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """Batch norm of (B,C) or (B,C,H,W) over the global batch.
-
-    W ranks with B/W images each compute what one rank with B images computes. On one rank it is
-    PyTorch's own batch norm. nn.SyncBatchNorm does the same, but refuses to run on the CPU.
-    """
-
-    def _check_input_dim(self, x):
-        pass                              # nn.BatchNorm2d would refuse (B,C), which the heads have
-
-    def forward(self, x):
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        if world == 1 or not self.training:
-            return super().forward(x)
-        # channels last; the means below do not depend on the order of H and W
-        rows = x.transpose(1, -1).to(self.running_mean.dtype)            # (B, ..., C)
-        dims = tuple(range(x.dim() - 1))                                 # all but the last
-        count = x.numel() // x.shape[1] * world                          # values a channel
-        mean = AllReduce.apply(rows.mean(dims)) / world                  # (C,)
-        rows = rows - mean
-        var = AllReduce.apply(rows.square().mean(dims)) / world          # (C,)
-        rows = rows * (var + self.eps).rsqrt()
-        if self.affine:
-            rows = rows * self.weight + self.bias
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean.detach(), self.momentum)
-        self.running_var.lerp_(var.detach() * count / (count - 1), self.momentum)
-        return rows.transpose(1, -1).to(x.dtype)
-
-
 def downsample(c_in, c_out, stride):
     """The shortcut of a residual block: a 1x1 convolution where the shape of x changes."""
     if stride == 1 and c_in == c_out:
         return nn.Identity()
-    return nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), BatchNorm(c_out))
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
 
 class BasicBlock(nn.Module):
@@ -132,9 +83,9 @@ class BasicBlock(nn.Module):
     def __init__(self, c_in, c, stride):
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c, 3, stride, padding=1, bias=False)
-        self.bn1 = BatchNorm(c)
+        self.bn1 = nn.BatchNorm2d(c)
         self.conv2 = nn.Conv2d(c, c, 3, padding=1, bias=False)
-        self.bn2 = BatchNorm(c)
+        self.bn2 = nn.BatchNorm2d(c)
         self.downsample = downsample(c_in, c, stride)
 
     def forward(self, x):
@@ -151,11 +102,11 @@ class Bottleneck(nn.Module):
     def __init__(self, c_in, c, stride):
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c, 1, bias=False)
-        self.bn1 = BatchNorm(c)
+        self.bn1 = nn.BatchNorm2d(c)
         self.conv2 = nn.Conv2d(c, c, 3, stride, padding=1, bias=False)
-        self.bn2 = BatchNorm(c)
+        self.bn2 = nn.BatchNorm2d(c)
         self.conv3 = nn.Conv2d(c, 4 * c, 1, bias=False)
-        self.bn3 = BatchNorm(4 * c)
+        self.bn3 = nn.BatchNorm2d(4 * c)
         self.downsample = downsample(c_in, 4 * c, stride)
 
     def forward(self, x):
@@ -184,7 +135,7 @@ class ResNet(nn.Module):
         self.in_chans = in_chans
         self.embed_dim = 512 * expansion
         self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = BatchNorm(64)
+        self.bn1 = nn.BatchNorm2d(64)
         self.layer1 = residual_layer(block, 64, 64, depths[0], stride=1)
         self.layer2 = residual_layer(block, 64 * expansion, 128, depths[1], stride=2)
         self.layer3 = residual_layer(block, 128 * expansion, 256, depths[2], stride=2)
@@ -228,26 +179,8 @@ def take(x, index):
     return x.take_along_dim(index[..., None], 1)
 
 
-# Crops of different sizes have sequences of different lengths. All their T tokens lie one after
-# another in one tensor (T,D), and `groups` says how to cut it: first b sequences of n tokens, then
-# b others of another n, and so on. Only attention has to know where a sequence ends, so that
-# nothing needs padding.
-
-
-def pack(sequences):
-    """Joins [(b,n,D), ...] to one tensor (T,D); returns it and the groups [(b, n), ...]."""
-    groups = [x.shape[:2] for x in sequences]
-    return torch.cat([x.flatten(0, 1) for x in sequences]), groups
-
-
-def unpack(x, groups):
-    """Undoes pack: (T,D) and [(b, n), ...] -> [(b,n,D), ...], which are views of x."""
-    parts = x.split([b * n for b, n in groups])
-    return [part.view(b, n, -1) for part, (b, n) in zip(parts, groups)]
-
-
 class Attention(nn.Module):
-    """Multi-head self-attention within each sequence: x (T,D), groups -> (T,D)."""
+    """Multi-head self-attention: (B,N,D) -> (B,N,D)."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -255,19 +188,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, groups):
-        mixed = []
-        for qkv in unpack(self.qkv(x), groups):                          # (b, n, 3D)
-            qkv = qkv.unflatten(2, (3, self.heads, -1))                  # (b, n, 3, heads, d)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)               # each (b, heads, n, d)
-            y = F.scaled_dot_product_attention(q, k, v)                  # (b, heads, n, d)
-            mixed.append(y.transpose(1, 2).flatten(2))                   # (b, n, D)
-        x, _ = pack(mixed)                                               # (T, D)
-        return self.proj(x)
+    def forward(self, x):
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))              # (B, N, 3, heads, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                   # each (B, heads, N, d)
+        y = F.scaled_dot_product_attention(q, k, v)                      # (B, heads, N, d)
+        y = y.transpose(1, 2).flatten(2)                                 # (B, N, D)
+        return self.proj(y)
 
 
 class MLP(nn.Module):
-    """The usual MLP of a ViT block: (T,D) -> (T,D), with 4D hidden values."""
+    """The usual MLP of a ViT block: (B,N,D) -> (B,N,D), with 4D hidden values."""
 
     def __init__(self, dim):
         super().__init__()
@@ -276,23 +206,6 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
-
-
-class SwiGLU(nn.Module):
-    """The gated MLP of DINOv2's ViT-g: (T,D) -> (T,D).
-
-    The hidden width is 8/3 D, rounded up to a multiple of 8. So it has as many weights as MLP.
-    """
-
-    def __init__(self, dim):
-        super().__init__()
-        hidden = (int(4 * dim * 2 / 3) + 7) // 8 * 8
-        self.w12 = nn.Linear(dim, 2 * hidden)
-        self.w3 = nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        gate, value = self.w12(x).chunk(2, -1)                           # (T, hidden) each
-        return self.w3(F.silu(gate) * value)
 
 
 class LayerScale(nn.Module):
@@ -310,50 +223,42 @@ class LayerScale(nn.Module):
 
 
 class ViTBlock(nn.Module):
-    """Pre-norm transformer block on packed sequences: x (T,D), groups [(b, n), ...] -> (T,D)."""
+    """Pre-norm transformer block: (B,N,D) -> (B,N,D)."""
 
-    def __init__(self, dim, heads, swiglu, layerscale, drop_path):
+    def __init__(self, dim, heads, layerscale, drop_path):
         super().__init__()
         self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
-        self.mlp = SwiGLU(dim) if swiglu else MLP(dim)
+        self.mlp = MLP(dim)
         self.ls1 = LayerScale(dim) if layerscale else nn.Identity()
         self.ls2 = LayerScale(dim) if layerscale else nn.Identity()
 
-    def attention_branch(self, x, groups):
-        return self.ls1(self.attn(self.norm1(x), groups))
+    def attention_branch(self, x):
+        return self.ls1(self.attn(self.norm1(x)))
 
-    def mlp_branch(self, x, groups):
+    def mlp_branch(self, x):
         return self.ls2(self.mlp(self.norm2(x)))
 
-    def forward(self, x, groups):
-        x = self.residual(x, groups, self.attention_branch)
-        return self.residual(x, groups, self.mlp_branch)
+    def forward(self, x):
+        x = self.residual(x, self.attention_branch)
+        return self.residual(x, self.mlp_branch)
 
-    def residual(self, x, groups, branch):
-        """x + branch(x), with stochastic depth in training: x (T,D) -> (T,D).
+    def residual(self, x, branch):
+        """x + branch(x), with stochastic depth in training: (B,N,D) -> (B,N,D).
 
-        In each group a random share drop_path of the samples skips the branch. It is computed for
-        the others alone, and what it gives is scaled up so that the expected sum stays the same.
+        A random share drop_path of the samples skips the branch. It is computed for the rest
+        alone, and what it gives is scaled up so that the expected sum stays the same.
         [dinov2, drop_add_residual_stochastic_depth]
         """
         if not self.training or self.drop_path == 0:
-            return x + branch(x, groups)
-        taking_part = []
-        scales = []
-        all_rows = torch.arange(len(x), device=x.device)                 # (T,)
-        for rows in unpack(all_rows, groups):                            # (b, n, 1)
-            b, n, _ = rows.shape
-            count = max(1, int(b * (1 - self.drop_path)))
-            samples = torch.randperm(b, device=x.device)[:count]
-            taking_part.append(rows[samples])                            # (count, n, 1)
-            scales.append(x.new_full((count * n, 1), b / count))
-        rows, branch_groups = pack(taking_part)                          # (t, 1)
-        rows = rows[:, 0]
-        y = branch(x[rows], branch_groups) * torch.cat(scales)           # (t, D)
-        return x.index_add(0, rows, y.to(x.dtype))                       # (T, D)
+            return x + branch(x)
+        B = len(x)
+        count = max(1, int(B * (1 - self.drop_path)))
+        samples = torch.randperm(B, device=x.device)[:count]
+        y = branch(x[samples]).to(x.dtype)                               # (count, N, D)
+        return x.index_add(0, samples, y * (B / count))
 
 
 class ViT(nn.Module):
@@ -383,8 +288,7 @@ class ViT(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_chans, dim, patch_size, patch_size)})
         self.blocks = nn.ModuleList()
         for _ in range(VITS[arch]["depth"]):
-            self.blocks.append(ViTBlock(dim, VITS[arch]["heads"], swiglu=arch == "vit_giant2",
-                                        layerscale=layerscale, drop_path=drop_path))
+            self.blocks.append(ViTBlock(dim, VITS[arch]["heads"], layerscale, drop_path))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -447,11 +351,11 @@ class ViT(nn.Module):
         """The outputs of the last n blocks, each after the final norm: [(B, 1+R+n, D), ...]."""
         first = len(self.blocks) - n
         outputs = []
-        x, groups = pack([self.embed(x, keep)])                          # (T, D)
+        x = self.embed(x, keep)                                          # (B, 1+R+n, D)
         for i, block in enumerate(self.blocks):
-            x = block(x, groups)
+            x = block(x)
             if i >= first:
-                outputs += unpack(self.norm(x), groups)                  # one group: (B, 1+R+n, D)
+                outputs.append(self.norm(x))
         return outputs
 
     def tokens(self, x, keep=None):
@@ -478,9 +382,9 @@ def head(widths):
     """
     layers = []
     for d_in, d_out in zip(widths[:-2], widths[1:-1]):
-        layers += [nn.Linear(d_in, d_out, bias=False), BatchNorm(d_out), nn.ReLU()]
+        layers += [nn.Linear(d_in, d_out, bias=False), nn.BatchNorm1d(d_out), nn.ReLU()]
     layers.append(nn.Linear(widths[-2], widths[-1], bias=False))
-    layers.append(BatchNorm(widths[-1], affine=False))
+    layers.append(nn.BatchNorm1d(widths[-1], affine=False))
     return nn.Sequential(*layers)
 
 
@@ -537,9 +441,9 @@ class PrototypeHead(nn.Module):
 class SparseBranch(nn.Module):
     """PerA's student or teacher [4]: some patches of several crops -> CLS -> prototypes.
 
-    predict=True is the student, which also guesses the pixels of patches that neither side sees.
-    Mask tokens stand for these patches and know only their position. They join the global crops
-    in the middle of the network.
+    predict=True is the student, which also guesses the pixels of patches that neither network
+    sees. Mask tokens stand for these patches and know only their position. They join the global
+    crops in the middle of the network.
     """
 
     def __init__(self, backbone, prototypes=131072, hidden=2048, predict=False):
@@ -551,41 +455,39 @@ class SparseBranch(nn.Module):
             self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, backbone.embed_dim))
             self.pred_head = PrototypeHead(backbone.embed_dim, values, hidden)
 
-    def forward(self, crops, keep, unseen=None):
-        """Runs all crops at once.
+    def forward(self, crops, patches, guessed_patches=None):
+        """Runs all crops, those of one size together.
 
         crops: [(b,C,H,W), ...], one tensor for each size, the global crops first.
-        keep: [(b,n), ...], the indices of the patches to see of each crop.
-        unseen: (b,m), the indices of the patches to guess of the global crops, or None.
+        patches: [(b,n), ...], the indices of the patches that this network sees of each crop.
+        guessed_patches: (b,m), the indices of the patches to guess of the global crops, or None.
         Returns the embeddings (sum of b, 384), the CLS features (sum of b, D) and the guesses
-        (b,m,PPC), which are None if unseen is.
+        (b,m,PPC), which are None if guessed_patches is.
         """
-        net = self.backbone
-        middle = len(net.blocks) // 2
-        x, groups = pack([net.embed(crop, seen) for crop, seen in zip(crops, keep)])     # (T, D)
-        for i, block in enumerate(net.blocks):
-            if i == middle and unseen is not None:
-                h, w = check_grid(*crops[0].shape[2:], net.patch_size)
-                x, groups = self.add_mask_tokens(x, groups, net.positions(h, w), unseen)
-            x = block(x, groups)
-        outputs = unpack(net.norm(x), groups)                            # [(b, 1+R+n, D), ...]
+        outputs = [self.tokens(crops[0], patches[0], guessed_patches)]   # (b, 1+R+n+m, D)
+        for i in range(1, len(crops)):
+            outputs.append(self.backbone.tokens(crops[i], patches[i]))   # (b, 1+R+n, D)
         cls = torch.cat([y[:, 0] for y in outputs])                      # (sum of b, D)
         guess = None
-        if unseen is not None:
-            masked = outputs[0][:, -unseen.shape[1]:]                    # (b, m, D)
+        if guessed_patches is not None:
+            masked = outputs[0][:, -guessed_patches.shape[1]:]           # (b, m, D)
             guess = self.pred_head(masked) @ self.pred_head.prototypes().T        # (b, m, PPC)
         return self.cls_head(cls), cls, guess
 
-    def add_mask_tokens(self, x, groups, table, unseen):
-        """Appends mask tokens at the positions unseen (b,m) to the sequences of the first group.
+    def tokens(self, x, patches, guessed_patches):
+        """ViT.tokens with mask tokens behind the other tokens, from the middle block on.
 
-        They stand behind the other tokens, which is as good as any place, since attention knows
-        no order. Returns the packed tokens and their groups.
+        That is as good as any place, since attention knows no order.
         """
-        tokens = self.mask_token + take(table[:, 1:], unseen)            # (b, m, D)
-        sequences = unpack(x, groups)
-        sequences[0] = torch.cat([sequences[0], tokens.to(x.dtype)], 1)  # (b, 1+R+n+m, D)
-        return pack(sequences)
+        net = self.backbone
+        h, w = check_grid(*x.shape[2:], net.patch_size)
+        tokens = net.embed(x, patches)                                   # (b, 1+R+n, D)
+        for i, block in enumerate(net.blocks):
+            if i == len(net.blocks) // 2 and guessed_patches is not None:
+                masked = self.mask_token + take(net.positions(h, w)[:, 1:], guessed_patches)
+                tokens = torch.cat([tokens, masked.to(tokens.dtype)], 1)       # (b, 1+R+n+m, D)
+            tokens = block(tokens)
+        return net.norm(tokens)
 
 
 @torch.no_grad()
@@ -601,33 +503,41 @@ def ema_update(teacher, student, momentum):
 
 # ----------------------------------------------------------------------------- reading a checkpoint
 
-INPUT_LAYERS = ("conv1.weight", "patch_embed.proj.weight")               # of ResNet, of ViT
+# The first weights of a backbone, (D,C,k,k), and another tensor that every such backbone has.
+INPUT_LAYERS = {"conv1.weight": "layer1.0.conv1.weight", "patch_embed.proj.weight": "pos_embed"}
 
-# Every ResNet and every ViT has two of these keys, so that a backbone is found if one is missing.
-LANDMARKS = ("layer1.0.conv1.weight", "layer4.0.conv1.weight",
-             "patch_embed.proj.weight", "cls_token")
+# Of several backbones in a file the one with such a word before its keys is what its authors
+# evaluate: an average (model_ema, state_dict_ema), the teacher in DINO, PerA and our runs, the
+# query or base encoder in MoCo v2 and v3. The first word that occurs decides.
+PUBLISHED = ("ema", "teacher", "encoder_q", "base_encoder")
 
-# Of several backbones in a file the one with such a word in its prefix is what its authors
-# evaluate: the teacher in DINO, PerA and our runs, the query or base encoder in MoCo v2 and v3.
-PUBLISHED = ("teacher", "encoder_q", "base_encoder")
-
-# DINOv2's name -> timm's, parts of a key
-TIMM_SWIGLU = {"mlp.w12.": "mlp.fc1.", "mlp.w3.": "mlp.fc2."}
-TIMM_REGISTERS = {"register_tokens": "reg_token"}
+# What torch.load was seen to raise for damaged files (bytes changed, cut off or added at random);
+# UnpicklingError also for files that want to run code.
+UNREADABLE = (pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, RuntimeError,
+              ValueError, TypeError, LookupError, AttributeError, AssertionError)
 
 
-def check_archive(path):
-    """Raises an error if a zip file is compressed or a checksum is wrong.
+class CheckpointError(ValueError):
+    """A file cannot be used as a checkpoint; the message is one line that names it."""
 
-    torch.save never compresses, and torch.load looks at no checksum: a bit that has flipped on
-    the disk would go unnoticed.
-    """
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise zipfile.BadZipFile("compressed")
-        if archive.testzip() is not None:
-            raise zipfile.BadZipFile("wrong checksum")
+
+@dataclass
+class Weights:
+    """A backbone in a checkpoint file, as read_weights finds it."""
+    tensors: dict           # {upstream key: tensor}
+    ignored: list           # all other keys of the file
+    prefix: str             # what stands before the backbone's keys, such as "teacher.backbone."
+    not_taken: list         # prefixes of the other backbones in the file
+
+    @property
+    def registers(self):
+        if "register_tokens" not in self.tensors:
+            return 0
+        return self.tensors["register_tokens"].shape[1]
+
+    @property
+    def layerscale(self):
+        return any(key.endswith("gamma") for key in self.tensors)
 
 
 def flatten(tree, depth=4, prefix=""):
@@ -647,140 +557,118 @@ def flatten(tree, depth=4, prefix=""):
     return tensors
 
 
-def check_tensor(tensor):
-    """Raises an error if a tensor has no numbers, or claims far more than the file holds.
-
-    A tensor on the meta device has none, and one that was expanded may turn 4 bytes into 4 TB.
-    """
-    claimed = tensor.nbytes
-    if tensor.is_meta or claimed > tensor.untyped_storage().nbytes() + 2 ** 30:
-        raise ValueError(f"{claimed} bytes are not in the file")
-
-
-def explain(error):
-    """Why a file could not be read, in one line."""
-    if isinstance(error, OSError) and error.filename:
-        return error.strerror                                            # missing, a folder, ...
-    code = re.search(r"GLOBAL (\S+)", str(error))      # torch's word for a function to be called
-    if code:
-        return f"refused, it wants to run code ({code[1]})"
-    return "damaged, compressed, or not a PyTorch checkpoint"
-
-
 def read_tensors(path):
     """Reads what torch.save wrote, {dotted key: tensor}, and runs no code in it.
 
-    Raises ValueError with the path in one line if the file is missing, wants to run code, is
-    damaged or compressed, or is no checkpoint at all.
+    Raises CheckpointError if the file is missing, wants to run code, is damaged or no checkpoint.
     """
     try:
-        is_zip = zipfile.is_zipfile(path)          # not in files from before PyTorch 1.6
-        if is_zip:
-            check_archive(path)
+        # mmap leaves on the disk what nobody uses, such as the optimiser's gigabytes; files from
+        # before PyTorch 1.6 are no zip archives and do not have it
+        mmap = zipfile.is_zipfile(path)
         with torch.serialization.safe_globals([argparse.Namespace]):     # DINO saves its flags
-            # mmap leaves on the disk what nobody uses, such as the optimiser's gigabytes
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-        tensors = flatten(content)
-        for tensor in tensors.values():
-            check_tensor(tensor)
-    except Exception as error:                     # torch.load raises half a dozen kinds
-        raise ValueError(f"{path}: {explain(error)}") from None
-    return tensors
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except OSError as error:                       # torch's own may lack the name of the file
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except UNREADABLE as error:
+        problem = "damaged, or not a PyTorch checkpoint"
+        code = re.search(r"GLOBAL (\S+)", str(error))      # torch's word for a function to call
+        if code:
+            problem = f"refused, it wants to run code ({code[1]})"
+        raise CheckpointError(f"{path}: {problem}") from error
+    return flatten(content)
 
 
-def choose_backbone(tensors, prefer, in_chans):
-    """What stands before the keys of the backbone to take, such as "teacher.backbone.".
+def find_backbones(tensors):
+    """The backbones in a file: {what stands before their keys: number of channels}."""
+    backbones = {}
+    for key, tensor in tensors.items():
+        for layer, companion in INPUT_LAYERS.items():
+            prefix = key.removesuffix(layer)
+            if prefix != key and prefix + companion in tensors and tensor.dim() == 4:
+                backbones[prefix] = tensor.shape[1]
+    return backbones
 
-    Of several backbones it is the one with the word `prefer` in its prefix, else the one that its
-    authors evaluate, else the one whose number of channels is nearest to in_chans (DeCUR's file
-    has one for radar and one for optical images).
+
+def choose_backbone(backbones, in_chans):
+    """Of find_backbones' prefixes the one that its authors evaluate, see PUBLISHED.
+
+    Of several such the one whose number of channels is nearest to in_chans (DeCUR's file has a
+    backbone for radar and one for optical images), and of several of these the first.
     """
-    prefixes = []
-    for key in tensors:
-        for landmark in LANDMARKS:
-            if key == landmark or key.endswith(f".{landmark}"):
-                prefixes.append(key.removesuffix(landmark))
-
-    def order(prefix):                             # the smallest comes first, False before True
-        published = any(word in prefix for word in PUBLISHED)
-        distance = -1                              # without input layer: first, the error names it
-        for name in INPUT_LAYERS:
-            if prefix + name in tensors and tensors[prefix + name].dim() > 1:
-                distance = abs(tensors[prefix + name].shape[1] - in_chans)
-        return prefer not in prefix, not published, distance
-
-    return min(prefixes, key=order, default="")
+    candidates = list(backbones)
+    for word in PUBLISHED:
+        published = [p for p in backbones if re.search(f"(?<![a-z]){word}(?![a-z])", p)]
+        if published:
+            candidates = published
+            break
+    return min(candidates, key=lambda prefix: abs(backbones[prefix] - in_chans))
 
 
-def rename(state, names):
-    """Replaces parts of all keys: names is {old: new}."""
+def upstream_keys(tensors):
+    """A backbone's tensors under the keys of DINOv2 or torchvision."""
     renamed = {}
-    for key, tensor in state.items():
-        for old, new in names.items():
-            key = key.replace(old, new)
+    for key, tensor in tensors.items():
+        # DINOv2 trains in chunks of blocks: blocks.CHUNK.BLOCK.name becomes blocks.BLOCK.name
+        key = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key)
+        if key == "reg_token":                                           # timm's name
+            key = "register_tokens"
         renamed[key] = tensor
     return renamed
 
 
-def invert(names):
-    return {new: old for old, new in names.items()}
+def is_resnet(tensors):
+    return "layer1.0.conv1.weight" in tensors
 
 
-def upstream_keys(state):
-    """A backbone's tensors under the keys of DINOv2 or torchvision."""
-    # DINOv2 trains in chunks of blocks: blocks.CHUNK.BLOCK.name becomes blocks.BLOCK.name
-    state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): x for key, x in state.items()}
-    if any(is_timm_swiglu(key, tensor) for key, tensor in state.items()):
-        state = rename(state, invert(TIMM_SWIGLU))
-    return rename(state, invert(TIMM_REGISTERS))
-
-
-def is_timm_swiglu(key, tensor):
-    """Whether a tensor called fc1 is SwiGLU's w12 (16/3 D, D) and not an MLP's (4D, D)."""
-    if not key.endswith("mlp.fc1.weight") or tensor.dim() != 2:
-        return False
-    return tensor.shape[0] > 5 * tensor.shape[1]
-
-
-def is_resnet(state):
-    return any(key.startswith(("layer1.", "layer4.")) for key in state)
+def input_layer(tensors):
+    return "conv1.weight" if is_resnet(tensors) else "patch_embed.proj.weight"
 
 
 def is_square(n):
     return math.isqrt(n) ** 2 == n
 
 
-def read_weights(path, prefer="", in_chans=0):
-    """Reads the backbone in a checkpoint file of any family.
+def read_weights(path, in_chans=0):
+    """Reads the backbone in a checkpoint file of any family, by keys and shapes -> Weights.
 
-    It goes by keys and shapes, not by the file's name; choose_backbone says which one of several
-    backbones is taken. Returns its tensors under upstream keys, {key: tensor}, and the list of all
-    other keys in the file.
-    Raises ValueError as read_tensors does, and if the file has no ViT or ResNet.
+    choose_backbone says which one of several is taken.
+    Raises CheckpointError as read_tensors does, and if the file has no ViT or ResNet.
     """
     tensors = read_tensors(path)
-    prefix = choose_backbone(tensors, prefer, in_chans)
-    state = {}
-    others = []
+    backbones = find_backbones(tensors)
+    if not backbones:
+        raise CheckpointError(f"{path}: no ViT or ResNet, has no 4-dimensional conv1.weight with a "
+                              f"layer1.0.conv1.weight or patch_embed.proj.weight with a pos_embed")
+    prefix = choose_backbone(backbones, in_chans)
+    backbone = {}
+    ignored = []
     for key, tensor in tensors.items():
         if key.startswith(prefix):
-            state[key.removeprefix(prefix)] = tensor
+            backbone[key.removeprefix(prefix)] = tensor
         else:
-            others.append(key)
-    state = upstream_keys(state)
-
-    if is_resnet(state):
-        required = {"conv1.weight": 4}                                   # key: number of dimensions
-    else:
-        required = {"patch_embed.proj.weight": 4, "pos_embed": 3}
-    for name, dims in required.items():
-        if name not in state or state[name].dim() != dims or state[name].numel() == 0:
-            raise ValueError(f"{path}: no ViT or ResNet, has no {dims}-dimensional tensor {name}")
+            ignored.append(key)
+    backbone = upstream_keys(backbone)
+    for key, tensor in backbone.items():
+        check_tensor(path, key, tensor)
 
     # timm's table has no row for CLS if there are registers: cls_token already contains it
-    if "register_tokens" in state and is_square(state["pos_embed"].shape[1]):
-        state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
-    return state, others
+    if "register_tokens" in backbone and is_square(backbone["pos_embed"].shape[1]):
+        backbone["pos_embed"] = F.pad(backbone["pos_embed"], (0, 0, 1, 0))
+    return Weights(backbone, ignored, prefix, [p for p in backbones if p != prefix])
+
+
+def check_tensor(path, key, tensor):
+    """Raises CheckpointError if a tensor's numbers are not in the file or it is no table.
+
+    A tensor on the meta device has no numbers, and one that was expanded may turn 4 bytes into
+    4 TB.
+    """
+    dense = tensor.layout == torch.strided and not tensor.is_meta
+    if not dense or tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise CheckpointError(f"{path}: the numbers of {key} are not in the file")
+    if key in ("pos_embed", "register_tokens") and (tensor.dim() != 3 or tensor.numel() == 0):
+        raise CheckpointError(f"{path}: {key} is {tuple(tensor.shape)}, not 3-dimensional")
 
 
 # ------------------------------------------------------------------- loading and saving a backbone
@@ -789,43 +677,35 @@ def read_weights(path, prefer="", in_chans=0):
 # holds another network, for example a deeper one, and the model would not compute what it does.
 BODY = ("conv1", "bn1", "layer", "patch_embed", "blocks", "norm_pre", "reg")
 
-# What a file is called, by a word in its keys; the first word that occurs decides.
-FAMILIES = {
-    "s_mask_token": "PerA",
-    "optimiser": "last.pt",
-    "encoder_k": "MoCo v2",
-    "momentum_encoder": "MoCo v3",
-    "backbone_": "DeCUR",
-    "student": "DINO",
-    "fc.weight": "torchvision",
-    "gamma": "DINOv2's keys",
+# mean and standard deviation of red, green and blue in [0,1] that natural-image weights expect to
+# be taken away; "half" is that of the ViTs of the original ViT paper
+NORMS = {
+    "imagenet": dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+    "half": dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
 }
 
 
-def count_blocks(state, name):
-    """How many blocks a layer has: state has the keys NAME.0.x, NAME.1.x, ..."""
-    return len({key.split(".")[1] for key in state if key.startswith(f"{name}.")})
+def count_blocks(tensors, name):
+    """How many blocks a layer has: the keys are NAME.0.x, NAME.1.x, ..."""
+    return len({key.split(".")[1] for key in tensors if key.startswith(f"{name}.")})
 
 
-def known_arch(state):
-    """The architecture that the tensors have, as (name for build or None, description).
+def shape_of(tensors):
+    """What RESNETS or VITS say of a backbone, but for the heads, which no tensor tells."""
+    if is_resnet(tensors):
+        depths = tuple(count_blocks(tensors, f"layer{i}") for i in (1, 2, 3, 4))
+        return dict(depths=depths, bottleneck="layer1.0.conv3.weight" in tensors)
+    width = tensors["patch_embed.proj.weight"].shape[0]
+    return dict(width=width, depth=count_blocks(tensors, "blocks"))
 
-    The number of heads is in no tensor, so a ViT is known by width and depth.
-    """
-    if is_resnet(state):
-        depths = tuple(count_blocks(state, f"layer{i}") for i in (1, 2, 3, 4))
-        shape = dict(depths=depths, bottleneck="layer1.0.conv3.weight" in state)
-        description = f"a ResNet with {depths} blocks"
-        table = RESNETS
-    else:
-        width = state["patch_embed.proj.weight"].shape[0]
-        shape = dict(width=width, depth=count_blocks(state, "blocks"))
-        description = f"a ViT {width} wide and {shape['depth']} deep"
-        table = VITS
-    for arch, fields in table.items():
-        if shape.items() <= fields.items():                              # fields contain shape
-            return arch, description
-    return None, description
+
+def arch_of(tensors):
+    """The name of the architecture that the tensors have, None if it is unknown."""
+    shape = shape_of(tensors).items()
+    for arch, fields in (RESNETS | VITS).items():
+        if shape <= fields.items():                                      # fields contain the shape
+            return arch
+    return None
 
 
 def build_from(path, in_chans=0, quiet=True):
@@ -833,37 +713,57 @@ def build_from(path, in_chans=0, quiet=True):
 
     Architecture, channels, patch size, image size and registers are read off the tensors; a ViT-S
     with 12 heads is taken for one with 6. in_chans only chooses between several backbones.
-    Raises ValueError as read_weights and load_pretrained do, and for a network of no known size.
+    Raises CheckpointError as read_weights and load_pretrained do, and for a network of no known
+    size.
     """
-    state, others = read_weights(path, in_chans=in_chans)
-    arch, description = known_arch(state)
+    weights = read_weights(path, in_chans)
+    tensors = weights.tensors
+    arch = arch_of(tensors)
     if arch is None:
-        raise ValueError(f"{path}: {description} is not one of {', '.join([*RESNETS, *VITS])}")
+        raise CheckpointError(f"{path}: none of {', '.join([*RESNETS, *VITS])} has "
+                              f"{shape_of(tensors)}")
+    _, channels, patch_size, _ = tensors[input_layer(tensors)].shape
     if arch in RESNETS:
-        model = build(arch, state["conv1.weight"].shape[1])
+        model = build(arch, channels)
     else:
-        dim, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
-        side = max(1, math.isqrt(state["pos_embed"].shape[1] - 1))       # patches along a side
-        registers = 0
-        if "register_tokens" in state:
-            registers = state["register_tokens"].numel() // dim
-        layerscale = any(key.endswith("gamma") for key in state)
-        model = build(arch, channels, side * patch_size, patch_size, registers,
-                      layerscale=layerscale)
-    load_pretrained(model, path, quiet=quiet, weights=(state, others))
+        side = max(1, math.isqrt(tensors["pos_embed"].shape[1] - 1))     # patches along a side
+        model = build(arch, channels, side * patch_size, patch_size, weights.registers,
+                      layerscale=weights.layerscale)
+    load_pretrained(model, path, quiet=quiet, weights=weights)
     return model.eval()
 
 
-def adapt_input(weight, fresh, adapt, rgb=(3, 2, 1)):
+def fold_normalisation(tensors, norm):
+    """Weights of a network that takes (x - mean) / std -> weights of one that takes x itself.
+
+    tensors are a backbone's of 3 channels, norm is a key of NORMS. Networks of natural images
+    expect such input, while everything here has x in [0, 1]:
+        w (x - mean) / std + b  =  (w / std) x  +  (b - sum of w mean / std)
+    A ResNet's first layer has no bias, so there the constant goes into its batch norm. That is
+    exact but at the border: the 3 pixels of padding were the mean colour, and now are black.
+    """
+    mean = torch.tensor(NORMS[norm]["mean"])[:, None, None]                    # (3,1,1)
+    std = torch.tensor(NORMS[norm]["std"])[:, None, None]
+    layer = input_layer(tensors)
+    weight = tensors[layer] / std                                              # (D,3,k,k)
+    constant = (weight * mean).sum((1, 2, 3))                                  # (D,)
+    tensors = tensors | {layer: weight}
+    if is_resnet(tensors):
+        tensors["bn1.running_mean"] = tensors["bn1.running_mean"] + constant
+    else:
+        tensors["patch_embed.proj.bias"] = tensors["patch_embed.proj.bias"] - constant
+    return tensors
+
+
+def adapt_input(weight, fresh, adapt, red_green_blue=()):
     """A first layer for another number of channels: weight (D,c,k,k) -> like fresh (D,C,k,k).
 
     adapt="random" returns fresh, as SoftCon does.
     adapt="mean" gives every channel the file's average, times c/C to keep the output's size.
-    adapt="rgb" copies three channels to the indices rgb (B4, B3, B2) and takes fresh elsewhere.
-    adapt="auto" is "rgb" where that applies, and "mean" elsewhere.
+    adapt="rgb" copies three channels to the positions red_green_blue and takes fresh elsewhere.
     Whatever adapt is, 12 and 13 bands of Sentinel-2 keep the bands they share, which are all but
     B10: the new layer gives what the file's would at B10 = 0.
-    Raises ValueError if adapt does not apply.
+    Raises CheckpointError if adapt does not apply.
     """
     weight = weight.to(fresh)
     c = weight.shape[1]
@@ -872,37 +772,34 @@ def adapt_input(weight, fresh, adapt, rgb=(3, 2, 1)):
         return torch.cat([weight[:, :10], weight[:, 11:]], 1)
     if (c, C) == (12, 13):
         return torch.cat([weight[:, :10], torch.zeros_like(fresh[:, :1]), weight[:, 10:]], 1)
-    rgb_applies = c == 3 and C > max(rgb) and len(set(rgb)) == 3
-    if adapt == "auto":
-        adapt = "rgb" if rgb_applies else "mean"
     if adapt == "random":
         return fresh
     if adapt == "mean":
         return weight.mean(1, keepdim=True).expand_as(fresh) * (c / C)
-    if adapt == "rgb" and rgb_applies:
+    if adapt == "rgb" and c == len(red_green_blue) == 3:
         adapted = fresh.clone()
-        adapted[:, list(rgb)] = weight
+        adapted[:, list(red_green_blue)] = weight
         return adapted
-    raise ValueError(f"adapt={adapt} does not lead from {c} to {C} channels")
+    raise CheckpointError(f"adapt={adapt} does not lead from {c} to {C} channels")
 
 
-def fit(name, tensor, fresh, model, adapt, rgb):
-    """Makes a tensor of the file fit the model: returns (tensor, verdict).
+def convert(name, tensor, fresh, model, adapt, red_green_blue):
+    """Gives a tensor of the file the model's shape: returns (tensor, verdict).
 
     fresh is the model's tensor of that name. Verdicts: "loaded" as it is, "adapted" to the number
     of channels, "resampled" to the number of positions, or "fresh" if the model's stays.
-    Raises ValueError if it fits in none of these ways.
+    Raises CheckpointError if there is no way.
     """
     shape = tensor.shape
     wanted = fresh.shape
     problem = (f"{name} is {tuple(shape)} {tensor.dtype}, "
                f"the model's is {tuple(wanted)} {fresh.dtype}")
     if tensor.is_floating_point() != fresh.is_floating_point():
-        raise ValueError(problem)
+        raise CheckpointError(problem)
     if shape == wanted:
         return tensor, "loaded"
     if name in INPUT_LAYERS and (shape[0], *shape[2:]) == (wanted[0], *wanted[2:]):
-        adapted = adapt_input(tensor, fresh, adapt, rgb)
+        adapted = adapt_input(tensor, fresh, adapt, red_green_blue)
         return adapted, "fresh" if adapted is fresh else "adapted"
     if name == "pos_embed" and (shape[0], shape[2]) == (wanted[0], wanted[2]):
         patches = shape[1] - 1
@@ -910,108 +807,109 @@ def fit(name, tensor, fresh, model, adapt, rgb):
             return model.positions(*model.grid, tensor), "resampled"
     if name == "mask_token":                       # MAE's has its decoder's width; nothing uses it
         return fresh, "fresh"
-    raise ValueError(problem)
+    raise CheckpointError(problem)
 
 
 @torch.no_grad()
-def load_pretrained(model, path, adapt="random", quiet=False, weights=None, rgb=(3, 2, 1)):
+def load_pretrained(model, path, adapt="random", red_green_blue=(), norm=None, quiet=False,
+                    weights=None):
     """Fills a model from a checkpoint file and prints what happened to every tensor.
 
-    adapt and rgb are for a file with another number of channels, see adapt_input. weights is what
-    read_weights(path) returned, if it has been called. Returns {verdict: names} with the verdicts
-    of fit and "ignored" for what is only in the file.
-    Raises ValueError that names the tensor if the file lacks one, has one that does not fit, or
-    has a block that the model lacks. Three may be absent: the mask token, counters of batches and,
-    if the file has none at all, LayerScale, which then is 1.
+    adapt is for a first layer with another number of channels, see adapt_input; "auto" is "rgb"
+    where the file has 3 channels and red_green_blue three positions, else "mean". norm is None,
+    "imagenet" or "half", see fold_normalisation. weights is what read_weights(path) returned.
+
+    Returns {verdict: names} with the verdicts of convert, "ignored" for what is only in the file,
+    and "notes", lines of text for the user.
+    Raises CheckpointError that names the tensor if the file lacks one, has one that does not fit,
+    or has a block that the model lacks. Three may be absent: the mask token, counters of batches
+    and, if the file has none at all, LayerScale, which then is 1.
     """
     if weights is None:
-        weights = read_weights(path, in_chans=model.in_chans)
-    state, others = weights
+        weights = read_weights(path, model.in_chans)
+    tensors = weights.tensors
+    channels = tensors[input_layer(tensors)].shape[1]
+    if adapt == "auto":
+        adapt = "rgb" if channels == len(red_green_blue) == 3 else "mean"
     target = model.state_dict()
-    optional = ("mask_token", "num_batches_tracked")
-    if not any(key.endswith("gamma") for key in state):
-        optional += ("gamma",)
-    missing = [name for name in target if name not in state]
-    extra = [name for name in state if name not in target]
-    problems = [f"has no tensor {name}" for name in missing if not name.endswith(optional)]
-    problems += [f"has {name}, which the model lacks" for name in extra if name.startswith(BODY)]
+    missing = [name for name in target if name not in tensors]
+    extra = [name for name in tensors if name not in target]
+    problems = name_problems(weights, missing, extra)
+    if norm and channels != 3:
+        problems.append(f"has {channels} channels, the normalisation {norm} is for 3")
+    if problems:
+        refuse(path, problems, model, tensors)
 
+    if norm:
+        tensors = fold_normalisation(tensors, norm)
     report = {"loaded": [], "resampled": [], "adapted": [], "fresh": list(missing),
-              "ignored": others + extra}
+              "ignored": weights.ignored + extra}
     for name, fresh in target.items():
         if name in missing:
             continue
         try:
-            target[name], verdict = fit(name, state[name], fresh, model, adapt, rgb)
+            target[name], verdict = convert(name, tensors[name], fresh, model, adapt,
+                                            red_green_blue)
             report[verdict].append(name)
-        except ValueError as error:
+        except CheckpointError as error:
             problems.append(str(error))
     if problems:
-        arch, _ = known_arch(state)
-        if arch and arch != model.spec["arch"]:
-            problems.insert(0, f"holds a {arch}, take --arch {arch}; the model is a "
-                               f"{model.spec['arch']}")
-        raise ValueError(f"{path}: {'; '.join(problems[:3])}")
+        refuse(path, problems, model, tensors)
     model.load_state_dict(target)
+    keeps_rgb = channels == 3 and (model.in_chans == 3 or adapt == "rgb")
+    report["notes"] = notes(weights, keeps_rgb and not norm)
     if not quiet:
-        print_report(model, path, [*state, *others], report)
+        print_report(model, path, report)
     return report
 
 
-def family_of(keys):
-    """What a file with these keys is called."""
-    for word, family in FAMILIES.items():
-        if any(word in key for key in keys):
-            return family
-    return "bare backbone"
+def name_problems(weights, missing, extra):
+    """What names say against loading: those that the file lacks, those that the model lacks."""
+    optional = ("mask_token", "num_batches_tracked")
+    if not weights.layerscale:
+        optional += ("gamma",)
+    problems = [f"has no tensor {name}" for name in missing if not name.endswith(optional)]
+    problems += [f"has {name}, which the model lacks" for name in extra if name.startswith(BODY)]
+    return problems
 
 
-def print_report(model, path, keys, report):
-    """Says what a file is, by its keys, and how many tensors came to each verdict."""
+def refuse(path, problems, model, tensors):
+    """Raises CheckpointError with the first problems, and with the cause if it is the network."""
+    arch = arch_of(tensors)
+    if arch and arch != model.spec["arch"]:
+        problems = [f"holds a {arch}, take --arch {arch}; the model is a {model.spec['arch']}",
+                    *problems]
+    raise CheckpointError(f"{path}: {'; '.join(problems[:3])}")
+
+
+def notes(weights, expects_normalised):
+    """What the user should know of a file that loads, in lines."""
+    lines = []
+    if weights.not_taken:
+        lines.append(f"took {weights.prefix}*; the file also has "
+                     f"{', '.join(f'{prefix}*' for prefix in weights.not_taken)}")
+    if expects_normalised:
+        lines.append("natural-image weights expect (x - mean) / std; --init-norm imagenet|half "
+                     "folds it in")
+    return lines
+
+
+def print_report(model, path, report):
+    """Says what model a file became and how many tensors came to each verdict."""
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{path}: {family_of(keys)}, as {model.spec}, {parameters:,} parameters")
-    for verdict, names in report.items():
-        print(f"  {len(names)} {verdict}: {shorten(names)}")
+    print(f"{path}: {model.spec}, {parameters:,} parameters")
+    for verdict in ("loaded", "resampled", "adapted", "fresh", "ignored"):
+        print(f"  {len(report[verdict])} {verdict}: {shorten(report[verdict])}")
+    for line in report["notes"]:
+        print(f"  {line}")
 
 
 def shorten(names):
-    """Up to three names in full, more of them counted by their first part: "blocks.* (168)"."""
+    """Up to three names in full, more of them counted by their first word: "blocks.* (168)"."""
     if len(names) <= 3:
         return ", ".join(names)
-    counts = Counter()
-    for name in names:
-        for wrapper in ("state_dict.", "model.", "module."):
-            name = name.removeprefix(wrapper)
-        counts[name.split(".")[0]] += 1
-    return ", ".join(f"{part}.* ({count})" for part, count in counts.items())
-
-
-def fold_normalisation(state, mean, std):
-    """Weights of a network that takes (x - mean) / std -> weights of one that takes x itself.
-
-    state is a backbone's tensors as read_weights returns them, mean and std have a number for each
-    channel. Networks of natural images expect such input, while everything here has x in [0, 1]:
-        w (x - mean) / std + b  =  (w / std) x  +  (b - sum of w mean / std)
-    A ResNet's first layer has no bias, so there the constant goes into its batch norm. That is
-    exact but at the border: the 3 pixels of padding were the mean colour, and now are black.
-    Raises ValueError if there are other channels, or a deviation is not above 0.
-    """
-    layer = "conv1.weight" if is_resnet(state) else "patch_embed.proj.weight"
-    channels = state[layer].shape[1]
-    if not channels == len(mean) == len(std):
-        raise ValueError(f"{channels} channels, but {len(mean)} means and {len(std)} deviations")
-    if min(std) <= 0:
-        raise ValueError(f"deviations {std}: must be above 0")
-    mean = torch.tensor(mean)[:, None, None]                                   # (C,1,1)
-    std = torch.tensor(std)[:, None, None]
-    state = dict(state)
-    state[layer] = state[layer] / std                                          # (D,C,k,k)
-    constant = (state[layer] * mean).sum((1, 2, 3))                            # (D,)
-    if is_resnet(state):
-        state["bn1.running_mean"] = state["bn1.running_mean"] + constant
-    else:
-        state["patch_embed.proj.bias"] = state["patch_embed.proj.bias"] - constant
-    return state
+    counts = Counter(name.split(".")[0] for name in names)
+    return ", ".join(f"{word}.* ({count})" for word, count in counts.items())
 
 
 def export_backbone(model, timm=False):
@@ -1019,49 +917,30 @@ def export_backbone(model, timm=False):
 
     It loads with strict=True into torchvision's ResNet (with fc = Identity), DINOv2's ViT and,
     without LayerScale, PerA's. With timm=True it loads with strict=True into timm's ViT, which has
-    no mask token, names SwiGLU's layers like an MLP's and, if there are registers, keeps the
-    position of CLS in cls_token.
+    no mask token and, if there are registers, keeps the position of CLS in cls_token.
     """
     state = {}
     for name, tensor in model.state_dict().items():
         state[name] = tensor.detach().cpu().contiguous().clone()
     if timm:
         state.pop("mask_token", None)
-        state = rename(state, TIMM_SWIGLU | TIMM_REGISTERS)
-        if "reg_token" in state:
-            state["cls_token"] += state["pos_embed"][:, :1]
-            state["pos_embed"] = state["pos_embed"][:, 1:].clone()
+    if timm and "register_tokens" in state:
+        state["reg_token"] = state.pop("register_tokens")
+        state["cls_token"] += state["pos_embed"][:, :1]
+        state["pos_embed"] = state["pos_embed"][:, 1:].clone()
     return state
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Checkpoint files", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    inspect = commands.add_parser("inspect", help="say what a file holds and how it loads")
-    fold = commands.add_parser("fold", usage="model.py fold FILE OUT --mean R G B --std R G B",
-                               help="make weights that expect (x - mean) / std, x in "
-                               "[0, 1], take x itself, as all networks here do")
-    for command in (inspect, fold):
-        command.add_argument("file")
-    fold.add_argument("out", help="file to write")
-    fold.add_argument("--mean", nargs="+", type=float, required=True,
-                      help="of each channel; ImageNet's: 0.485 0.456 0.406")
-    fold.add_argument("--std", nargs="+", type=float, required=True,
-                      help="of each channel; ImageNet's: 0.229 0.224 0.225")
+    parser.add_argument("command", choices=["inspect"], help="say what a file holds, how it loads")
+    parser.add_argument("file", help="of any family, see load_pretrained")
     args = parser.parse_args(argv)
-    if args.command == "inspect":
-        build_from(args.file, quiet=False)
-    else:
-        state, _ = read_weights(args.file)
-        folded = fold_normalisation(state, args.mean, args.std)
-        with open(f"{args.out}.part", "wb") as file:                   # whole, or not there at all
-            torch.save(folded, file)
-        os.replace(f"{args.out}.part", args.out)
-        print(f"{args.out} written")
+    build_from(args.file, quiet=False)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except CheckpointError as error:
         sys.exit(f"model.py: error: {error}")

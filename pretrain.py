@@ -1,9 +1,11 @@
-"""Pretraining with SoftCon or PerA: one process or many, CPU or CUDA, the same file.
+"""Pretraining with SoftCon or PerA: one process or many, CPU or GPU, the same file.
 
     torchrun pretrain.py --modality s1                        toy world, small net, CPU, minutes
-    torchrun pretrain.py --modality s2c --data DIR --init dinov2_vits14_pretrain.pth     one GPU
-    torchrun --nproc-per-node 8 pretrain.py --method pera --modality rgb --data DIR      eight
-    torchrun pretrain.py --modality my.json --data DIR        images of any sensor, see data.Sensor
+    torchrun pretrain.py --modality s2c --data PACK --init dinov2_vits14_pretrain.pth    one GPU
+    torchrun --nproc-per-node 8 pretrain.py --method pera --modality rgb --data PACK     eight
+    torchrun pretrain.py --modality my.json --data PACK       images of any sensor, see data.Sensor
+
+A pack is the folder that `python data.py pack` makes of an archive.
 
 SoftCon [1]: the student sees two seasons of a scene with some blocks masked.  For each season it
 must find the teacher's embedding of the other season among those of all scenes of the batch.  How
@@ -20,20 +22,24 @@ resumed run repeats the undisturbed one, and W ranks together see what one rank 
 [1] Wang, Albrecht, Zhu 2024, Multi-label guided soft contrastive learning
 [2] Shen et al. 2026, PerA, and its repository SathShen/PerA
 
-The loop is main(), at the end of the file.  Equations are numbered as in the README.
+train_step() is one step, main(), at the end of the file, the loop.  Equations are numbered as in
+the README.
 """
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import resource
 import shlex
 import signal
 import subprocess
 import sys
 import time
 import zlib
-from contextlib import contextmanager
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,8 +51,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, default_convert
 from tqdm import tqdm
 
 import data
@@ -55,53 +61,51 @@ import model as models
 
 # ---------------------------------------------------------------------------------------- presets
 
+# What a method always starts from.
+SOFTCON = dict(drop_path=0.0, tau=0.2, soft_tau=0.2, mask_ratio=0.3, weight_decay=[0.05, 0.05],
+               clip=0.0)
+PERA = dict(grey=0.1, tau=0.1, teacher_tau=[0.03, 0.05], ratios=[0.2, 0.2, 0.6],
+            weight_decay=[0.04, 0.2], clip=3.0)
+
 # The values of one method on one kind of data: "toy" without --data; with it "small" for fewer than
 # SMALL_DATA images, else "full".  Each value has a flag of its own that changes it.  The README's
 # table says where each comes from.
 SMALL_DATA = 20000
 PRESETS = {
-    ("softcon", "toy"): dict(
-        arch="resnet18", adapt="random", img_size=32, patch_size=4, hidden=512, drop_path=0.0,
-        holdout=0.4, crop_min=0.5, jitter=0.0, grey=0.0,
-        tau=0.2, soft_weight=0.5, mask_ratio=0.3,
-        epochs=28, batch_size=32, lr=5e-4, weight_decay=[0.05, 0.05], momentum=0.9, clip=0.0),
-    ("softcon", "small"): dict(
-        arch="vit_tiny", adapt="auto", img_size=112, patch_size=16, hidden=1024, drop_path=0.0,
-        holdout=0.4, crop_min=0.3, jitter=0.0, grey=0.0,
-        tau=0.2, soft_weight=0.5, mask_ratio=0.3,
-        epochs=8, batch_size=16, lr=3e-4, weight_decay=[0.05, 0.05], momentum=0.98, clip=0.0),
-    ("softcon", "full"): dict(
-        arch="vit_small", adapt="random", img_size=224, patch_size=14, hidden=4096, drop_path=0.0,
-        holdout=0.1, crop_min=0.2, jitter=0.4, grey=0.2,
-        tau=0.2, soft_weight=0.1, mask_ratio=0.3,
-        epochs=100, batch_size=256, lr=1.5e-4, weight_decay=[0.05, 0.05], momentum=0.99, clip=0.0),
-    ("pera", "toy"): dict(
+    ("softcon", "toy"): SOFTCON | dict(
+        arch="resnet18", adapt="random", img_size=32, patch_size=4, hidden=512, holdout=0.4,
+        crop_min=0.5, jitter=0.0, grey=0.0, soft_weight=0.5,
+        epochs=28, batch_size=32, lr=5e-4, momentum=0.9),
+    ("softcon", "small"): SOFTCON | dict(
+        arch="vit_tiny", adapt="auto", img_size=112, patch_size=16, hidden=1024, holdout=0.4,
+        crop_min=0.3, jitter=0.0, grey=0.0, soft_weight=0.5,
+        epochs=8, batch_size=16, lr=3e-4, momentum=0.98),
+    ("softcon", "full"): SOFTCON | dict(
+        arch="vit_small", adapt="random", img_size=224, patch_size=14, hidden=4096, holdout=0.1,
+        crop_min=0.2, jitter=0.4, grey=0.2, soft_weight=0.1,
+        epochs=100, batch_size=256, lr=1.5e-4, momentum=0.99),
+    ("pera", "toy"): PERA | dict(
         arch="vit_tiny", adapt="random", img_size=32, patch_size=4, hidden=512, drop_path=0.0,
-        holdout=0.4, crop_min=0.4, crops=[2, 2], local_size=16, jitter=1.0, grey=0.1,
-        tau=0.1, teacher_tau=[0.03, 0.05], ratios=[0.2, 0.2, 0.6], prototypes=512, soft_weight=0.0,
-        epochs=8, batch_size=32, lr=5e-4, weight_decay=[0.04, 0.2], momentum=0.95, clip=3.0),
-    ("pera", "small"): dict(
+        holdout=0.4, crop_min=0.4, crops=[2, 2], local_size=16, jitter=1.0, prototypes=512,
+        epochs=8, batch_size=32, lr=5e-4, momentum=0.95),
+    ("pera", "small"): PERA | dict(
         arch="vit_tiny", adapt="auto", img_size=112, patch_size=16, hidden=1024, drop_path=0.0,
-        holdout=0.4, crop_min=0.3, crops=[2, 2], local_size=48, jitter=1.0, grey=0.1,
-        tau=0.1, teacher_tau=[0.03, 0.05], ratios=[0.2, 0.2, 0.6], prototypes=512, soft_weight=0.0,
-        epochs=8, batch_size=64, lr=3e-4, weight_decay=[0.04, 0.2], momentum=0.98, clip=3.0),
-    ("pera", "full"): dict(
+        holdout=0.4, crop_min=0.3, crops=[2, 2], local_size=48, jitter=1.0, prototypes=512,
+        epochs=8, batch_size=64, lr=3e-4, momentum=0.98),
+    ("pera", "full"): PERA | dict(
         arch="vit_base", adapt="random", img_size=224, patch_size=16, hidden=2048, drop_path=0.3,
-        holdout=0.1, crop_min=0.4, crops=[2, 8], local_size=96, jitter=0.4, grey=0.1,
-        tau=0.1, teacher_tau=[0.03, 0.05], ratios=[0.2, 0.2, 0.6], prototypes=131072,
-        soft_weight=0.0,
-        epochs=200, batch_size=192, lr=1e-3, weight_decay=[0.04, 0.2], momentum=0.992, clip=3.0),
+        holdout=0.1, crop_min=0.4, crops=[2, 8], local_size=96, jitter=0.4, prototypes=131072,
+        epochs=200, batch_size=192, lr=1e-3, momentum=0.992),
 }
 
 VIEWS = {"softcon": 2, "pera": 1}          # images of a scene that a step takes: its seasons
 
-# Flags that only one method has.  The others refuse them.
-METHOD_FLAGS = {"softcon": ["mask_ratio"],
+# Flags that only one method has.  The other refuses them.
+METHOD_FLAGS = {"softcon": ["mask_ratio", "soft_weight", "soft_tau"],
                 "pera": ["crops", "local_size", "prototypes", "teacher_tau", "ratios"]}
 
 # Flags that a resumed run may change.  All others decide the numbers, so they must stay.
-MAY_CHANGE = ["data", "labels", "max_steps", "out", "resume", "save_every", "log_every",
-              "tensorboard", "workers", "cache", "device", "compile"]
+MAY_CHANGE = ["data", "max_steps", "out", "resume", "save_every", "log_every", "device", "compile"]
 
 # Constants that have no flag.
 FINAL_LR = 1e-6                # where the cosine of the learning rate ends
@@ -117,10 +121,7 @@ LOCAL_AREA_MIN = 0.05          # PerA: smallest share of the image in a local cr
 def number(kind, low, high=math.inf):
     """An argparse type: an int or a float (`kind`) between low and high, both included."""
     def convert(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
+        value = kind(text)                             # ValueError: argparse says "invalid value"
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} must lie in {low} to {high}")
         return value
@@ -135,38 +136,27 @@ temperature = number(float, 1e-4, 100)
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    epilog="Flags without a default take the value of the preset.  The README prints the presets "
-           "as a table.")
+    epilog="Flags without a default take the value of the preset, see the README's table.")
 
 flag = parser.add_argument_group("data").add_argument
 flag("--modality", required=True, metavar="SENSOR",
-     help="s1: Sentinel-1 radar; s2c: Sentinel-2 L1C; s2a: L2A, air corrected; rgb; or the JSON "
-          "file of another, which `python data.py stats` writes")
-flag("--data", help="tree, folder or pack of images; without it: the toy world, made in ./toy")
-flag("--labels", help="SSL4EO-S12-ML json (default: ssl4eo_multilabel.json in --data); for folders "
-                      "of images 'classes', their names, or a table: csv, a row an image, a "
-                      "column a class, 0 or 1")
-flag("--layout", choices=["eurosat"], help="order of the bands in the files of --data")
-flag("--tile", type=natural, default=0, metavar="N",
-     help="folders: resize images to N x N pixels (default: to the size that most have)")
+     help="s1: Sentinel-1 radar; s2c: Sentinel-2 L1C; s2a: L2A, air corrected; rgb; another of "
+          "data.SENSORS; or a sensor's JSON file, which `python data.py stats` writes")
+flag("--data", metavar="PACK", help="a folder that `python data.py pack` made (default: toy world)")
 flag("--holdout", type=number(float, 0, 0.99),
-     help="share of the scenes kept for probe.py, chosen by a hash of their names")
+     help="share of the scenes kept for probe.py, by a hash of their names; not used for a pack "
+          "with splits, of which training takes `train`")
 flag("--img-size", type=positive, help="side of a (global) crop in pixels")
-flag("--crop-min", type=number(float, 0.01, 1),
-     help="smallest share of the image's area in a (global) crop")
+flag("--crop-min", type=number(float, 0.01, 1), help="smallest share of the area in such a crop")
 flag("--crops", type=natural, nargs=2, metavar=("GLOBAL", "LOCAL"), help="pera: crops of an image")
 flag("--local-size", type=natural, help="pera: side of a local crop in pixels")
 flag("--jitter", type=share,
      help="change of brightness and contrast, at most this; radar: none with softcon, with pera an "
           "offset of up to 5 times this in dB")
 flag("--grey", type=share, help="share of views turned grey; pera: 0.8 of it, student only")
-flag("--cache", type=amount, default=4.0, metavar="GB",
-     help="keep the decoded images in memory if they take at most this, per rank (%(default)s)")
-flag("--workers", type=natural, default=2, help="reading processes per rank (%(default)s)")
 
 flag = parser.add_argument_group("model").add_argument
-flag("--method", default="softcon", choices=["softcon", "pera"],
-     help="what to minimise (%(default)s)")
+flag("--method", default="softcon", choices=["softcon", "pera"], help="default: %(default)s")
 flag("--preset", choices=["toy", "small", "full"],
      help=f"values of the flags not given (default: toy without --data, small for fewer than "
           f"{SMALL_DATA} images, else full)")
@@ -174,25 +164,24 @@ flag("--arch", choices=[*models.RESNETS, *models.VITS], help="backbone; pera nee
 flag("--patch-size", type=positive, help="of a ViT; with a ResNet: the cell of SoftCon's mask")
 flag("--hidden", type=positive, help="width of the heads' hidden layers")
 flag("--prototypes", type=number(int, 2, 2**31), help="pera: outputs of the CLS head")
-flag("--drop-path", type=number(float, 0, 0.99),
-     help="share of the student's samples that skip a block")
+flag("--drop-path", type=number(float, 0, 0.99), help="share of samples that skip a block")
 flag("--init", metavar="FILE", help="start from this checkpoint, for example DINOv2's or DINO's")
 flag("--adapt", choices=["random", "mean", "rgb", "auto"],
      help="input layer if --init has other channels: random, as SoftCon does; the mean of the "
-          "file's channels; the file's RGB copied into the bands that look so; auto: rgb where "
-          "there are such bands, else mean, which is far better with few images")
+          "file's channels; the file's RGB copied into the bands red, green and blue; auto: rgb "
+          "where there are such bands, else mean, which is far better with few images")
+flag("--init-norm", choices=["imagenet", "half"],
+     help="how pixels were normalised for --init: by ImageNet's mean and std, or (x - .5) / .5; it "
+          "becomes a part of the first layer, whose input here is 0 to 1")
 
 flag = parser.add_argument_group("loss").add_argument
 flag("--tau", type=temperature, help="temperature of InfoNCE; pera: of the student")
 flag("--teacher-tau", type=temperature, nargs=2, metavar=("FIRST", "LAST"),
      help=f"pera: temperature of the teacher; LAST is reached after {TAU_WARMUP} of the steps")
-flag("--soft-weight", type=amount, help="weight of the soft label term; see soft_share in the log")
-flag("--soft-form", default="bce", choices=list(losses.SOFT_TAU),
-     help="formula of the soft term, see losses.soft_contrastive (%(default)s)")
-flag("--soft-tau", type=temperature,
-     help="temperature of the soft term (default: 0.2; 1.0 with --soft-form bce_mean)")
+flag("--soft-weight", type=amount, help="softcon: of the label term; see soft_share in the log")
+flag("--soft-tau", type=temperature, help="softcon: temperature of the label term")
 flag("--mask-ratio", type=share, help="softcon: share of the student's patches that are masked")
-flag("--ratios", type=share, nargs=3, metavar=("STUDENT", "UNSEEN", "TEACHER"),
+flag("--ratios", type=share, nargs=3, metavar=("STUDENT", "GUESSED", "TEACHER"),
      help="pera: shares of the patches that the student sees, that neither sees and the student "
           "must guess, and that the teacher sees")
 
@@ -200,79 +189,121 @@ flag = parser.add_argument_group("optimisation").add_argument
 flag("--epochs", type=positive, help="passes over the scenes")
 flag("--max-steps", type=natural, default=0,
      help="stop early; the schedules still span all --epochs (%(default)s: never)")
-flag("--batch-size", type=positive, help="scenes per step, over all ranks")
+flag("--batch-size", type=positive,
+     help="scenes per step, over all ranks; that of the preset is halved if there are fewer scenes")
 flag("--accum", type=positive, default=1,
      help="micro-batches per step; a query meets the keys of its own micro-batch (%(default)s)")
 flag("--lr", type=amount, help="AdamW's highest learning rate; it is not scaled by the batch")
 flag("--weight-decay", type=amount, nargs=2, metavar=("FIRST", "LAST"),
      help="on a cosine; never on norms and biases")
-flag("--warmup", type=share, default=0.1,
-     help="share of the steps in which lr climbs (%(default)s)")
+flag("--warmup", type=share, default=0.1, help="share of steps in which lr climbs (%(default)s)")
 flag("--momentum", type=share, help="of the teacher; climbs to 1 on a cosine")
 flag("--clip", type=amount, help="scale gradients down to this norm; 0: leave them")
 
 flag = parser.add_argument_group("run").add_argument
 flag("--out", help="folder for the run (default: runs/METHOD_MODALITY)")
-flag("--resume", action="store_true",
-     help="go on from OUT/last.pt if it is there; start if it is not")
+flag("--resume", action="store_true", help="go on from OUT/last.pt; start if it is not there")
 flag("--save-every", type=positive, default=500, help="steps between checkpoints (%(default)s)")
 flag("--log-every", type=positive, default=10, help="steps between log lines (%(default)s)")
-flag("--tensorboard", action="store_true", help="write the log for TensorBoard as well, into OUT")
 flag("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything (%(default)s)")
-flag("--device", default="auto", choices=["auto", "cpu", "cuda"],
-     help="auto: CUDA if there is a GPU")
-flag("--amp", default="auto", choices=["auto", "bf16", "off"],
-     help="bf16 autocast; auto: on CUDA only")
+flag("--device", default="auto", help="as torch names it: cpu, cuda, mps, ...; auto: a GPU if any")
+flag("--amp", default="auto", choices=["auto", "bf16", "off"], help="auto: bf16 on CUDA only")
 flag("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
 
 
-def use_preset(args, kind):
-    """Give the flags that are not given the values of a preset: toy, small or full."""
-    args.preset = kind
-    for name, value in PRESETS[args.method, kind].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+def resolve_flags(argv=None):
+    """Command line -> namespace of all flags, final, with the open .pack and its .sensor.
 
-
-def parse(argv=None):
-    """Command line -> namespace of flags.  Those not given take the preset's value.
-
-    With --data and without --preset they are None until open_scenes knows how many images there
-    are.  args.sensor is the data.Sensor of --modality.  Wrong flags end the program with a line.
+    What is given wins over the preset, and the number of images chooses the preset.  InputError:
+    a flag or the data cannot be used.  (argparse ends the program for flags that it cannot read.)
     """
     args = parser.parse_args(argv)
     for method, names in METHOD_FLAGS.items():
         for name in names:
-            if method == args.method:
-                continue
-            if getattr(args, name) is not None:
-                parser.error(f"--{name.replace('_', '-')}: has no effect on --method {args.method}")
-            delattr(args, name)
-    if args.preset:
-        use_preset(args, args.preset)
-    elif not args.data:
-        use_preset(args, "toy")
-    if args.soft_tau is None:
-        args.soft_tau = losses.SOFT_TAU[args.soft_form]
-    try:
-        args.sensor = data.find_sensor(args.modality)
-    except ValueError as error:
-        parser.error(str(error))
-    if args.out is None:
-        args.out = f"runs/{args.method}_{args.sensor.name}"
-    if not args.data and args.modality not in ("s1", "s2c"):
-        parser.error(f"--modality {args.modality}: the toy world has s1 and s2c; give --data")
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        args.resume = True                       # a rank died and torchrun started all of them anew
+            if method != args.method:
+                data.require(getattr(args, name) is None,
+                             f"{as_typed(name)}: has no effect on --method {args.method}")
+                delattr(args, name)
+
+    # the data, and what follows from them
+    asked = data.find_sensor(args.modality)
+    if not args.data:
+        args.preset = args.preset or "toy"
+        args.data = toy_pack(args.modality)
+    args.pack = data.open_pack(args.data)
+    args.sensor = args.pack.sensor
+    data.require(asked.bands == args.sensor.bands,
+                 f"--modality {args.modality}: {args.data} has the bands "
+                 f"{' '.join(args.sensor.bands)}")
+    if not args.preset:
+        args.preset = "small" if len(args.pack.names) < SMALL_DATA else "full"
+
+    # flags that are not given
+    batch_is_given = args.batch_size is not None
+    for name, value in PRESETS[args.method, args.preset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    scenes = len(scenes_to_train_on(args.pack, args.holdout))
+    while not batch_is_given and args.batch_size > max(scenes, 2):
+        args.batch_size //= 2
+    args.out = args.out or f"runs/{args.method}_{asked.name}"
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.amp == "auto":
+        args.amp = "bf16" if args.device.startswith("cuda") else "off"
+    check_flags(args, scenes)
     return args
 
 
+def as_typed(name):
+    """soft_tau -> --soft-tau"""
+    return "--" + name.replace("_", "-")
+
+
 def plain_flags(args):
-    """The flags as json can hold them: all but the sensor, which has a place of its own."""
-    return {name: value for name, value in vars(args).items() if name != "sensor"}
+    """The flags as json can hold them: all but pack and sensor, which are no flags."""
+    return {name: value for name, value in vars(args).items() if name not in ("pack", "sensor")}
 
 
-def describe_run(args, world, device):
+def toy_pack(modality):
+    """Folder of the toy world's pack.  A machine's first rank makes it, the others wait for it."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        data.toy_pack(modality)
+    largest_of_ranks(0)                                              # they meet here
+    return data.toy_pack(modality)
+
+
+def check_flags(args, scenes):
+    """InputError, naming the flag, for what is bound to fail.  scenes: how many to train on."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    scenes_at_once, rest = divmod(args.batch_size, ranks * args.accum)
+    data.require(scenes_at_once >= 2 and rest == 0,              # a scene alone has no neighbour
+                 f"--batch-size {args.batch_size}: not a multiple, 2 or more, of {ranks} rank(s) x "
+                 f"--accum {args.accum}")
+    data.require(args.batch_size <= scenes,
+                 f"--batch-size {args.batch_size}: exceeds the {scenes} training scenes")
+    data.require(args.resume or not os.path.exists(f"{args.out}/last.pt"),
+                 f"--out {args.out}: holds a run; --resume continues it, another --out keeps it")
+    sides = [args.img_size]
+    if args.method == "pera":
+        data.require(args.arch in models.VITS, f"--arch {args.arch}: --method pera needs a ViT")
+        data.require(args.crops[0] > 0, "--crops: at least one is global")
+        if args.crops[1] > 0:
+            sides.append(args.local_size)
+
+    # draw one mask of each size: ratios that cannot be are refused there
+    try:
+        for side in sides:
+            h, w = models.check_grid(side, side, args.patch_size)
+            if args.method == "softcon":
+                losses.block_mask(1, (h, w), args.mask_ratio)
+            else:
+                losses.disjoint_masks(1, h * w, *args.ratios)
+    except ValueError as error:
+        raise data.InputError(f"{error} (--img-size, --local-size, --patch-size)") from error
+
+
+def describe_run(args, world):
     """The first lines of a run: its command, preset and what differs from it, versions."""
     changed = []
     for name, value in PRESETS[args.method, args.preset].items():
@@ -280,107 +311,56 @@ def describe_run(args, world, device):
             changed.append(f"{name} {getattr(args, name)} instead of {value}")
     lines = [shlex.join(sys.argv),
              f"preset: {args.method}, {args.preset}; changed: {', '.join(changed) or 'nothing'}"]
-    for name, value in versions(world, device).items():
-        lines.append(f"{name}: {value}")
+    lines += [f"{name}: {value}" for name, value in versions(args, world).items()]
     return "\n".join(lines)
 
 
-def versions(world, device):
+def versions(args, world):
     """What a result depends on beside its flags."""
     return {"python": sys.version.split()[0], "torch": torch.__version__, "commit": commit(),
-            "world": world, "device": device.type}
+            "world": world, "device": args.device}
 
 
 def commit():
     """Short git hash of this code, with a + if files differ from it."""
-    folder = Path(__file__).parent
-    command = ["git", "-C", folder, "describe", "--always", "--dirty=+", "--exclude=*"]
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
+        return subprocess.check_output(command, cwd=Path(__file__).parent, text=True,
+                                       stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def refuse_impossible_flags(args):
-    """ValueError, naming the flag, for what is seen to fail before anything is read or written.
-
-    As long as no preset is chosen there is nothing to see; open_scenes calls it again.
-    """
-    if not args.preset:
-        return
-    pera = args.method == "pera"
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % (world * args.accum):
-        raise ValueError(f"--batch-size {args.batch_size} does not divide into {world} rank(s) x "
-                         f"--accum {args.accum}")
-    micro_batch = args.batch_size // args.accum
-    if micro_batch < 2:
-        raise ValueError(f"--batch-size {args.batch_size}: {args.method} needs at least 2 scenes "
-                         f"at a time")
-    if pera and micro_batch // world < 2:                 # KoLeo compares the scenes of one rank
-        raise ValueError(f"--batch-size {args.batch_size}: pera needs at least 2 scenes at a time "
-                         f"on each rank")
-    if pera and args.arch not in models.VITS:
-        raise ValueError(f"--arch {args.arch}: --method pera needs a ViT")
-    if pera and args.crops[0] < 1:
-        raise ValueError(f"--crops {args.crops[0]} {args.crops[1]}: at least one is global")
-    if pera and args.crops[1] and args.local_size > args.img_size:
-        raise ValueError(f"--local-size {args.local_size}: exceeds --img-size {args.img_size}")
-    if os.path.exists(f"{args.out}/last.pt") and not args.resume:
-        raise ValueError(f"--out {args.out}: holds a run; --resume continues it, another --out "
-                         f"keeps it")
-
-    if args.tensorboard:
-        summary_writer()                                 # its package may be missing
-
-    # draw one mask of each size: ratios that cannot be are refused there
-    grid = models.check_grid(args.img_size, args.img_size, args.patch_size)
-    if not pera:
-        losses.block_mask(1, grid, args.mask_ratio)
-        return
-    losses.disjoint_masks(1, math.prod(grid), *args.ratios)
-    if args.crops[1]:
-        grid = models.check_grid(args.local_size, args.local_size, args.patch_size)
-        losses.disjoint_masks(1, math.prod(grid), *args.ratios)
 
 
 # -------------------------------------------------------------------------- processes and signals
 
 
-def start_processes(args):
-    """-> (rank, world, device): one process alone, or one of those that torchrun starts.
+def start_processes():
+    """-> (rank, world): one process alone, or one of those that torchrun starts.
 
-    torchrun tells each process its place by environment variables.  ValueError: --device cuda
-    without a GPU for this process.
+    torchrun tells each process its place by environment variables.
     """
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))        # place among those of this machine
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    if args.amp == "auto":
-        args.amp = "bf16" if cuda else "off"
-    if cuda and local_rank >= torch.cuda.device_count():
-        raise ValueError(f"--device cuda: rank {local_rank} of this machine has no GPU, there are "
-                         f"{torch.cuda.device_count()}")
-    device = torch.device("cpu")
-    if cuda:
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")    # TF32 for what bf16 leaves in float32
-        torch.backends.cudnn.benchmark = True         # shapes never change: try, then keep the best
-    elif world > 1:
-        torch.set_num_threads(max(1, os.cpu_count() // local_world))
     if world > 1:
-        # gloo for tensors on the CPU (the first step, the wish to stop), NCCL for those on GPUs.
-        # When torchrun restarts all ranks since one has died, its store still holds the addresses
-        # of the dead.  A prefix for each attempt hides them.
-        store, _, _ = next(dist.rendezvous("env://"))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=rank,
-                                world_size=world, store=dist.PrefixStore(attempt, store))
-    return rank, world, device
+        # gloo for tensors on the CPU (the first step, the wish to stop), NCCL for those on GPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    return rank, world
+
+
+def choose_device(args):
+    """The torch.device of this process.  InputError: this machine does not have it."""
+    try:
+        device = torch.device(args.device)
+        if args.device == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:          # AssertionError: a torch without CUDA
+        reason = str(error).partition("\n")[0]
+        raise data.InputError(f"--device {args.device}: {reason}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True         # shapes never change: try, then keep the best
+    return device
 
 
 def end_processes(net, world):
@@ -394,13 +374,13 @@ def end_processes(net, world):
         dist.destroy_process_group()
 
 
-def largest_of_ranks(value, world):
-    """The largest int `value` of any rank.
+def largest_of_ranks(value):
+    """The largest int `value` of any rank; all ranks wait for each other here.
 
     It travels from CPU to CPU, so no GPU has to finish first, and the death of a rank is noticed.
     """
     value = torch.tensor(value)
-    if world > 1:
+    if dist.is_initialized():
         dist.all_reduce(value, dist.ReduceOp.MAX)
     return int(value)
 
@@ -420,103 +400,103 @@ def note_signal(number, frame):
     signal_times.append(time.monotonic())
 
 
-def catch_signals():
-    signal.signal(signal.SIGTERM, note_signal)
-    signal.signal(signal.SIGINT, note_signal)
-
-
-def ignore_signals(worker):
-    """For reading processes: the process that reads from them ends them."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def stop_requested(world):
-    """Has any rank got a signal?  The same answer on all ranks, so that they stop together."""
-    return largest_of_ranks(len(signal_times), world) > 0
-
-
 # ------------------------------------------------------------------------------------------- data
 
 
-def open_scenes(args, world):
-    """Open --data, or the toy world, which is made if need be, and choose the preset.
+def scenes_to_train_on(pack, holdout):
+    """{number of a scene: numbers of its images}, of the images that training may see.
 
-    With the preset all flags are known.  ValueError: some cannot be, see refuse_impossible_flags.
+    They are the split "train" if the pack has splits, else all of the scenes that are not held out.
     """
-    if not args.data and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        data.make_toy("toy")
-    if world > 1:
-        dist.barrier()
-    views = VIEWS[args.method]
-    scenes = data.open_data(args.data or "toy", args.sensor, args.labels, views, args.layout,
-                            args.tile)
-    if not args.preset:
-        images = sum(len(files) for files in scenes.files)
-        use_preset(args, "small" if images < SMALL_DATA else "full")
-        shrink_batch(args, len(scenes_to_train_on(args, scenes)))
-        refuse_impossible_flags(args)
+    allowed = pack.split == "train"                                  # (n,) bool
+    if (pack.split == "").all():
+        scene_is_allowed = ~data.held_out(pack.scenes, holdout)      # (m,)
+        allowed = np.repeat(scene_is_allowed, [len(rows) for rows in pack.rows])
+    scenes = {}
+    for i, rows in enumerate(pack.rows):
+        if allowed[rows].any():
+            scenes[i] = rows[allowed[rows]]
     return scenes
 
 
-def scenes_to_train_on(args, scenes):
-    """The numbers of the scenes that are not held out."""
-    return np.flatnonzero(~data.held_out(scenes.ids, args.holdout))
+def facts_of_data(args, scenes):
+    """What a run is trained on, for config.json and to see whether a resumed run has the same."""
+    pack = args.pack
+    labels = pack.labels[np.concatenate(list(scenes.values()))]
+    uses_labels = args.method == "softcon" and args.soft_weight > 0 and labels.any()
+    return {"path": os.path.abspath(pack.path), "checksum": pack.checksum,
+            "images": len(pack.names), "training_scenes": len(scenes),
+            "training_images": len(labels), "labelled": int(labels.any(1).sum()),
+            "labels_from": pack.labels_from, "labels_checksum": f"{zlib.crc32(labels):08x}",
+            "labels_used": bool(uses_labels)}
 
 
-def shrink_batch(args, scenes):
-    """Halve the small preset's batch until the scenes fill one; a batch that is given stays."""
-    if args.batch_size == PRESETS[args.method, args.preset]["batch_size"]:
-        while args.preset == "small" and args.batch_size > max(scenes, 2):
-            args.batch_size //= 2
+def describe_data(args, facts):
+    """The lines of a run about its data; the last ones are the pack's own notes."""
+    pack = args.pack
+    rest = "the others are held out"
+    if (pack.split != "").any():
+        rest = "those of the split `train`"
+    labels = "none is labelled: a soft term would be 0"
+    if facts["labelled"]:
+        labels = f"{facts['labelled']} are labelled, labels from {pack.labels_from}"
+    lines = [f"{pack.path}: {len(pack.names)} images of {pack.size} px, {len(pack.scenes)} scenes, "
+             f"bands {' '.join(pack.sensor.bands)}",
+             f"training on {facts['training_images']} images of {facts['training_scenes']} scenes, "
+             f"{rest}; {labels}"]
+    return "\n".join(f"data: {line}" for line in [*lines, *pack.notes])
 
 
-def prepare_scenes(args, scenes, rank, say):
-    """Say what the data are and read them into memory if they fit -> numbers to train on."""
-    train = scenes_to_train_on(args, scenes)
-    if len(train) < args.batch_size:
-        raise ValueError(f"--batch-size {args.batch_size} exceeds the {len(train)} training scenes")
+def draw_batches(scenes, args, rank, world, start, stop):
+    """Yield this rank's micro-batches, from step `start` up to `stop`: (B,V) numbers of images.
 
-    images = sum(len(scenes.files[i]) for i in train)
-    labelled = sum(int(scenes.labels[i].any(1).sum()) for i in train)
-    say(f"data: {args.data or 'toy'}: {len(train)} of {len(scenes)} scenes to train on ({images} "
-        f"images of {scenes.size} px, {labelled} labelled), the others held out; bands "
-        f"{' '.join(args.sensor.bands)}")
-    for note in scenes.notes:
-        say(f"data: {note}")
-    if rank == 0:
-        for line in data.look_at(scenes, train):
-            say(f"data: {line}")
-    if args.soft_weight > 0 and labelled == 0:
-        say("no labels: the soft term is 0")
-
-    bytes_in_memory = images * len(args.sensor.bands) * scenes.size**2
-    if bytes_in_memory < args.cache * 1e9:
-        scenes.preload(train, args.workers)
-        args.workers = 0                    # a copy in memory is faster than another process
-    return train
-
-
-def batches(train, args, world, rank, start, stop):
-    """Yield the keys of this rank's micro-batches, from step `start` up to `stop`.
-
-    A key is (scene, seed of its seasons).  Step t of an epoch takes the t-th slice of the epoch's
-    permutation of `train`, whatever the number of ranks.
+    Step t of an epoch takes the t-th slice of the epoch's permutation of the scenes, whatever the
+    number of ranks.  The V images of a scene are different ones; a scene with fewer repeats them.
     """
-    steps_per_epoch = len(train) // args.batch_size
+    steps_per_epoch = len(scenes) // args.batch_size
     for step in range(start, stop):
         epoch, t = divmod(step, steps_per_epoch)
         if t == 0 or step == start:
-            order = np.random.default_rng([args.seed, epoch]).permutation(train)
+            order = np.random.default_rng([args.seed, epoch]).permutation(list(scenes))
         batch = order[t * args.batch_size:(t + 1) * args.batch_size]
-        for scenes in batch.reshape(args.accum, world, -1)[:, rank]:
-            yield [(int(i), (args.seed, epoch, int(i))) for i in scenes]
+        for micro_batch in batch.reshape(args.accum, world, -1)[:, rank]:
+            images = []
+            for i in micro_batch:
+                seasons = np.random.default_rng([args.seed, epoch, i]).permutation(scenes[i])
+                images.append(np.resize(seasons, VIEWS[args.method]))
+            yield np.stack(images)
+
+
+def read_ahead(pack, batches, device, threads=4):
+    """For each (B,V) numbers of images in `batches`: x (B,V,C,H,W) and y (B,V,L), uint8, on device.
+
+    While a step runs, each thread reads one of the next micro-batches.  OSError: the pack cannot
+    be read any more.
+    """
+    def read(rows):
+        x = torch.empty(*rows.shape, *pack.images.shape[1:], dtype=torch.uint8,
+                        pin_memory=device.type == "cuda")
+        pack.read(rows.ravel(), x.flatten(0, 1).numpy())
+        return x, torch.from_numpy(pack.labels[rows])
+
+    def to_device(job):
+        x, y = job.result()
+        return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+    jobs = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for rows in batches:
+            jobs.append(pool.submit(read, rows))
+            if len(jobs) > threads:
+                yield to_device(jobs.popleft())
+        while jobs:
+            yield to_device(jobs.popleft())
 
 
 class StepRandomness:
     """The random draws of one micro-batch, the same whatever the number of ranks.
 
-    Every rank draws for the views of all ranks, and `ours` cuts this rank's part out.
+    Every rank draws for the views of all ranks, and `of_this_rank` cuts its part out.
     """
 
     def __init__(self, seed, step, micro, rank, world):
@@ -526,10 +506,10 @@ class StepRandomness:
         self.generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed + rank)                     # for drop path, which draws on its own
 
-    def ours(self, drawn, views):
+    def of_this_rank(self, drawn, views):
         """(views x world x B, ...), or a dict of such tensors -> (views x B, ...) of this rank."""
         if isinstance(drawn, dict):
-            return {name: self.ours(value, views) for name, value in drawn.items()}
+            return {name: self.of_this_rank(value, views) for name, value in drawn.items()}
         drawn = drawn.unflatten(0, (views, self.world, -1))
         return drawn[:, self.rank].flatten(0, 1)
 
@@ -537,24 +517,20 @@ class StepRandomness:
 # --------------------------------------------------------------------- networks and their schedules
 
 
-def networks(args, device, load_init=True, quiet=False):
+def networks(args, device, quiet=False):
     """-> namespace of student, teacher, centre (PerA's, else None) and ddp: the student, which main
     wraps if there are several ranks.
 
     The teacher starts as a copy of the student.  It has no predictor and guesses no pixels.
-    load_init: fill the student's backbone from --init; False: only its shapes are read there.
     """
     pera = args.method == "pera"
     channels = len(args.sensor.bands)
     registers = 0
     layerscale = not pera                                # PerA's ViTs have no LayerScale
     if args.init:
-        weights = models.read_weights(args.init, in_chans=channels)
-        tensors = weights[0]
-        if "register_tokens" in tensors:
-            registers = tensors["register_tokens"].shape[1]
-        if "blocks.0.ls1.gamma" in tensors:
-            layerscale = True                            # but DINOv2's weights need it
+        weights = models.read_weights(args.init, channels)
+        registers = weights.registers
+        layerscale = layerscale or weights.layerscale    # but DINOv2's weights need it
 
     def branch(drop_path, predict):
         backbone = models.build(args.arch, channels, args.img_size, args.patch_size, registers,
@@ -563,31 +539,27 @@ def networks(args, device, load_init=True, quiet=False):
             network = models.SparseBranch(backbone, args.prototypes, args.hidden, predict)
         else:
             network = models.Branch(backbone, args.hidden, predict)
+        if device.type == "cuda" and dist.is_initialized():
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         return network.to(device, memory_format=torch.channels_last)     # convolutions like it
 
     student = branch(args.drop_path, predict=True)
     teacher = branch(0.0, predict=False).requires_grad_(False)
-    if args.init and load_init:
-        models.load_pretrained(student.backbone, args.init, args.adapt, quiet, weights,
-                               args.sensor.look)
+    if args.init:
+        models.load_pretrained(student.backbone, args.init, args.adapt,
+                               args.sensor.red_green_blue, args.init_norm, quiet, weights)
     teacher.load_state_dict(student.state_dict(), strict=False)      # the student has more heads
     centre = losses.Centre(args.prototypes).to(device) if pera else None
     return SimpleNamespace(student=student, teacher=teacher, centre=centre, ddp=student)
 
 
-def compile_networks(net, device, say):
-    """Compile both networks; without a compiler, or on an old GPU, say so and leave them."""
-    try:
-        torch.compile(lambda x: 2 * x)(torch.ones(2, device=device))     # can it be done here?
-        for branch in (net.student, net.teacher):
-            # the blocks of a ViT are alike, so what is compiled for one serves them all
-            parts = getattr(branch.backbone, "blocks", [branch])
-            for part in parts:
-                # shapes never change; by default, what differs between student and teacher (tokens,
-                # drop path) would become a variable, which makes the steps slower
-                part.compile(dynamic=False)
-    except Exception as error:
-        say(f"--compile: not here ({type(error).__name__}), the networks run as they are")
+def compile_networks(net):
+    for branch in (net.student, net.teacher):
+        # the blocks of a ViT are alike, so what is compiled for one serves them all
+        for part in getattr(branch.backbone, "blocks", [branch]):
+            # shapes never change; by default, what differs between student and teacher (tokens,
+            # drop path) would become a variable, which makes the steps slower
+            part.compile(dynamic=False)
 
 
 def adamw(student, args):
@@ -609,7 +581,7 @@ def linear(step, steps, first, last):
     return first + (last - first) * step / max(1, steps - 1)
 
 
-def schedule(step, total, start, end, warmup=0):
+def cosine(step, total, start, end, warmup=0):
     """Value at `step` of `total`: a line from 0 to `start` in `warmup` steps, then half a cosine to
     `end`.  So the very first step has the value 0 if there is a warm-up.  [PerA builder.py]"""
     if step < warmup:
@@ -621,19 +593,22 @@ def schedule(step, total, start, end, warmup=0):
 def schedules(args, step, total):
     """What changes from step to step, by its name in the log."""
     warmup = round(args.warmup * total)
-    now = {"lr": schedule(step, total, args.lr, FINAL_LR, warmup),
-           "weight_decay": schedule(step, total, *args.weight_decay),
-           "momentum": schedule(step, total, args.momentum, 1)}
+    values = {"lr": cosine(step, total, args.lr, FINAL_LR, warmup),
+              "weight_decay": cosine(step, total, *args.weight_decay),
+              "momentum": cosine(step, total, args.momentum, 1)}
     if args.method == "pera":
-        now["teacher_tau"] = linear(step, round(TAU_WARMUP * total), *args.teacher_tau)
-    return now
+        values["teacher_tau"] = linear(step, round(TAU_WARMUP * total), *args.teacher_tau)
+    return values
 
 
 # ------------------------------------------------------------------------------- SoftCon, one step
 
 
 def autocast(args, device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16")
+    """bf16 for matrix products and convolutions inside; with --amp off, nothing."""
+    if args.amp == "off":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 def softcon_views(x, args, draws):
@@ -647,30 +622,30 @@ def softcon_views(x, args, draws):
                               p=0.0 if args.sensor.kind == "radar" else 0.8,   # no light in radar
                               jitter=args.jitter, grey=args.grey)
     grid = models.check_grid(args.img_size, args.img_size, args.patch_size)
-    keep = losses.block_mask(total, grid, args.mask_ratio, draws.generator)
+    patches = losses.block_mask(total, grid, args.mask_ratio, draws.generator)
 
     seasons = x.transpose(0, 1).flatten(0, 1)                             # (2B,C,H,W)
-    views = data.crop(seasons, draws.ours(crops, 2), args.img_size)       # (2B,C,h,w)
-    views = data.colour(views, draws.ours(light, 2))
+    views = data.crop(seasons, draws.of_this_rank(crops, 2), args.img_size)       # (2B,C,h,w)
+    views = data.colour(views, draws.of_this_rank(light, 2))
     views = views.contiguous(memory_format=torch.channels_last)
-    return views, draws.ours(keep, 2).to(x.device, non_blocking=True)
+    return views, draws.of_this_rank(patches, 2).to(x.device, non_blocking=True)
 
 
-def softcon_step(net, x, y, args, draws, now):
+def softcon_step(net, x, y, args, draws, values):
     """SoftCon's loss on one micro-batch, in both directions.
 
-    x (B,2,C,H,W) uint8: two seasons of each scene; y (B,2,L): their labels.
-    Returns the loss; its parts for the log; the student's embeddings (2B,256), on which the soft
-    term acts; the teacher's features (2B,D).
+    x (B,2,C,H,W) uint8: two seasons of each scene; y (B,2,L): their labels.  Returns a namespace:
+    the loss; its terms for the log; embeddings (2B,256) of the student, on which the soft term
+    acts; features (2B,D) of the teacher.
     """
-    views, keep = softcon_views(x, args, draws)                           # (2B,C,h,w), (2B,n)
+    views, student_patches = softcon_views(x, args, draws)                # (2B,C,h,w), (2B,n)
     with autocast(args, x.device):
         with torch.no_grad():
             k, features = net.teacher(views)                              # (2B,256), (2B,D)
         if args.arch in models.VITS:
-            q, _ = net.ddp(views, keep)                                   # (2B,256)
+            q, _ = net.ddp(views, student_patches)                        # (2B,256)
         else:                                        # a ResNet cannot drop patches: grey there
-            q, _ = net.ddp(losses.blank_patches(views, keep, args.patch_size))
+            q, _ = net.ddp(losses.blank_patches(views, student_patches, args.patch_size))
 
     # keys and labels of all ranks: M = B x ranks
     keys = losses.gather(k.unflatten(0, (2, -1)).transpose(0, 1))         # (M,2,256)
@@ -681,11 +656,11 @@ def softcon_step(net, x, y, args, draws, now):
     y1, y2 = y.unbind(1)                                                  # (B,L)
     k1, k2 = keys.unbind(1)                                               # (M,256)
     all_y1, all_y2 = labels.unbind(1)                                     # (M,L)
-    flags = dict(tau=args.tau, weight=args.soft_weight, form=args.soft_form, soft_tau=args.soft_tau)
+    flags = dict(tau=args.tau, weight=args.soft_weight, soft_tau=args.soft_tau)
     loss1, hard1, soft1 = losses.softcon_loss(q1, k2, y1, all_y2, **flags)
     loss2, hard2, soft2 = losses.softcon_loss(q2, k1, y2, all_y1, **flags)
-    parts = {"info_nce": (hard1 + hard2) / 2, "soft": (soft1 + soft2) / 2}
-    return (loss1 + loss2) / 2, parts, q, features
+    terms = {"info_nce": (hard1 + hard2) / 2, "soft": (soft1 + soft2) / 2}
+    return SimpleNamespace(loss=(loss1 + loss2) / 2, terms=terms, embeddings=q, features=features)
 
 
 # ---------------------------------------------------------------------------------- PerA, one step
@@ -694,11 +669,11 @@ def softcon_step(net, x, y, args, draws, now):
 def aligned_pairs(x, args, draws, count, size, area_min, area_max):
     """`count` crops of each image of x (B,C,H,W), each for the student and for the teacher.
 
-    Both see the same pixels in other colours.  Returns student's and teacher's view
-    (count B, C, size, size) in [0,1], and three sets of patches that have none in common: those
-    that the student sees (keep), that neither sees and the student must guess (unseen), and that
-    the teacher sees (others).  How often and how much colours change is as released.
-    [PerA augmentation.py]
+    Both see the same pixels in other colours.  Returns a namespace: student_view and teacher_view
+    (count B, C, size, size) in [0,1], and three sets of patches that have none in common:
+    student_patches, which the student sees, guessed_patches, which neither sees and the student
+    must guess, and teacher_patches, each (count B, n).  How often and how much colours change is
+    as released.  [PerA augmentation.py]
     """
     total = count * len(x) * draws.world                          # crops of all ranks
     patches = (size // args.patch_size) ** 2
@@ -710,270 +685,230 @@ def aligned_pairs(x, args, draws, count, size, area_min, area_max):
     teacher_light = data.draw_colours(total, args.sensor, g, p=0.1, jitter=args.jitter,
                                       grey=0, blur=0)
 
-    pixels = data.crop(x.repeat(count, 1, 1, 1), draws.ours(crops, count), size)
-    student_view = data.colour(pixels, draws.ours(student_light, count))
-    teacher_view = data.colour(pixels, draws.ours(teacher_light, count))
-    keep, unseen, others = [draws.ours(mask, count).to(x.device) for mask in masks]
-    return student_view, teacher_view, keep, unseen, others
+    pixels = data.crop(x.repeat(count, 1, 1, 1), draws.of_this_rank(crops, count), size)
+    student_view = data.colour(pixels, draws.of_this_rank(student_light, count))
+    teacher_view = data.colour(pixels, draws.of_this_rank(teacher_light, count))
+    student_patches, guessed_patches, teacher_patches = [
+        draws.of_this_rank(mask, count).to(x.device) for mask in masks]
+    return SimpleNamespace(student_view=student_view, teacher_view=teacher_view,
+                           student_patches=student_patches, guessed_patches=guessed_patches,
+                           teacher_patches=teacher_patches)
 
 
-def pera_step(net, x, y, args, draws, now):
+def pera_step(net, x, y, args, draws, values):
     """PerA's loss on one micro-batch.
 
-    x (B,1,C,H,W) uint8: an image of each scene; y (B,1,L): its labels; now["teacher_tau"].
-    Returns the loss; its parts for the log; the student's CLS features (crops B, D), of which the
-    soft term acts on those of the global crops; the teacher's features of the first crop (B,D).
+    x (B,1,C,H,W) uint8: an image of each scene; y, their labels, are not used;
+    values["teacher_tau"].  Returns a namespace: the loss; its terms for the log; features (B,D) of
+    the teacher, of the first crop; scores (1,K): the teacher's mean, to which the centre moves.
     """
     x = x[:, 0]                                                           # (B,C,H,W)
-    y = y[:, 0]                                                           # (B,L)
     n_global, n_local = args.crops
     pairs = [aligned_pairs(x, args, draws, n_global, args.img_size, args.crop_min, 1.0)]
     if n_local:
         pairs.append(aligned_pairs(x, args, draws, n_local, args.local_size, LOCAL_AREA_MIN,
                                    args.crop_min))
-    # from a pair for each size to a list of student's views, of teacher's views, and so on
-    views, views_t, keep, unseen, others = zip(*pairs)
-    view = views[0]                                      # only in global crops pixels are guessed
-    unseen = unseen[0]                                                    # (n_global B, m)
+    # one entry for each size; only in global crops, which are the first, pixels are guessed
+    student_views = [pair.student_view for pair in pairs]
+    teacher_views = [pair.teacher_view for pair in pairs]
+    student_patches = [pair.student_patches for pair in pairs]
+    teacher_patches = [pair.teacher_patches for pair in pairs]
+    guessed_patches = pairs[0].guessed_patches                            # (n_global B, m)
 
     with autocast(args, x.device):
         with torch.no_grad():
-            z_t, features_t, _ = net.teacher(views_t, others)             # (crops B, 384), (.., D)
-        z, features, guess = net.ddp(views, keep, unseen)                 # .. (n_global B, m, PPC)
+            z_t, features, _ = net.teacher(teacher_views, teacher_patches)    # (crops B, 384), ..
+        z, _, guess = net.ddp(student_views, student_patches, guessed_patches)
         prototypes = net.student.cls_head.prototypes()                    # (K,384)
         prototypes_t = net.teacher.cls_head.prototypes()
         dino, koleo = losses.pera_loss(z, z_t, [prototypes, prototypes_t], net.centre.value,
-                                       now["teacher_tau"], n_global + n_local, n_global, args.tau)
+                                       values["teacher_tau"], n_global + n_local, n_global,
+                                       args.tau)
 
     # From [0,1] to [-2,2]: z-scores of the sensor (but for rgb), as [0,1] spans 4 deviations.
-    target = 4 * losses.patchify(view - 0.5, args.patch_size)             # (n_global B, N, PPC)
-    pixel = losses.pixel_loss(guess, target, unseen)
+    target = 4 * losses.patchify(student_views[0] - 0.5, args.patch_size)     # (n_global B, N, PPC)
+    pixel = losses.pixel_loss(guess, target, guessed_patches)
     loss = dino + KOLEO_WEIGHT * koleo + PIXEL_WEIGHT * pixel                           # eq. (10)
-    parts = {"dino": dino, "koleo": koleo, "pixel": pixel}
 
     # scores are linear in z_t, so the scores of the mean are the mean of the scores
-    net.centre.update(z_t.float().mean(0, keepdim=True) @ prototypes_t.T)
-
-    # not in PerA: SoftCon's soft term on the CLS features of the global crops
-    if args.soft_weight:
-        parts["soft"] = soft_between_crops(features, features_t, y, args)
-        loss = loss + args.soft_weight * parts["soft"]
-    return loss, parts, features, features_t[:len(x)]
-
-
-def soft_between_crops(features, features_t, y, args):
-    """Mean over global crops of the soft term between the student's and the teacher's features.
-
-    features, features_t (crops B, D), global crops first; y (B,L).
-    """
-    n_global = args.crops[0]
-    B = len(y)
-    q = features[:n_global * B].chunk(n_global)                           # n_global x (B,D)
-    k = features_t[:n_global * B].unflatten(0, (n_global, B))             # (n_global,B,D)
-    keys = losses.gather(k.transpose(0, 1))                               # (M,n_global,D)
-    labels = losses.gather(y)                                             # (M,L)
-    terms = [losses.soft_contrastive(q[i], keys[:, i], y, labels, args.soft_form, args.soft_tau)
-             for i in range(n_global)]
-    return sum(terms) / n_global
+    scores = losses.at_least_float32(z_t).mean(0, keepdim=True) @ prototypes_t.T        # (1,K)
+    terms = {"dino": dino, "koleo": koleo, "pixel": pixel}
+    return SimpleNamespace(loss=loss, terms=terms, features=features[:len(x)], scores=scores)
 
 
 STEPS = {"softcon": softcon_step, "pera": pera_step}
+
+# ---------------------------------------------------------------------------- either method's step
+
+
+def train_step(net, optimiser, batch, args, step, values, rank=0, world=1, measure=False):
+    """Move the student by one step of AdamW; the teacher, and PerA's centre, follow.
+
+    net: what `networks` returns; optimiser: of `adamw`; batch: --accum micro-batches of this rank,
+    each x (B,V,C,H,W) uint8 and y (B,V,L) uint8 on the device; values: what `schedules` returns for
+    this step.  Returns a namespace for the log: loss and terms, means over the micro-batches;
+    gradient_norm, before it is clipped; features of the last micro-batch; soft_share, measured in
+    the first one if `measure`, else None.  FloatingPointError: the gradient is not finite; then
+    nothing has moved.
+    """
+    matrices, vectors = optimiser.param_groups
+    matrices["lr"] = values["lr"]
+    vectors["lr"] = values["lr"]
+    matrices["weight_decay"] = values["weight_decay"]
+
+    # gradients, summed over the micro-batches and, in the last one, averaged over the ranks
+    means = 0
+    scores = []
+    soft_share = None
+    for micro, (x, y) in enumerate(batch):
+        draws = StepRandomness(args.seed, step, micro, rank, world)
+        net.ddp.require_backward_grad_sync = micro == len(batch) - 1
+        result = STEPS[args.method](net, x, y, args, draws, values)
+        numbers = torch.stack([result.loss, *result.terms.values()]).detach()
+        means = means + numbers / len(batch)
+        if args.method == "pera":
+            scores.append(result.scores)
+        elif measure and micro == 0:
+            soft = args.soft_weight * result.terms["soft"]
+            soft_share = losses.soft_share(result.embeddings, result.loss - soft, soft)
+        (result.loss / len(batch)).backward()
+
+    # a gradient that is not finite stops all ranks before a weight moves
+    norm = nn.utils.clip_grad_norm_(matrices["params"] + vectors["params"], args.clip or math.inf)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(
+            f"step {step}: loss {means[0]:g}, gradient norm {norm:g}, lr {values['lr']:g}; stopped "
+            f"before the weights changed, the last checkpoint is from before")
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    models.ema_update(net.teacher, net.student, values["momentum"])                     # eq. (5)
+    if scores:
+        net.centre.update(torch.cat(scores))
+    return SimpleNamespace(loss=means[0], terms=dict(zip(result.terms, means[1:])),
+                           gradient_norm=norm, features=result.features, soft_share=soft_share)
+
 
 # -------------------------------------------------------------------------------------------- log
 
 
 class Log:
-    """log.jsonl, the progress bar and TensorBoard: what a run says of itself.
+    """log.jsonl: what a run says of itself, a JSON object every --log-every steps.
 
-    Call start_step, waiting (around the loader), add (each micro-batch), write (at logged steps).
     The losses are those that were optimised, over all micro-batches and ranks.  soft_share is of
     the first micro-batch, feature_std and effective_rank are of the last, over all ranks.
+    data_wait is the share of the time since the last line in which steps waited for data.
     """
 
-    def __init__(self, args, rank, world, start, total, steps_per_epoch, device):
+    def __init__(self, args, rank, world, start, steps_per_epoch):
         self.args = args
         self.rank = rank
         self.world = world
-        self.warmup = round(args.warmup * total)
         self.steps_per_epoch = steps_per_epoch
-        self.device = device
-        self.path = Path(args.out, "log.jsonl")
-        self.board = None
-        self.collapsed = 0                       # lines in a row that look like a collapse
-        self.last_step = start
-        self.last_time = time.perf_counter()
-        self.waited = 0.0
+        self.path = f"{args.out}/log.jsonl"
+        self.begin(start)
         if rank == 0:
             write_file(self.path, lines_until(self.path, start))
-            if args.tensorboard:
-                self.board = summary_writer()(args.out, purge_step=start + 1)
 
-    @contextmanager
-    def waiting(self):
-        """Times the loader, so that the log can say what share of the time a GPU stood idle."""
+    def begin(self, step):
+        self.first_step = step
+        self.first_time = time.perf_counter()
+        self.waited = 0.0
+
+    def next_batch(self, reader):
+        """The --accum micro-batches of a step.  While it takes time, a GPU stands idle."""
         begin = time.perf_counter()
-        yield
+        batch = [next(reader) for _ in range(self.args.accum)]
         self.waited += time.perf_counter() - begin
+        return batch
 
-    def start_step(self):
-        self.sums = 0
-        self.soft_share = None
-
-    def add(self, loss, parts):
-        """The loss and its parts of one micro-batch."""
-        self.names = ["loss", *parts]
-        numbers = torch.stack([loss, *parts.values()]).detach()
-        self.sums = self.sums + numbers / self.args.accum
-
-    def measure_soft_share(self, embeddings, loss, soft):
-        """How much of the gradient at the embeddings comes from the soft term; before backward."""
-        soft = self.args.soft_weight * soft
-        self.soft_share = losses.soft_share(embeddings, loss - soft, soft)
-
-    def write(self, step, now, norm, features):
+    def write(self, step, values, result):
         """Write the line after `step` steps.  All ranks must call it, as they average together."""
-        means = self.sums
+        means = torch.stack([result.loss, *result.terms.values()])
         if self.world > 1:
             dist.all_reduce(means)
             means = means / self.world
-        std, effective_rank = losses.collapse(features)
-        seconds = time.perf_counter() - self.last_time
-        images = self.args.batch_size * (step - self.last_step)
-        images *= VIEWS[self.args.method]
+        std, effective_rank = losses.collapse(result.features)
+        seconds = time.perf_counter() - self.first_time
+        scenes = self.args.batch_size * (step - self.first_step)
         line = {"step": step, "epoch": step / self.steps_per_epoch}
-        line |= dict(zip(self.names, means.tolist()))
-        line |= now
-        if self.soft_share is not None:
-            line["soft_share"] = self.soft_share
-        line |= {"gradient_norm": float(norm), "feature_std": std,
-                 "effective_rank": effective_rank, "images_per_s": images / seconds,
-                 "data_wait": self.waited / seconds, "peak_memory_gb": peak_memory_gb(self.device)}
+        line |= dict(zip(["loss", *result.terms], means.tolist()))
+        line |= values
+        if result.soft_share is not None:
+            line["soft_share"] = result.soft_share
+        line |= {"gradient_norm": float(result.gradient_norm), "feature_std": std,
+                 "effective_rank": effective_rank,
+                 "images_per_s": scenes * VIEWS[self.args.method] / seconds,
+                 "data_wait": self.waited / seconds, "peak_memory_gb": peak_memory_gb()}
         line = {name: round(value, 6) for name, value in line.items()}
         if self.rank == 0:
-            self.warn_of_collapse(step, std, effective_rank)
-            with data.file_errors(self.path, "not written"), open(self.path, "a") as file:
+            with name_file(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
-            if self.board:
-                for name, value in line.items():
-                    self.board.add_scalar(name, value, step)
-                self.board.flush()
-        self.last_step = step
-        self.last_time = time.perf_counter()
-        self.waited = 0.0
+        self.begin(step)
         return line
-
-    def warn_of_collapse(self, step, std, effective_rank):
-        """Say once that all scenes look alike, after ten lines in a row that show it."""
-        if step > self.warmup and (std < 0.05 or effective_rank < 2):
-            self.collapsed += 1
-        else:
-            self.collapsed = 0
-        if self.collapsed == 10:
-            tqdm.write(f"step {step}: the teacher's features collapse: std {std:.3f} of 1, "
-                       f"effective rank {effective_rank:.1f}; lower --lr, or raise --teacher-tau "
-                       f"or --batch-size")
 
 
 def lines_until(path, step):
     """The log's lines up to `step`.  Later ones are of steps that a resumed run does again."""
-    if step == 0 or not path.exists():
+    if step == 0 or not os.path.exists(path):
         return ""
-    kept = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue                                     # cut off when the process was killed
-    return "".join(kept)
+    lines = Path(path).read_text(errors="replace").splitlines()
+    whole = [line for line in lines if line.endswith("}")]   # a kill may have cut off the last one
+    return "".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= step)
 
 
-def summary_writer():
-    """TensorBoard's writer, the one thing here that needs a package of its own."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(f"--tensorboard: {error}; pip install tensorboard") from None
-    return SummaryWriter
-
-
-def peak_memory_gb(device):
-    """The most memory that this process has held: on the GPU, or in all (0 if nobody says)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if os.path.exists("/proc/self/status"):
-        for line in open("/proc/self/status"):
-            if line.startswith("VmHWM:"):                            # "high water mark", in KiB
-                return int(line.split()[1]) * 1024 / 1e9
-    return 0.0
+def peak_memory_gb():
+    """The most memory that this process has held: on the GPU, or else in all."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9    # it counts KiB
 
 
 # ------------------------------------------------------------------------------------ checkpoints
 
 
+@contextlib.contextmanager
+def name_file(path):
+    """An OSError inside, of a full disk above all, becomes one that says what was not written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path}: not written ({error.strerror}); what was there still is") from error
+
+
 def write_file(path, content):
     """Write text, or an object by torch.save, so that `path` is whole at any moment.
 
-    It is written beside its place, flushed to the disk, then renamed.  If that fails, what was
-    there stays, and ValueError names `path`.
+    It is written beside its place, flushed to the disk, then renamed.
     """
-    part = Path(f"{path}.part")
-    try:
-        with data.file_errors(path, "not written; what was there still is", "its folder is gone"):
-            with open(part, "wb") as file:
-                if isinstance(content, str):
-                    file.write(content.encode())
-                else:
-                    torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    part = f"{path}.part"
+    with name_file(path):
+        with open(part, "wb") as file:
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
 
 
-def write_config(args, world, device):
+def write_config(args, facts, world):
     """config.json in the run's folder: all that the run was asked for, and with what."""
-    os.makedirs(args.out, exist_ok=True)
-    config = {"flags": plain_flags(args), "sensor": dataclasses.asdict(args.sensor)}
-    config |= versions(world, device)
+    config = {"flags": plain_flags(args), "sensor": dataclasses.asdict(args.sensor), "pack": facts}
+    config |= versions(args, world)
     write_file(f"{args.out}/config.json", json.dumps(config, indent=1))
 
 
-def fingerprint(scenes, train):
-    """The list of training scenes and their labels, each as a count and a checksum."""
-    names = " ".join(scenes.ids[i] for i in train).encode()
-    labels = b"".join(scenes.labels[i].tobytes() for i in train)
-    return {"scenes": f"{len(train)} scenes, checksum {zlib.crc32(names):08x}",
-            "labels": f"checksum {zlib.crc32(labels):08x}"}
-
-
-def flags_that_must_stay(args):
-    return {name: value for name, value in plain_flags(args).items() if name not in MAY_CHANGE}
-
-
-def save_checkpoint(args, parts, teacher, step, world, content):
+def save_checkpoint(args, parts, teacher, step, world, facts):
     """last.pt to go on from, backbone.pt to use: the teacher's, under upstream names."""
     write_file(f"{args.out}/backbone.pt", models.export_backbone(teacher.backbone))
     state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"step": step, "flags": flags_that_must_stay(args), "world": world, "data": content,
-              "sensor": json.dumps(dataclasses.asdict(args.sensor))}
+    state |= {"step": step, "flags": plain_flags(args), "world": world, "pack": facts,
+              "sensor": dataclasses.asdict(args.sensor)}
     write_file(f"{args.out}/last.pt", state)
 
 
-def read_checkpoint(path):
-    """The dict in last.pt; one ValueError if it is damaged or no checkpoint of a run."""
-    try:
-        models.check_archive(path)                       # torch.load does not look at checksums
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state["step"], state["flags"]
-    except Exception as error:                           # torch.load raises half a dozen kinds
-        raise ValueError(f"{path}: not a whole checkpoint of a run ({type(error).__name__}); move "
-                         f"it away to start anew") from None
-    return state
-
-
-def load_checkpoint(args, parts, world, content, say):
+def load_checkpoint(args, parts, world, facts, announce):
     """Fill `parts` from OUT/last.pt -> the step to go on at, 0 if there is no checkpoint.
 
     Flags that decide the numbers must be those of the run.  Other scenes or labels are said, and
@@ -981,59 +916,47 @@ def load_checkpoint(args, parts, world, content, say):
     """
     path = f"{args.out}/last.pt"
     if not os.path.exists(path):
-        say(f"--resume: no {path} yet, so the run starts")
+        announce(f"--resume: no {path} yet, so the run starts")
         return 0
-    state = read_checkpoint(path)
-    for name, value in flags_that_must_stay(args).items():
-        if state["flags"].get(name) != value:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: the run in {args.out} has "
-                             f"{state['flags'].get(name)}")
-    sensor = json.dumps(dataclasses.asdict(args.sensor))
-    if state.get("sensor", sensor) != sensor:
-        raise ValueError(f"--modality {args.modality}: the run in {args.out} has another sensor: "
-                         f"{state['sensor']}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        step = state["step"]
+    except models.UNREADABLE as error:
+        raise data.InputError(f"{path}: no whole checkpoint of a run; move it away to start "
+                              f"anew") from error
+    for name, value in plain_flags(args).items():
+        before = state["flags"].get(name)
+        data.require(name in MAY_CHANGE or before == value,
+                     f"{as_typed(name)} {value}: the run in {args.out} has {before}")
+    data.require(state["sensor"] == dataclasses.asdict(args.sensor),
+                 f"--data {args.data}: the run in {args.out} has another sensor: {state['sensor']}")
     for name, part in parts.items():
-        try:
-            part.load_state_dict(state[name])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(f"{path}: {name} does not fit ({type(error).__name__})") from None
-    say(f"resumed {path} at step {state['step']}")
-    for name, value in content.items():
-        if state.get("data", {}).get(name) != value:
-            say(f"other {name} than before: {value}, were {state.get('data', {}).get(name)}")
-    if state.get("world", world) != world:
-        say(f"{world} ranks instead of {state['world']}: data, draws and schedules go on; not "
-            f"exact are the rounding of sums, drop path, and pera's KoLeo, which is per rank")
-    return state["step"]
-
-
-def refuse_bad_step(args, step, loss, norm, scenes, train, rank):
-    """A gradient that is not finite: write down the scenes of its step, then ValueError."""
-    if rank == 0:
-        names = []
-        for batch in batches(train, args, 1, 0, step, step + 1):
-            names += [scenes.ids[i] for i, _ in batch]
-        write_file(f"{args.out}/bad_step.json", json.dumps({"step": step, "scenes": names}))
-    raise ValueError(f"step {step}: loss {loss:g}, gradient norm {norm:g}; stopped before the "
-                     f"weights changed, the last checkpoint is from before; the scenes: "
-                     f"{args.out}/bad_step.json")
+        part.load_state_dict(state[name])
+    announce(f"resumed {path} at step {step}")
+    for name, value in facts.items():
+        if state["pack"][name] != value:
+            announce(f"data: {name} {value}, before it was {state['pack'][name]}")
+    if state["world"] != world:
+        announce(f"{world} ranks instead of {state['world']}: not exact are the rounding of sums, "
+                 f"drop path, pera's KoLeo and, on the CPU, batch norm")
+    return step
 
 
 # ------------------------------------------------------------------------------------------- main
 
 
 def main(argv=None):
-    args = parse(argv)
-    refuse_impossible_flags(args)
-    rank, world, device = start_processes(args)
-    say = tqdm.write if rank == 0 else lambda text: None
+    rank, world = start_processes()
+    args = resolve_flags(argv)
+    device = choose_device(args)
+    announce = tqdm.write if rank == 0 else lambda text: None
+    announce(describe_run(args, world))
 
     # --------------------------------------------------------------------------------------- data
-    scenes = open_scenes(args, world)
-    say(describe_run(args, world, device))
-    train = prepare_scenes(args, scenes, rank, say)
-    content = fingerprint(scenes, train)
-    steps_per_epoch = len(train) // args.batch_size
+    scenes = scenes_to_train_on(args.pack, args.holdout)
+    facts = facts_of_data(args, scenes)
+    announce(describe_data(args, facts))
+    steps_per_epoch = len(scenes) // args.batch_size
     total = args.epochs * steps_per_epoch                    # what the schedules span
     stop = min(total, args.max_steps or total)
 
@@ -1041,92 +964,71 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     net = networks(args, device, quiet=rank > 0)
     if args.compile:
-        compile_networks(net, device, say)
+        compile_networks(net)
     if world > 1:
         net.ddp = DistributedDataParallel(net.student, gradient_as_bucket_view=True)
+    if world > 1 and device.type == "cpu" and args.method == "softcon":
+        announce("batch norm: on the CPU each rank normalises by its own part of the batch")
     optimiser = adamw(net.student, args)
     millions = sum(p.numel() for p in net.student.parameters()) / 1e6
-    say(f"model: {args.arch}, student {millions:.1f} M parameters; {total} steps of "
-        f"{args.batch_size} scenes ({world} ranks x {args.accum} micro-batches), amp {args.amp}")
+    announce(f"model: {args.arch}, student {millions:.1f} M parameters; {total} steps of "
+             f"{args.batch_size} scenes ({world} ranks x {args.accum} micro-batches), "
+             f"amp {args.amp}")
 
     # ------------------------------------------------------------------------------------- resume
     parts = {"student": net.student, "teacher": net.teacher, "optimiser": optimiser}
     if net.centre is not None:
         parts["centre"] = net.centre
-    start = load_checkpoint(args, parts, world, content, say) if args.resume else 0
-    if largest_of_ranks(start, world) != start:
-        raise ValueError(f"--out {args.out}: the ranks see different checkpoints; it must be one "
-                         f"folder for all")
+    start = load_checkpoint(args, parts, world, facts, announce) if args.resume else 0
+    data.require(largest_of_ranks(start) == start,
+                 f"--out {args.out}: must be one folder for all ranks, they see different runs")
     if rank == 0:
-        write_config(args, world, device)
-    log = Log(args, rank, world, start, total, steps_per_epoch, device)
-    matrices, vectors = optimiser.param_groups               # loading a checkpoint makes new ones
+        os.makedirs(args.out, exist_ok=True)
+        write_config(args, facts, world)
+    log = Log(args, rank, world, start, steps_per_epoch)
 
     # ----------------------------------------------------------------------------------- training
-    loader = iter(DataLoader(
-        scenes, batch_sampler=batches(train, args, world, rank, start, stop),
-        collate_fn=default_convert,                          # Scenes gives whole batches
-        num_workers=args.workers, worker_init_fn=ignore_signals,
-        pin_memory=device.type == "cuda"))
+    batches = draw_batches(scenes, args, rank, world, start, stop)
+    reader = read_ahead(args.pack, batches, device)
     bar = tqdm(range(start, stop), args.method, initial=start, total=stop, disable=rank > 0)
     stopped = False
     for step in bar:
-        now = schedules(args, step, total)
-        matrices["lr"] = vectors["lr"] = now["lr"]
-        matrices["weight_decay"] = now["weight_decay"]
+        values = schedules(args, step, total)
         logged = (step + 1) % args.log_every == 0 or step + 1 == stop
-
-        # gradients, summed over --accum micro-batches
-        log.start_step()
-        for micro in range(args.accum):
-            with log.waiting():
-                x, y = next(loader)                          # (B,V,C,H,W) uint8, (B,V,L)
-            x = x.to(device, non_blocking=True)
-            y = y.to(device, non_blocking=True)
-            draws = StepRandomness(args.seed, step, micro, rank, world)
-            net.ddp.require_backward_grad_sync = micro == args.accum - 1
-            loss, terms, embeddings, features = STEPS[args.method](net, x, y, args, draws, now)
-            log.add(loss, terms)
-            if logged and micro == 0 and "soft" in terms:
-                log.measure_soft_share(embeddings, loss, terms["soft"])
-            (loss / args.accum).backward()
-
-        # a gradient that is not finite stops all ranks before a weight moves
-        norm = torch.nn.utils.clip_grad_norm_(
-            matrices["params"] + vectors["params"], args.clip or math.inf)
-        if not torch.isfinite(norm):
-            refuse_bad_step(args, step, loss, norm, scenes, train, rank)
-
-        # the student moves, the teacher follows
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        models.ema_update(net.teacher, net.student, now["momentum"])                    # eq. (5)
-
-        # what is written down
+        batch = log.next_batch(reader)
+        result = train_step(net, optimiser, batch, args, step, values, rank, world, logged)
         if logged:
-            line = log.write(step + 1, now, norm, features)
+            line = log.write(step + 1, values, result)
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['images_per_s']:.0f} images/s")
-        stopped = stop_requested(world) and step + 1 < stop
+        stopped = largest_of_ranks(len(signal_times)) > 0 and step + 1 < stop    # all ranks or none
         if rank == 0 and (stopped or (step + 1) % args.save_every == 0 or step + 1 == stop):
-            save_checkpoint(args, parts, net.teacher, step + 1, world, content)
+            save_checkpoint(args, parts, net.teacher, step + 1, world, facts)
         if stopped:
             break
 
     # ------------------------------------------------------------------------------------ the end
     if stopped:
-        say(f"stopped at step {step + 1}, saved; the same command with --resume goes on")
+        announce(f"stopped at step {step + 1}, saved; the same command with --resume goes on")
     else:
-        say(f"{args.out}: config.json log.jsonl last.pt backbone.pt at step {max(start, stop)}\n"
-            f"next: python probe.py --ckpt {args.out}/backbone.pt")
+        announce(f"{args.out}: config.json log.jsonl last.pt backbone.pt at step "
+                 f"{max(start, stop)}\nnext: {next_command(args)}")
     end_processes(net, world)
 
 
+def next_command(args):
+    command = f"python probe.py --ckpt {args.out}/backbone.pt"
+    if args.pack.labels.any():
+        return command
+    return f"{command} --data PACK, one that has labels; {args.data} has none"
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, note_signal)
+    signal.signal(signal.SIGINT, note_signal)
     try:
-        catch_signals()
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"pretrain.py: error: {data.error_message(error)}")
+    except (data.InputError, models.CheckpointError, OSError, FloatingPointError) as error:
+        sys.exit(f"pretrain.py: error: {error}")
     except torch.OutOfMemoryError:
         sys.exit("pretrain.py: error: out of GPU memory; lower --batch-size, or raise --accum (the "
                  "batch is then computed in parts), or lower --img-size or --crops")

@@ -38,6 +38,17 @@ def toy(tmp_path_factory):
     return data.make_toy(str(tmp_path_factory.mktemp("toy") / "world"), 60, 24, seed=1)
 
 
+@pytest.fixture(scope="session")
+def packs(toy):
+    """{modality: path of the toy world's pack}."""
+    paths = {}
+    for modality in ("s1", "s2c"):
+        archive = data.open_archive(toy, data.SENSORS[modality])
+        paths[modality] = f"{toy}_{modality}"
+        data.pack(archive, paths[modality], workers=1)
+    return paths
+
+
 @pytest.fixture
 def labels(toy):
     return f"{toy}/ssl4eo_multilabel.json"

@@ -1,28 +1,34 @@
-"""Claims about losses.py, each against a double loop in float64 written from the equations."""
+"""Claims about losses.py, against loops in float64 that are written from the equations."""
 import math
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import losses
 
-torch.manual_seed(0)
 N, M, D, L = 7, 11, 5, 9               # queries, keys, width, label classes
 
 
-def example(seed=0, n=N, m=M):
-    """Random q (n,D), k (m,D) in float64 and their labels, of which one row each is empty."""
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(n, D, generator=generator).double()
-    k = torch.randn(m, D, generator=generator).double()
-    yq = torch.rand(n, L, generator=generator) < 0.3
-    yk = torch.rand(m, L, generator=generator) < 0.3
-    yq[2] = False                                                  # unlabelled
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def example(seed=0, n=N):
+    """Random q (n,D), k (M,D) and their labels, of which one row each is empty."""
+    yq = torch.rand(n, L, generator=seeded(seed)) < 0.3
+    yk = torch.rand(M, L, generator=seeded(seed + 100)) < 0.3
+    yq[2] = False
     yk[4] = False
-    return q, k, yq.to(torch.uint8), yk.to(torch.uint8)
+    return random(n, D, seed=seed), random(M, D, seed=seed + 100), yq.byte(), yk.byte()
 
 
-# -------------------------------------------------------------------------- the double loops
+# ------------------------------------------------------------------------------------ SoftCon
 
 
 def cos(a, b):
@@ -30,51 +36,33 @@ def cos(a, b):
 
 
 def similarity(a, b):
-    shared = int((a & b).sum())
     size = int(a.sum()) * int(b.sum())
     if size == 0:
         return 0.0
-    return shared / math.sqrt(size)
+    return int((a & b).sum()) / math.sqrt(size)
 
 
-def cross_entropy_of_row(s, z):
-    """s, z: {key: label similarity}, {key: logit}."""
-    total = sum(s.values())
-    if total == 0:
-        return 0.0
-    normaliser = math.log(sum(math.exp(v) for v in z.values()))
-    return -sum(s[j] / total * (z[j] - normaliser) for j in s)
-
-
-def binary_cross_entropy_of_row(s, z):
-    loss = 0.0
-    for j in s:
-        p = 1 / (1 + math.exp(-z[j]))
-        loss -= s[j] * math.log(p) + (1 - s[j]) * math.log(1 - p)
-    return loss
-
-
-def soft_reference(q, k, yq, yk, form, tau):
-    rows = [i for i in range(len(q)) if yq[i].sum()]
-    columns = [j for j in range(len(k)) if yk[j].sum()]
+def info_nce_by_loop(q, k, tau, offset):
     total = 0.0
-    for i in rows:
-        s = {j: similarity(yq[i], yk[j]) for j in columns}
-        z = {j: cos(q[i], k[j]) / tau for j in columns}
-        if form == "ce":
-            total += cross_entropy_of_row(s, z)
-        elif form == "bce":
-            total += binary_cross_entropy_of_row(s, z)
-        else:
-            total += binary_cross_entropy_of_row(s, z) / len(k)
+    for i in range(len(q)):
+        z = [cos(q[i], k[j]) / tau for j in range(len(k))]
+        total -= z[i + offset] - math.log(sum(math.exp(v) for v in z))
     return total / len(q)
 
 
-# ------------------------------------------------------------------------------------ SoftCon
+def soft_by_loop(q, k, yq, yk, tau):
+    total = 0.0
+    for i in range(len(q)):
+        for j in range(len(k)):
+            if yq[i].any() and yk[j].any():
+                p = 1 / (1 + math.exp(-cos(q[i], k[j]) / tau))
+                s = similarity(yq[i], yk[j])
+                total -= s * math.log(p) + (1 - s) * math.log(1 - p)
+    return total / len(q)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_label_similarity_is_shared_classes_over_root_of_sizes(seed):
+def test_label_similarity_is_shared_classes_over_the_root_of_the_sizes(seed):
     _, _, yq, yk = example(seed)
     s = losses.label_similarity(yq, yk)
     for i in range(N):
@@ -82,22 +70,19 @@ def test_label_similarity_is_shared_classes_over_root_of_sizes(seed):
             assert abs(float(s[i, j]) - similarity(yq[i], yk[j])) < 1e-6
 
 
-def test_single_labels_reduce_the_soft_target_to_class_equality():
-    a = torch.randint(L, (20,))
-    b = torch.randint(L, (30,))
+def test_single_labels_reduce_label_similarity_to_class_equality():
+    a = torch.randint(L, (20,), generator=seeded())
+    b = torch.randint(L, (30,), generator=seeded(1))
     one_hot = torch.eye(L)
-    s = losses.label_similarity(one_hot[a], one_hot[b])
-    assert torch.equal(s, (a[:, None] == b).float())
+    assert torch.equal(losses.label_similarity(one_hot[a], one_hot[b]), (a[:, None] == b).float())
 
 
 @pytest.mark.parametrize("offset", [0, 3])
-def test_info_nce_equals_a_double_loop(offset):
+@pytest.mark.parametrize("tau", [0.1, 0.2])
+def test_info_nce_equals_a_double_loop(tau, offset):
     q, k, _, _ = example()
-    want = 0.0
-    for i in range(N):
-        z = [cos(q[i], k[j]) / 0.2 for j in range(M)]
-        want -= (z[i + offset] - math.log(sum(math.exp(v) for v in z))) / N
-    assert abs(float(losses.info_nce(q, k, 0.2, offset)) - want) < 1e-12
+    want = info_nce_by_loop(q, k, tau, offset)
+    assert abs(float(losses.info_nce(q, k, tau, offset)) - want) < 1e-12
 
 
 @pytest.mark.parametrize("keys", [2, 11, 256])
@@ -106,125 +91,243 @@ def test_constant_features_give_info_nce_the_log_of_the_number_of_keys(keys):
     assert abs(float(value) - math.log(keys)) < 1e-5
 
 
-@pytest.mark.parametrize("form", losses.SOFT_TAU)
-@pytest.mark.parametrize("tau", [0.1, 1.0])
-def test_soft_term_equals_a_double_loop(form, tau):
-    for seed in range(4):
-        q, k, yq, yk = example(seed)
-        value = float(losses.soft_contrastive(q, k, yq, yk, form, tau))
-        assert abs(value - soft_reference(q, k, yq, yk, form, tau)) < 1e-6
+def test_one_key_is_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        losses.info_nce(torch.ones(1, D), torch.ones(1, D), 0.2)
 
 
-@pytest.mark.parametrize("form", losses.SOFT_TAU)
-@pytest.mark.parametrize("labelled", [range(M), [5], []])
-def test_the_average_over_parts_of_the_queries_is_the_soft_term_of_all(form, labelled):
-    """However unevenly the parts hold the rows with labels."""
-    q, k, yq, yk = example(n=M)
-    for i in range(M):
-        if i not in labelled:
-            yq[i] = 0
-    whole = losses.soft_contrastive(q, k, yq, yk, form)
-    parts = [losses.soft_contrastive(q[i:i + 1], k, yq[i:i + 1], yk, form) for i in range(M)]
-    assert torch.allclose(torch.stack(parts).mean(), whole, atol=1e-6)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("tau", [0.1, 0.2, 1.0])
+def test_the_soft_term_equals_a_double_loop(tau, seed):
+    q, k, yq, yk = example(seed)
+    value = float(losses.soft_contrastive(q, k, yq, yk, tau))
+    assert abs(value - soft_by_loop(q, k, yq, yk, tau)) < 1e-6             # labels are in float32
 
 
-def test_softcon_loss_is_info_nce_plus_weight_times_soft():
-    q, k, yq, yk = example(n=M)
-    loss, hard, soft = losses.softcon_loss(q, k, yq, yk, 0.2, 0.7, "bce", 0.5)
-    want = losses.info_nce(q, k, 0.2) + 0.7 * losses.soft_contrastive(q, k, yq, yk, "bce", 0.5)
-    assert abs(float(loss - want)) < 1e-12
-    assert abs(float(hard + 0.7 * soft - loss)) < 1e-12
-
-
-@pytest.mark.parametrize("form", losses.SOFT_TAU)
-def test_unlabelled_rows_and_columns_add_nothing_to_the_soft_term_and_stay_in_info_nce(form):
+def test_unlabelled_rows_and_columns_add_nothing_to_the_soft_term_and_stay_in_info_nce():
     q, k, yq, yk = example()
     other_q = q.clone()
     other_q[2] = -q[2]
     other_k = k.clone()
     other_k[4] = -k[4]
     for new_q, new_k in ((other_q, k), (q, other_k)):
-        assert torch.equal(losses.soft_contrastive(q, k, yq, yk, form),
-                           losses.soft_contrastive(new_q, new_k, yq, yk, form))
+        assert torch.equal(losses.soft_contrastive(q, k, yq, yk),
+                           losses.soft_contrastive(new_q, new_k, yq, yk))
         assert losses.info_nce(q, k, 0.2) != losses.info_nce(new_q, new_k, 0.2)
 
 
-@pytest.mark.parametrize("form", losses.SOFT_TAU)
-def test_the_soft_term_is_that_of_the_labelled_rows_alone_times_their_share(form):
-    q, k, yq, yk = example(n=M)
-    yq[:] = torch.eye(L)[torch.arange(M) % L]
-    labelled = torch.arange(M) % 2 == 0
-    alone = losses.soft_contrastive(q[labelled], k, yq[labelled], yk, form)
-    yq[~labelled] = 0
-    share = float(labelled.float().mean())
-    assert torch.allclose(losses.soft_contrastive(q, k, yq, yk, form), share * alone)
-
-
-@pytest.mark.parametrize("form", losses.SOFT_TAU)
-def test_without_any_label_the_soft_term_is_zero_and_has_a_zero_gradient(form):
+def test_without_any_label_the_soft_term_is_zero_and_has_a_zero_gradient():
     q, k, yq, yk = example()
     q.requires_grad_()
-    none_q = torch.zeros_like(yq)
-    none_k = torch.zeros_like(yk)
-    for a, b in ((none_q, yk), (yq, none_k), (none_q, none_k)):
-        value = losses.soft_contrastive(q, k, a, b, form)
+    for a, b in ((0 * yq, yk), (yq, 0 * yk), (0 * yq, 0 * yk)):
+        value = losses.soft_contrastive(q, k, a, b)
         gradient, = torch.autograd.grad(value, q)
         assert float(value.detach()) == 0
         assert not gradient.any()
 
 
-def test_the_soft_diagonal_is_what_the_two_seasons_say():
-    y1 = torch.tensor([[1, 1, 0], [0, 0, 1]])
-    y2 = torch.tensor([[1, 0, 0], [1, 1, 0]])
-    diagonal = losses.label_similarity(y1, y2).diagonal()
-    assert torch.allclose(diagonal, torch.tensor([0.5 ** 0.5, 0]))
-
-
-def test_permuting_the_batch_changes_nothing():
+@pytest.mark.parametrize("labelled", [range(M), [5], []])
+def test_the_mean_over_the_ranks_is_the_soft_term_of_all_however_labels_are_spread(labelled):
     q, k, yq, yk = example(n=M)
-    p = torch.randperm(M)
-    before = losses.softcon_loss(q, k, yq, yk)
-    after = losses.softcon_loss(q[p], k[p], yq[p], yk[p])
-    for a, b in zip(before, after):
-        assert torch.allclose(a, b, atol=1e-10)
+    for i in range(M):
+        if i not in labelled:
+            yq[i] = 0
+    whole = losses.soft_contrastive(q, k, yq, yk)
+    single = [losses.soft_contrastive(q[i:i + 1], k, yq[i:i + 1], yk) for i in range(M)]
+    assert torch.allclose(torch.stack(single).mean(), whole, atol=1e-12)
 
 
-def test_identical_labels_pull_every_pair_alike():
-    q, k, _, _ = example()
-    value = losses.soft_contrastive(q, k, torch.ones(N, L), torch.ones(M, L), "ce", 0.2)
-    log_p = (losses.cosine(q, k) / 0.2).log_softmax(1)
-    assert torch.allclose(value, -log_p.mean(), atol=1e-6)
+def test_softcons_loss_is_info_nce_plus_weight_times_the_soft_term_at_its_own_temperature():
+    q, k, yq, yk = example(n=M)
+    loss, hard, soft = losses.softcon_loss(q, k, yq, yk, tau=0.3, weight=0.7, soft_tau=0.5)
+    assert torch.equal(hard, losses.info_nce(q, k, 0.3))
+    assert torch.equal(soft, losses.soft_contrastive(q, k, yq, yk, 0.5))
+    assert abs(float(hard + 0.7 * soft - loss)) < 1e-12
+    published = losses.softcon_loss(q, k, yq, yk)
+    assert torch.equal(published[0], losses.softcon_loss(q, k, yq, yk, 0.2, 0.5, 0.2)[0])
 
 
-def test_one_key_is_refused():
+def test_on_one_rank_gather_gives_the_rows_themselves_without_a_gradient():
+    x = random(3, D).requires_grad_()
+    gathered = losses.gather(x)
+    assert torch.equal(gathered, x)
+    assert not gathered.requires_grad
+
+
+# --------------------------------------------------------------------------------------- PerA
+
+
+@pytest.mark.parametrize("tau_student", [0.1, 0.3])
+def test_dino_loss_and_centre_follow_the_formulas_over_several_steps(tau_student):
+    centre = losses.Centre(7).double()
+    c = np.zeros(7)
+    for step, tau in enumerate((0.03, 0.04, 0.05)):
+        s = random(5, 7, seed=step)
+        t = random(5, 7, seed=step + 10)
+        want = 0.0
+        for i in range(5):
+            p_t = np.exp((t[i].numpy() - c) / tau)
+            p_s = np.exp(s[i].numpy() / tau_student)
+            want -= (p_t / p_t.sum() * np.log(p_s / p_s.sum())).sum() / 5
+        value = losses.dino_loss(s, t, centre.value, tau, tau_student)
+        assert abs(float(value) - want) < 1e-9
+        centre.update(t)
+        c = 0.9 * c + 0.1 * t.mean(0).numpy()
+    assert np.allclose(centre.value[0].numpy(), c, atol=1e-12)
+
+
+def test_the_teachers_scores_get_no_gradient():
+    s = random(5, 7).requires_grad_()
+    t = random(5, 7, seed=1).requires_grad_()
+    losses.dino_loss(s, t, torch.zeros(1, 7), 0.04).backward()
+    assert s.grad.any()
+    assert t.grad is None
+
+
+def test_koleo_is_the_log_distance_to_the_nearest_other_row_on_the_sphere():
+    x = random(6, 4)
+    u = (x / x.norm(dim=1, keepdim=True)).numpy()
+    want = 0.0
+    for i in range(6):
+        nearest = min(np.linalg.norm(u[i] - u[j]) for j in range(6) if j != i)
+        want -= np.log(nearest) / 6
+    assert abs(float(losses.koleo(x)) - want) < 1e-6
+    assert torch.allclose(losses.koleo(x * torch.arange(1, 7)[:, None]), losses.koleo(x))
+
+
+def test_koleo_never_chooses_a_row_itself_even_if_all_cosines_are_negative():
+    angles = torch.tensor([0, 2, 4]).double() * math.pi / 3             # an equilateral triangle
+    triangle = torch.stack([angles.cos(), angles.sin()], 1)
+    assert abs(float(losses.koleo(triangle)) + math.log(math.sqrt(3))) < 1e-6
+
+
+def test_koleo_of_equal_rows_has_a_finite_gradient_and_one_row_is_refused():
+    same = torch.ones(3, 4, requires_grad=True)
+    losses.koleo(same).backward()
+    assert torch.isfinite(same.grad).all()
     with pytest.raises(ValueError, match="at least 2"):
-        losses.info_nce(torch.ones(1, D), torch.ones(1, D), 0.2)
+        losses.koleo(same[:1])
+
+
+def test_pixel_loss_is_the_squared_error_summed_over_a_16_by_16_rgb_patch():
+    x = random(2, 3, 32, 48)
+    guess = random(2, 2, 768, seed=1)
+    guessed_patches = torch.tensor([[0, 5], [2, 3]])
+    want = 0.0
+    for b in range(2):
+        for m in range(2):
+            row, column = divmod(int(guessed_patches[b, m]), 3)
+            patch = x[b, :, 16 * row:16 * row + 16, 16 * column:16 * column + 16]
+            as_image = guess[b, m].reshape(16, 16, 3)                      # row, column, channel
+            want += float(((as_image - patch.permute(1, 2, 0)) ** 2).sum()) / 4
+    value = losses.pixel_loss(guess, losses.patchify(x, 16), guessed_patches)
+    assert abs(float(value) - want) < 1e-9
+
+
+@pytest.mark.parametrize("n_crops, n_global", [(5, 2), (3, 1), (2, 2)])
+def test_peras_losses_add_up_crop_by_crop_with_the_gradients_of_the_whole(n_crops, n_global):
+    """Re-stated with all scores at once: dino a mean over crops, koleo a sum over global ones."""
+    B = 3
+    student = F.normalize(random(n_crops * B, 8)).requires_grad_()
+    teacher = F.normalize(random(n_crops * B, 8, seed=1)).requires_grad_()
+    prototypes = random(20, 8, seed=2).requires_grad_()
+    prototypes_t = random(20, 8, seed=3)
+    centre = losses.Centre(20).double()
+    centre.value = random(1, 20, seed=4)
+    before = centre.value.clone()
+
+    dino, spread = losses.pera_loss(student, teacher, (prototypes, prototypes_t), centre.value,
+                                    0.04, n_crops, n_global, 0.3)
+    centre.update(random(9, 20))                              # must not reach the backward pass
+    got = torch.autograd.grad(dino + 0.1 * spread, (student, prototypes, teacher),
+                              allow_unused=True)
+
+    s = student @ prototypes.T
+    want_dino = losses.dino_loss(s, teacher @ prototypes_t.T, before, 0.04, 0.3)
+    want_spread = sum(losses.koleo(s[B * i:B * (i + 1)]) for i in range(n_global))
+    want = torch.autograd.grad(want_dino + 0.1 * want_spread, (student, prototypes))
+    assert torch.allclose(dino, want_dino, atol=1e-12)
+    assert torch.allclose(spread, want_spread, atol=1e-12)
+    assert torch.allclose(got[0], want[0], atol=1e-12)
+    assert torch.allclose(got[1], want[1], atol=1e-12)
+    assert got[2] is None or not got[2].any()
 
 
 # -------------------------------------------------------------------------------------- masks
 
 
-@pytest.mark.parametrize("grid", [(16, 16), (8, 8), (7, 5), (2, 3)])
+@pytest.mark.parametrize("n, counts", [(784, (157, 157, 470)), (256, (51, 51, 154)),
+                                       (64, (13, 13, 38)), (36, (7, 7, 22)), (49, (10, 10, 29)),
+                                       (5, (1, 1, 3))])
+def test_peras_three_sets_are_disjoint_sorted_and_of_the_released_sizes(n, counts):
+    sets = losses.disjoint_masks(50, n, generator=seeded())
+    assert tuple(patches.shape[1] for patches in sets) == counts
+    for row in torch.cat(sets, 1):
+        assert row.sort().values.tolist() == list(range(n))
+    for patches in sets:
+        assert (patches.diff(dim=1) > 0).all()
+
+
+def test_shares_below_one_leave_patches_to_nobody():
+    sets = losses.disjoint_masks(3, 100, student=0.1, guessed=0.3, teacher=0.4)
+    assert [patches.shape[1] for patches in sets] == [10, 30, 40]
+    for row in torch.cat(sets, 1):
+        assert row.unique().numel() == 80
+
+
+def test_masks_are_uniform_over_positions_and_follow_the_seed_alone():
+    sets = losses.disjoint_masks(20000, 36, generator=seeded())
+    for patches in sets:
+        drawn = torch.bincount(patches.flatten(), minlength=36).double()
+        p = patches.shape[1] / 36                  # each position is a Binomial(20000, p)
+        chi2 = ((drawn - 20000 * p) ** 2 / (20000 * p * (1 - p))).sum() * 35 / 36
+        assert chi2 < 75                           # 35 degrees of freedom: exceeded once in 10,000
+    again = losses.disjoint_masks(20000, 36, generator=seeded())
+    assert all(torch.equal(a, b) for a, b in zip(sets, again))
+    assert not torch.equal(sets[0], losses.disjoint_masks(20000, 36, generator=seeded(1))[0])
+
+
+@pytest.mark.parametrize("n, shares", [(36, (0.5, 0.3, 0.3)), (4, (0.1, 0.3, 0.6)),
+                                       (36, (0.2, 0.0, 0.8)), (36, (0.4, 0.6, 0.0))])
+def test_shares_that_cannot_be_are_named(n, shares):
+    with pytest.raises(ValueError, match=f"mask ratios {shares[0]} {shares[1]} .* of {n} patches"):
+        losses.disjoint_masks(1, n, *shares)
+
+
+@pytest.mark.parametrize("grid", [(16, 16), (7, 5), (2, 3)])
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.6])
-def test_block_mask_keeps_the_exact_number_sorted_distinct_and_reproducible(grid, ratio):
-    generator = torch.Generator().manual_seed(3)
-    keep = losses.block_mask(50, grid, ratio, generator)
+def test_block_mask_leaves_the_exact_number_sorted_distinct_and_reproducible(grid, ratio):
+    patches = losses.block_mask(50, grid, ratio, seeded(3))
     n = grid[0] * grid[1]
-    assert keep.shape == (50, n - round(ratio * n))
-    assert keep.min() >= 0 and keep.max() < n
-    assert (keep.diff(dim=1) > 0).all()
-    assert torch.equal(keep, losses.block_mask(50, grid, ratio, generator.manual_seed(3)))
+    assert patches.shape == (50, n - round(ratio * n))
+    assert patches.min() >= 0 and patches.max() < n
+    assert (patches.diff(dim=1) > 0).all()
+    assert torch.equal(patches, losses.block_mask(50, grid, ratio, seeded(3)))
     if ratio > 0:
-        assert (keep != keep[0]).any()
+        assert (patches != patches[0]).any()
 
 
-def test_block_mask_is_made_of_blocks():
-    """Masked patches have masked neighbours far more often than the ratio says."""
-    keep = losses.block_mask(200, (16, 16), 0.3, torch.Generator().manual_seed(0))
-    mask = torch.ones(200, 256).scatter_(1, keep, 0).reshape(200, 16, 16)
-    beside = (mask[:, 1:] * mask[:, :-1]).sum() / mask[:, :-1].sum()
-    assert beside > 0.6
-    assert mask.mean(0).min() > 0.05                               # and every place gets its turn
+def test_block_mask_covers_with_one_drawn_rectangle_after_another_and_cuts_the_last():
+    h, w, n_mask = 8, 6, round(0.4 * 48)
+    patches = losses.block_mask(20, (h, w), 0.4, seeded())
+    drawn = torch.stack(losses.draw_blocks(20, (h, w), n_mask, seeded(), blocks=16), -1)
+    for b in range(20):
+        covered = []
+        for top, left, height, width in drawn[b].tolist():
+            for patch in range(h * w):
+                y, x = divmod(patch, w)
+                if top <= y < top + height and left <= x < left + width and patch not in covered:
+                    covered.append(patch)
+        assert patches[b].tolist() == sorted(set(range(h * w)) - set(covered[:n_mask]))
+
+
+def test_blocks_are_of_either_direction_and_every_place_gets_its_turn():
+    patches = losses.block_mask(400, (16, 8), 0.3, seeded())
+    mask = torch.ones(400, 128).scatter_(1, patches, 0).reshape(400, 16, 8)
+    below = (mask[:, 1:] * mask[:, :-1]).sum() / mask[:, :-1].sum()
+    beside = (mask[:, :, 1:] * mask[:, :, :-1]).sum() / mask[:, :, :-1].sum()
+    assert below > 0.6 and beside > 0.6             # masked at random, both would be .3
+    assert mask.mean(0).min() > 0.05
 
 
 def test_block_mask_refuses_to_mask_everything():
@@ -232,27 +335,51 @@ def test_block_mask_refuses_to_mask_everything():
         losses.block_mask(2, (4, 4), 1.0)
 
 
-def test_blank_patches_greys_the_masked_cells_and_leaves_the_others():
-    x = torch.rand(1, 2, 4, 4)
-    y = losses.blank_patches(x, torch.tensor([[0, 3]]), 2)
-    assert torch.equal(y[..., :2, :2], x[..., :2, :2])
-    assert torch.equal(y[..., 2:, 2:], x[..., 2:, 2:])
-    assert (y[..., :2, 2:] == 0.5).all()
-    assert (y[..., 2:, :2] == 0.5).all()
+def test_blank_patches_greys_all_patches_but_the_given_ones():
+    x = torch.rand(2, 3, 4, 6, generator=seeded())
+    y = losses.blank_patches(x, torch.tensor([[0, 4], [1, 2]]), 2)
+    given = torch.tensor([[[1, 0, 0], [0, 1, 0]], [[0, 1, 1], [0, 0, 0]]]).bool()
+    for b in range(2):
+        for row in range(2):
+            for column in range(3):
+                area = (b, slice(None), slice(2 * row, 2 * row + 2),
+                        slice(2 * column, 2 * column + 2))
+                assert torch.equal(y[area], x[area]) == bool(given[b, row, column])
+                assert (y[area] == 0.5).all() != bool(given[b, row, column])
 
 
 # ------------------------------------------------------------------------------- what the log says
 
 
-def test_collapse_tells_constant_from_spread_features():
+def collapse_by_numpy(x):
+    """(std, effective rank) in float64, from the eigenvalues of the covariance matrix."""
+    z = x.double().numpy()
+    z = z / np.linalg.norm(z, axis=1, keepdims=True)
+    std = z.std(0, ddof=1).mean() * math.sqrt(z.shape[1])
+    eigenvalues = np.linalg.eigvalsh(np.cov(z.T)).clip(1e-30)
+    p = np.sqrt(eigenvalues)
+    p = p / p.sum()
+    return std, math.exp(-(p * np.log(p)).sum())
+
+
+def test_feature_std_and_effective_rank_equal_independent_formulas_of_centred_features():
+    x = random(64, 8) * torch.arange(1, 9)
+    for features in (x, x + 5, x + torch.arange(8)):                       # their means differ
+        std, rank = losses.collapse(features.float())
+        want_std, want_rank = collapse_by_numpy(features)
+        assert abs(std - want_std) < 1e-4
+        assert abs(rank - want_rank) < 1e-3
+
+
+def test_constant_features_have_no_deviation_and_rank_one():
     std, rank = losses.collapse(torch.ones(64, 32))
-    assert std < 1e-6 and rank < 1.01
-    std, rank = losses.collapse(torch.randn(512, 32))
-    assert 0.9 < std < 1.1 and rank > 28
-    std, rank = losses.collapse(torch.randn(512, 1) * torch.randn(32))
-    assert rank < 1.1
+    assert std < 1e-6
+    assert rank < 1.01
 
 
-def test_soft_share_is_the_ratio_of_gradient_norms():
-    q = torch.randn(4, 3, requires_grad=True)
-    assert abs(losses.soft_share(q, q.sum(), 3 * q.sum()) - 0.75) < 1e-6
+def test_soft_share_is_the_part_of_the_soft_term_in_the_sum_of_gradient_norms():
+    q = torch.zeros(4, 3, requires_grad=True)
+    hard = q[:, 0].sum()                                                   # gradient norm 2
+    soft = 3 * q[0].sum()                                                  # 3 sqrt(3)
+    want = 3 * math.sqrt(3) / (2 + 3 * math.sqrt(3))
+    assert abs(losses.soft_share(q, hard, soft) - want) < 1e-6
