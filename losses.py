@@ -54,14 +54,25 @@ def at_least_float32(x):
     return x.float()
 
 
+def product(a, b):
+    """Matrix product of rows, a b^T, at least in float32: (N,D), (M,D) -> (N,M).
+
+    Autocast would compute it in bfloat16, whose 8 bits put the nearest row in the wrong place.
+    """
+    a = at_least_float32(a)
+    b = at_least_float32(b)
+    if not torch.amp.is_autocast_available(a.device.type):
+        return a @ b.T
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b.T
+
+
 def cosine(a, b):
     """Cosine similarity of rows: (N,D), (M,D) -> (N,M) in [-1,1], at least in float32.
 
     A row of zeros has similarity 0 to every row.
     """
-    a = F.normalize(at_least_float32(a))
-    b = F.normalize(at_least_float32(b))
-    return a @ b.T
+    return product(F.normalize(at_least_float32(a)), F.normalize(at_least_float32(b)))
 
 
 def has_labels(y):
@@ -186,7 +197,7 @@ def koleo(x):
         raise ValueError("koleo needs at least 2 images per rank")
     x = F.normalize(at_least_float32(x))
     with torch.no_grad():
-        similarity = x @ x.T                                                        # (n,n)
+        similarity = product(x, x)                                                  # (n,n)
         similarity.fill_diagonal_(-2)               # below any cosine: no row is its own neighbour
         nearest = similarity.argmax(1)                                              # (n,)
     distance = F.pairwise_distance(x, x[nearest], eps=1e-8)                         # (n,)
@@ -228,8 +239,8 @@ def pera_loss(student, teacher, prototypes, centre, tau_teacher, n_crops, n_glob
     student_prototypes, teacher_prototypes = prototypes
 
     def losses_of_crop(z_student, z_teacher, is_global):
-        s = F.linear(z_student, student_prototypes)                                 # (B,K)
-        t = F.linear(z_teacher, teacher_prototypes)                                 # (B,K)
+        s = product(z_student, student_prototypes)                                  # (B,K)
+        t = product(z_teacher, teacher_prototypes)                                  # (B,K)
         dino = dino_loss(s, t, centre, tau_teacher, tau)
         if is_global:
             return dino, koleo(s)

@@ -253,6 +253,25 @@ def test_peras_losses_add_up_crop_by_crop_with_the_gradients_of_the_whole(n_crop
     assert got[2] is None or not got[2].any()
 
 
+def test_inside_autocast_every_loss_and_gradient_is_that_of_float32():
+    generator = torch.Generator().manual_seed(3)
+    near = torch.randn(1, 8, generator=generator)           # rows that bfloat16 cannot tell apart
+    W = torch.randn(32, 8, generator=generator)
+    k = near + 0.02 * torch.randn(12, 8, generator=generator)
+    y = (torch.rand(12, 5, generator=generator) < 0.4).float()
+    found = []
+    for enabled in (False, True):
+        q = (near + 0.02 * torch.randn(12, 8, generator=torch.Generator().manual_seed(4)))
+        q.requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            soft_contrast, _, _ = losses.softcon_loss(q, k, y, y)
+            dino, koleo = losses.pera_loss(q, k, [W, W], torch.zeros(1, 32), 0.04, 2, 1)
+        (soft_contrast + dino + koleo).backward()
+        found.append([soft_contrast.detach(), dino.detach(), koleo.detach(), q.grad])
+    for outside, inside in zip(*found):
+        assert torch.equal(outside, inside)
+
+
 # -------------------------------------------------------------------------------------- masks
 
 
