@@ -141,12 +141,12 @@ class Sensor:
         kinds = ("optical", "radar", "rgb")
         require(self.kind in kinds, f"kind {self.kind!r}: not one of {', '.join(kinds)}")
         require(np.dtype(self.dtype).kind in "iuf", f"dtype {self.dtype!r}: neither int nor float")
-        require(self.mean or self.kind == "rgb", "no mean; `python data.py stats` measures it")
-        for name in ("mean", "std", "ratios", "channels"):
+        lists = ["ratios", "channels"]
+        if self.kind != "rgb" or self.mean or self.std:
+            lists += ["mean", "std"]
+        for name in lists:
             values = getattr(self, name)
-            display_values = self.kind == "rgb" and name in ("mean", "std") and not self.mean
-            require(len(values) == C * (not display_values),
-                    f"{name}: {len(values)} numbers for {C} bands")
+            require(len(values) == C, f"{name}: {len(values)} numbers for {C} bands")
             require(np.isfinite(values).all(), f"{name} {values}: not finite")
         require(all(std > 0 for std in self.std), f"std {self.std}: not above 0")
         require(min(self.ratios) == 1, f"ratios {self.ratios}: the finest band has 1")
@@ -721,7 +721,8 @@ def read_bigearthnet(root, sensor):
         if not table:
             json_file = path / f"{path.name}_labels_metadata.json"
             require(json_file.exists(), f"{json_file}: missing, and {root}/metadata.parquet of v2")
-            labels, split = read_json(json_file).get("labels", []), ""
+            labels = read_json(json_file).get("labels", [])
+            split = ""
         elif path.name in table:
             labels, split = table[path.name]
         else:                                  # v2's table leaves out patches of snow and cloud
@@ -739,15 +740,13 @@ def read_bigearthnet(root, sensor):
 def read_metadata(root, column):
     """v2's table -> {name of a patch, from `column`: (labels, split)}; {}: there is no table."""
     columns = [column, "labels", "split"]
-    path = f"{root}/metadata.csv"
-    if os.path.exists(path):
-        rows = csv.DictReader(read_text(path).splitlines())
-    elif os.path.exists(path := f"{root}/metadata.parquet"):
-        rows = read_parquet(path, columns)
-    else:
-        return {}
+    rows = []
+    if os.path.exists(f"{root}/metadata.csv"):
+        rows = csv.DictReader(read_text(f"{root}/metadata.csv").splitlines())
+    elif os.path.exists(f"{root}/metadata.parquet"):
+        rows = read_parquet(f"{root}/metadata.parquet", columns)
     table = {}
-    with reading(path, f"no table with the columns {', '.join(columns)}"):
+    with reading(f"{root}/metadata", f"no table with the columns {', '.join(columns)}"):
         for row in rows:
             labels = row["labels"]
             if isinstance(labels, str):
@@ -918,10 +917,13 @@ def pack(archive, out, size=0, skip_bad=False, workers=os.cpu_count()):
 def usual_size(images):
     """The side that most images have, of up to 64 that are spread over the list."""
     sides = Counter()
+    problem = ""
     for image in images[::-(-len(images) // 64)]:
-        with suppress(InputError):                       # packing will name it
+        try:
             sides[min(image.read().shape[1:])] += 1
-    require(sides, f"{images[0].name} and more: no image can be read; --size N, and each is named")
+        except InputError as error:                      # the others are named when packed
+            problem = str(error)
+    require(sides, f"no image can be read, among them {problem}")
     return sides.most_common(1)[0][0]
 
 
@@ -1645,7 +1647,7 @@ def make_toy(root, scenes=2000, size=36, seed=0, workers=os.cpu_count()):
     if os.path.exists(f"{root}/toy.json") and read_text(f"{root}/toy.json") == world:
         return root
     require(not os.path.exists(root), f"{root}: exists and is not the toy world {world}; "
-                                      f"delete it, or name it with --data")
+                                      f"move it")
     require(size % 6 == 0 and size >= 12 and scenes > 0,
             f"toy world of {scenes} scenes of {size} pixels: size is a multiple of 6, >= 12")
     part = f"{root}.part{os.getpid()}"

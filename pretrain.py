@@ -140,12 +140,11 @@ parser = argparse.ArgumentParser(
 
 flag = parser.add_argument_group("data").add_argument
 flag("--modality", required=True, metavar="SENSOR",
-     help="s1: Sentinel-1 radar; s2c: Sentinel-2 L1C; s2a: L2A, air corrected; rgb; another of "
-          "data.SENSORS; or a sensor's JSON file, which `python data.py stats` writes")
+     help="s1: Sentinel-1 radar; s2c: Sentinel-2 L1C; s2a: L2A, air corrected; rgb; eurosat; or a "
+          "JSON file, which `python data.py stats` writes")
 flag("--data", metavar="PACK", help="a folder that `python data.py pack` made (default: toy world)")
 flag("--holdout", type=number(float, 0, 0.99),
-     help="share of the scenes kept for probe.py, by a hash of their names; not used for a pack "
-          "with splits, of which training takes `train`")
+     help="share of scenes kept for probe.py; a pack with splits keeps all but `train` instead")
 flag("--img-size", type=positive, help="side of a (global) crop in pixels")
 flag("--crop-min", type=number(float, 0.01, 1), help="smallest share of the area in such a crop")
 flag("--crops", type=natural, nargs=2, metavar=("GLOBAL", "LOCAL"), help="pera: crops of an image")
@@ -363,17 +362,6 @@ def choose_device(args):
     return device
 
 
-def end_processes(net, world):
-    """Leave the group of processes that start_processes made.
-
-    First DDP, then its group: whichever goes last waits for the group's thread, which may wait for
-    Python's lock.  DDP would hold that lock meanwhile, destroy_process_group does not.
-    """
-    if world > 1:
-        net.ddp = None
-        dist.destroy_process_group()
-
-
 def largest_of_ranks(value):
     """The largest int `value` of any rank; all ranks wait for each other here.
 
@@ -393,11 +381,10 @@ def note_signal(number, frame):
 
     (torchrun sends on what a scheduler sends to all, so one wish may arrive as two signals.)
     """
-    if signal_times and time.monotonic() - signal_times[0] > 1:
-        os._exit(128 + number)
-    if not signal_times:
-        print("stopping after this step; once more ends at once", file=sys.stderr)
     signal_times.append(time.monotonic())
+    if signal_times[-1] - signal_times[0] > 1:
+        os._exit(128 + number)
+    print("stopping after this step; once more ends at once", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -410,8 +397,8 @@ def scenes_to_train_on(pack, holdout):
     """
     allowed = pack.split == "train"                                  # (n,) bool
     if (pack.split == "").all():
-        scene_is_allowed = ~data.held_out(pack.scenes, holdout)      # (m,)
-        allowed = np.repeat(scene_is_allowed, [len(rows) for rows in pack.rows])
+        for i in np.flatnonzero(~data.held_out(pack.scenes, holdout)):
+            allowed[pack.rows[i]] = True
     scenes = {}
     for i, rows in enumerate(pack.rows):
         if allowed[rows].any():
@@ -434,17 +421,15 @@ def facts_of_data(args, scenes):
 def describe_data(args, facts):
     """The lines of a run about its data; the last ones are the pack's own notes."""
     pack = args.pack
-    rest = "the others are held out"
-    if (pack.split != "").any():
-        rest = "those of the split `train`"
-    labels = "none is labelled: a soft term would be 0"
-    if facts["labelled"]:
-        labels = f"{facts['labelled']} are labelled, labels from {pack.labels_from}"
+    rest = "those of the split `train`" if (pack.split != "").any() else "the others are held out"
+    labels = f"{facts['labelled']} are labelled, labels from {pack.labels_from}"
+    if not facts["labelled"]:
+        labels = "none is labelled: a soft term would be 0"
     lines = [f"{pack.path}: {len(pack.names)} images of {pack.size} px, {len(pack.scenes)} scenes, "
              f"bands {' '.join(pack.sensor.bands)}",
              f"training on {facts['training_images']} images of {facts['training_scenes']} scenes, "
              f"{rest}; {labels}"]
-    return "\n".join(f"data: {line}" for line in [*lines, *pack.notes])
+    return "\n".join(f"data: {line}" for line in lines + pack.notes)
 
 
 def draw_batches(scenes, args, rank, world, start, stop):
@@ -899,16 +884,16 @@ def write_config(args, facts, world):
     write_file(f"{args.out}/config.json", json.dumps(config, indent=1))
 
 
-def save_checkpoint(args, parts, teacher, step, world, facts):
+def save_checkpoint(args, parts, teacher, step, facts):
     """last.pt to go on from, backbone.pt to use: the teacher's, under upstream names."""
     write_file(f"{args.out}/backbone.pt", models.export_backbone(teacher.backbone))
     state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"step": step, "flags": plain_flags(args), "world": world, "pack": facts,
+    state |= {"step": step, "flags": plain_flags(args), "pack": facts,
               "sensor": dataclasses.asdict(args.sensor)}
     write_file(f"{args.out}/last.pt", state)
 
 
-def load_checkpoint(args, parts, world, facts, announce):
+def load_checkpoint(args, parts, facts, announce):
     """Fill `parts` from OUT/last.pt -> the step to go on at, 0 if there is no checkpoint.
 
     Flags that decide the numbers must be those of the run.  Other scenes or labels are said, and
@@ -936,9 +921,6 @@ def load_checkpoint(args, parts, world, facts, announce):
     for name, value in facts.items():
         if state["pack"][name] != value:
             announce(f"data: {name} {value}, before it was {state['pack'][name]}")
-    if state["world"] != world:
-        announce(f"{world} ranks instead of {state['world']}: not exact are the rounding of sums, "
-                 f"drop path, pera's KoLeo and, on the CPU, batch norm")
     return step
 
 
@@ -979,7 +961,7 @@ def main(argv=None):
     parts = {"student": net.student, "teacher": net.teacher, "optimiser": optimiser}
     if net.centre is not None:
         parts["centre"] = net.centre
-    start = load_checkpoint(args, parts, world, facts, announce) if args.resume else 0
+    start = load_checkpoint(args, parts, facts, announce) if args.resume else 0
     data.require(largest_of_ranks(start) == start,
                  f"--out {args.out}: must be one folder for all ranks, they see different runs")
     if rank == 0:
@@ -1002,7 +984,7 @@ def main(argv=None):
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['images_per_s']:.0f} images/s")
         stopped = largest_of_ranks(len(signal_times)) > 0 and step + 1 < stop    # all ranks or none
         if rank == 0 and (stopped or (step + 1) % args.save_every == 0 or step + 1 == stop):
-            save_checkpoint(args, parts, net.teacher, step + 1, world, facts)
+            save_checkpoint(args, parts, net.teacher, step + 1, facts)
         if stopped:
             break
 
@@ -1012,7 +994,11 @@ def main(argv=None):
     else:
         announce(f"{args.out}: config.json log.jsonl last.pt backbone.pt at step "
                  f"{max(start, stop)}\nnext: {next_command(args)}")
-    end_processes(net, world)
+    if world > 1:
+        # First DDP, then its group: whichever goes last waits for the group's thread, which may
+        # wait for Python's lock.  DDP would hold that lock meanwhile, this call does not.
+        net.ddp = None
+        dist.destroy_process_group()
 
 
 def next_command(args):

@@ -193,7 +193,7 @@ def describe(net, x, feature):
 
 @torch.no_grad()
 def compute_features(network, pack, splits, protocol, feature, scaling, device):
-    """The features of the images in the splits, under each view: (V,n,D) float32, on the CPU.
+    """The features of the images in the splits, under each view: (V,n,D) float16, on the CPU.
 
     View 0 is the image as it is, in which it is tested; the others are of training images alone.
     What is not computed is 0 and takes no memory: the system gives only what is written.
@@ -208,9 +208,10 @@ def compute_features(network, pack, splits, protocol, feature, scaling, device):
             found = describe(net, to_network(x, network.size, scaling, mirrored), feature)
             if features is None:
                 shape = len(protocol.views), len(pack.names), found.shape[1]
-                features = np.zeros(shape, np.float32)
-            features[v, batch] = found.float().cpu()           # (B,D)
-    data.require(np.isfinite(features).all(), "features are not finite: NaN in the weights?")
+                features = np.zeros(shape, np.float16)
+            features[v, batch] = found.half().cpu()            # (B,D)
+    data.require(np.isfinite(features).all(), "features are not finite: NaN in the weights, or "
+                                               "beyond float16")
     return torch.from_numpy(features)
 
 
@@ -383,9 +384,9 @@ def fit_head(protocol, features, labels, scene, split, one_label, seed, device):
     features (V,n,D), labels (n,L), scene (n,) and split (n,) have a row for each image of the pack.
     """
     train, validation, test = [np.flatnonzero(split == part) for part in PARTS]
-    x = features[:, train].to(device)                          # (V,.,D)
+    x = features[:, train].to(device).float()                  # (V,.,D)
     y = torch.from_numpy(labels[train]).to(device)             # (.,L)
-    x_test = features[0, test].to(device)                      # (m,D)
+    x_test = features[0, test].to(device).float()              # (m,D)
     if protocol.head == "ridge":
         scores = cross_validated(ridge, x[0], y, x_test, scene[train])
     elif protocol.head == "logistic":
@@ -396,7 +397,7 @@ def fit_head(protocol, features, labels, scene, split, one_label, seed, device):
     elif protocol.head == "sgd":
         scores = sgd(x, y, x_test, protocol, one_label, seed)
     else:
-        x_validation = features[0, validation].to(device)
+        x_validation = features[0, validation].to(device).float()
         y_validation = torch.from_numpy(labels[validation]).to(device)
         scores = validated_logistic(x[0], y, x_validation, y_validation, x_test, one_label)
     return scores.cpu().numpy()
@@ -563,27 +564,20 @@ def scene_of_rows(pack):
 def listed_rows(path, pack, scene):
     """The rows of the images that a text file names, with white space or commas between the names.
 
-    A name is an image's or a scene's, with or without folders and suffix; names that the pack does
-    not have are counted.  Raises InputError if it has none, or one that stands for several scenes.
+    A name is an image's or a scene's, as images.csv has it or without its folder and suffix; names
+    that the pack does not have are passed over.  Raises InputError if it has none.
     """
-    rows_of = {}
-    for row, (name, i) in enumerate(zip(pack.names, scene)):
-        place = pack.scenes[i]
-        for key in {name, Path(name).stem, place, Path(place).stem}:
-            rows_of.setdefault(key, []).append(row)
-    names = data.read_text(path).replace(",", " ").split()
-    listed = []
-    missing = []
-    for name in names:
-        rows = rows_of.get(name) or rows_of.get(Path(name).stem, [])
-        data.require(len(set(scene[rows])) < 2, f"{path}: {name} stands for several scenes")
-        listed += rows
-        if not rows:
-            missing.append(name)
-    data.require(listed, f"{path}: none of its {len(names)} names is in {pack.path}")
-    if missing:
-        print(f"{path}: {len(missing)} of {len(names)} names are not in {pack.path}: {missing[:3]}")
-    return listed
+    names = set(data.read_text(path).replace(",", " ").split())
+    count = len(names)
+    names |= {Path(name).stem for name in names if "/" not in name}
+    rows = []
+    for row, name in enumerate(pack.names):
+        place = pack.scenes[scene[row]]
+        if names & {name, Path(name).stem, place, Path(place).name}:
+            rows.append(row)
+    print(f"{path}: {count} names, {len(rows)} images of {pack.path}")
+    data.require(rows, f"{path}: none of its {count} names is in {pack.path}")
+    return rows
 
 
 def split_by_lists(paths, pack, scene):
@@ -630,7 +624,7 @@ def choose_split(args, pack, scene, own, seed):
     data.require(not given or args.holdout is None, "--holdout: the split is given by --lists or "
                                                     "by the pack, which leaves no share to choose")
     if args.lists:                                                                       # rule 1
-        return split_by_lists(args.lists, pack, scene), "as --lists say"
+        return split_by_lists(args.lists, pack, scene), "by --lists"
     if given:                                                                            # rule 2
         return pack.split.copy(), "the pack's own split"
     reason = "no run is known to have trained on this pack"

@@ -1,149 +1,171 @@
-"""Claims about probe.py: metrics by their definition, heads, splits, and a frozen backbone."""
-import argparse
+"""Claims about probe.py: metrics, heads, features, which images, and what a whole probe says."""
+import copy
 import json
-import os
-import re
-from functools import partial
-from pathlib import Path
-from xml.etree import ElementTree
+import math
 
 import numpy as np
 import pytest
-import tifffile
 import torch
-import torch.nn.functional as F
 
 import data
 import model
 import probe
-from conftest import FEW_BLOCKS
+
+PARTS = ("train", "val", "test")
 
 
-@pytest.fixture(autouse=True)
-def small_resnet(monkeypatch):
-    monkeypatch.setitem(model.RESNETS, "resnet18", FEW_BLOCKS["resnet18"])
+def make_pack(path, one_label=False, split=None, sensor="s1", scenes=40, unlabelled=0):
+    """A pack by hand, two images of 24 px of each scene; each class is a brighter stripe."""
+    rng = np.random.default_rng(0)
+    bands = len(data.SENSORS[sensor].bands)
+    x = rng.integers(0, 180, (2 * scenes, bands, 24, 24), np.uint8)
+    lines = ["scene,image,split,labels"]
+    for n in range(2 * scenes):
+        present = rng.random(3) < 0.5
+        if one_label:
+            present = np.arange(3) == n // 2 % 3
+        for k in np.flatnonzero(present):
+            x[n, k % bands, 8 * k:8 * k + 8] += np.uint8(5 + 5 * k)
+        classes = ";".join(f"class {k}" for k in np.flatnonzero(present) if n >= unlabelled)
+        lines.append(f"place{n // 2},place{n // 2}/{n}.tif,{split[n] if split else ''},{classes}")
+    path.mkdir()
+    np.save(path / "images.npy", x)
+    (path / "images.csv").write_text("\n".join(lines) + "\n")
+    (path / "pack.json").write_text(json.dumps({"sensor": sensor}))
+    return str(path)
 
 
-def save_backbone(path, *spec, seed=None):
-    """Save an untrained backbone, build(*spec), and return the file's name."""
-    if seed is not None:
-        torch.manual_seed(seed)
+def save_backbone(path, *spec, seed=0):
+    torch.manual_seed(seed)
     torch.save(model.export_backbone(model.build(*spec)), path)
     return str(path)
 
 
-def one_hot(classes, count):
-    return np.eye(count, dtype=np.uint8)[classes]
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder of packs, whose images have several labels or one, of networks and of lists."""
+    folder = tmp_path_factory.mktemp("world")
+    make_pack(folder / "several")
+    make_pack(folder / "single", one_label=True)
+    make_pack(folder / "unlabelled", scenes=3, unlabelled=6)
+    make_pack(folder / "optical", scenes=3, sensor="s2c")
+    save_backbone(folder / "resnet.pt", "resnet18", 2, seed=5)
+    for seed in (0, 1):
+        save_backbone(folder / f"vit{seed}.pt", "vit_tiny", 2, 24, 6, seed=seed)
+    net = model.build("vit_tiny", 2, 24, 6)
+    torch.nn.init.constant_(net.norm.bias, math.nan)
+    torch.save(model.export_backbone(net), folder / "nan.pt")
+    names = data.open_pack(folder / "several").scenes
+    trained = data.held_out(names, 0.4).argmin()               # a place that a run trained on
+    (folder / "some.txt").write_text(names[trained])
+    (folder / "rest.txt").write_text(" ".join(names[:trained] + names[trained + 1:]))
+    (folder / "none.txt").write_text("nobody")
+    return folder
 
 
-def blobs(n=200, d=10, seed=0):
-    """Three overlapping clouds of points: x (n,d) float16 and their classes y (n,3) one-hot."""
-    rng = np.random.default_rng(seed)
+@pytest.fixture
+def here(world, monkeypatch):
+    """The same folder, as the one in which the probe runs; no run has left anything in it."""
+    monkeypatch.chdir(world)
+    yield world
+    (world / "config.json").unlink(missing_ok=True)
+
+
+def write_config(pack, bands=("VV", "VH"), **flags):
+    """The config.json that a run on a pack leaves beside its checkpoint."""
+    config = {"flags": {"img_size": 24, "holdout": 0.4} | flags, "sensor": {"bands": bands},
+              "pack": {"path": pack, "checksum": data.open_pack(pack).checksum}}
+    with open("config.json", "w") as file:
+        json.dump(config, file)
+
+
+def splits_of(pack, *flags, runs=None):
+    """What choose_splits decides for a released checkpoint, or for {ckpt: Run}."""
+    args = probe.resolve_flags(["--ckpt", "b.pt", *flags])
+    pack = data.open_pack(pack)
+    scene = probe.scene_of_rows(pack)
+    return probe.choose_splits(args, pack, scene, runs or {"b.pt": None}), pack, scene
+
+
+def blobs(n=200, d=10):
+    """Three overlapping clouds of points: x (n,d) and their classes y (n,3) one-hot."""
+    rng = np.random.default_rng(0)
     kind = rng.integers(0, 3, n)
     x = rng.standard_normal((n, d)) + 2 * np.eye(3, d)[kind]
-    return x.astype(np.float16), one_hot(kind, 3)
+    return torch.from_numpy(x).float(), torch.from_numpy(np.eye(3, dtype=np.uint8)[kind])
 
 
 # ----------------------------------------------------------------------------------------- metrics
 
 
-def ap_reference(scores, targets):
-    """Average precision in O(n^2): walk the distinct thresholds from high to low."""
+def ap_by_definition(scores, targets):
+    """Walk the distinct thresholds from high to low."""
     total = 0.0
     recall = 0.0
     for threshold in sorted(set(scores), reverse=True):
         hits = [y for s, y in zip(scores, targets) if s >= threshold]
-        precision = sum(hits) / len(hits)
         new_recall = sum(hits) / sum(targets)
-        total += (new_recall - recall) * precision
+        total += (new_recall - recall) * sum(hits) / len(hits)
         recall = new_recall
     return total
 
 
 def test_average_precision_is_its_definition_with_ties_and_empty_classes():
     rng = np.random.default_rng(0)
-    for trial in range(3000):
-        n = rng.integers(1, 12)
-        c = rng.integers(1, 5)
+    for trial in range(1000):
+        n, c = rng.integers(1, 12), rng.integers(1, 5)
+        scores = rng.standard_normal((n, c))
         if trial % 2:
             scores = rng.integers(0, 4, (n, c)) / 4
-        else:
-            scores = rng.standard_normal((n, c))
         targets = rng.random((n, c)) < rng.choice([0.1, 0.5, 1.0])
-        if targets.any():
-            micro = ap_reference(scores.ravel().tolist(), targets.ravel().tolist())
-            assert abs(probe.average_precision(scores, targets) - micro) < 1e-12
-        macro = []
-        for s, t in zip(scores.T.tolist(), targets.T.tolist()):
-            if any(t):
-                macro.append(ap_reference(s, t))
-        got = probe.average_precision(scores, targets, "macro")
-        want = np.mean(macro) if macro else 0
-        assert abs(got - want) < 1e-12
+        rankings = [(scores.ravel(), targets.ravel())]
+        for average in ("micro", "macro"):
+            values = [ap_by_definition(s.tolist(), t.tolist()) for s, t in rankings if t.any()]
+            want = np.mean(values) if values else 0
+            assert abs(probe.average_precision(scores, targets, average) - want) < 1e-12
+            rankings = list(zip(scores.T, targets.T))
 
 
-def test_a_perfect_ranking_scores_one_and_a_constant_one_the_prevalence():
+def test_a_perfect_ranking_scores_one_a_constant_one_the_prevalence_and_empty_classes_nothing():
     y = np.array([[1, 0], [0, 1], [0, 0], [1, 0]])
-    assert probe.average_precision(y, y) == 1
-    assert probe.average_precision(y, y, "macro") == 1
+    assert probe.average_precision(y, y) == probe.average_precision(y, y, "macro") == 1
     assert abs(probe.average_precision(np.zeros((4, 2)), y) - 3 / 8) < 1e-12
-
-
-def test_a_class_without_a_test_image_is_left_out_and_an_all_positive_one_scores_one():
-    y = np.array([[1, 0, 1], [1, 0, 0]])
     scores = np.array([[0.1, 0.9, 0.2], [0.4, 0.1, 0.7]])
-    assert probe.average_precision(scores, y, "macro") == (1 + 0.5) / 2
+    assert probe.average_precision(scores, np.array([[1, 0, 1], [1, 0, 0]]), "macro") == 0.75
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int64, np.uint64, np.float16, bool])
-def test_average_precision_is_the_same_for_scores_of_any_number_type(dtype):
+@pytest.mark.parametrize("kind", [np.uint8, np.int64, np.float16, torch.bfloat16])
+def test_average_precision_takes_scores_of_any_number_type(kind):
     rng = np.random.default_rng(0)
-    values = np.array([0, 1, 2, 100, 127])
-    if dtype == bool:
-        values = np.array([0, 1])
-    if dtype == np.int8:
-        values = np.array([-128, -127, 0, 1, 127])             # -(-128) is -128 in int8
-    scores = rng.choice(values, (50, 3))
+    scores = rng.choice([0, 1, 2, 100, 127], (50, 3))
     targets = rng.random((50, 3)) < 0.4
+    same = torch.from_numpy(scores).to(kind) if kind is torch.bfloat16 else scores.astype(kind)
     for average in ("micro", "macro"):
-        want = probe.average_precision(scores.astype(np.float64), targets, average)
-        assert probe.average_precision(scores.astype(dtype), targets, average) == want
+        want = probe.average_precision(scores.astype(float), targets, average)
+        assert probe.average_precision(same, targets, average) == want
 
 
-def test_infinite_scores_tie_with_each_other():
-    targets = np.array([[1], [0], [1], [0]])
-    finite = np.array([[2.0], [2.0], [-2.0], [-2.0]])
-    infinite = finite * np.inf
-    assert probe.average_precision(infinite, targets) == probe.average_precision(finite, targets)
+@pytest.mark.parametrize("scores, average, message", [
+    ([[0.5, np.nan], [0.1, 0.2]], "micro", "some scores are NaN"),
+    ([[0.5, np.nan], [0.1, 0.2]], "macro", "some scores are NaN"),
+    ([[1], [0]], "micro", r"scores \(2, 1\), targets \(2, 2\)"),
+    ([[1, 0], [0, 1]], "weighted", "'weighted' is neither micro nor macro")])
+def test_average_precision_refuses(scores, average, message):
+    with pytest.raises(ValueError, match=message):
+        probe.average_precision(np.array(scores), np.eye(2), average)
 
 
-@pytest.mark.parametrize("average", ["micro", "macro"])
-def test_average_precision_refuses_nan_scores_and_other_shapes(average):
-    y = np.array([[1, 0], [0, 1]])
-    with pytest.raises(ValueError, match="some scores are NaN"):
-        probe.average_precision(np.array([[0.5, np.nan], [0.1, 0.2]]), y, average)
-    with pytest.raises(ValueError, match=r"scores \(2, 1\), targets \(2, 2\)"):
-        probe.average_precision(y[:, :1], y, average)
-
-
-def test_an_unknown_average_is_refused():
-    with pytest.raises(ValueError, match="'weighted' is neither micro nor macro"):
-        probe.average_precision(np.ones((2, 1)), np.ones((2, 1)), "weighted")
-
-
-def test_paired_bootstraps_are_narrower_than_the_spread_of_each_and_zero_against_itself():
+def test_bootstraps_are_paired_and_as_wide_as_the_binomial_says():
     rng = np.random.default_rng(0)
     y = np.eye(2)[rng.integers(0, 2, 300)]
     noisy = y + rng.normal(0, 0.6, y.shape)
     scores = {"noisy": noisy, "same": noisy + 1e-9, "perfect": y}
-    samples = probe.bootstrap(probe.accuracy, scores, y, 200)
-    intervals, gains = probe.compare(samples)
-    assert list(gains) == ["same", "perfect"]
-    assert gains["same"] == [0, 0]
-    assert gains["perfect"][1] < 0                             # noisy loses against perfect
-    assert intervals["perfect"] == [1, 1]
+    intervals, gains = probe.print_intervals(probe.bootstrap(probe.accuracy, scores, y, 200))
+    assert gains["same"] == [0, 0] and gains["perfect"][1] < 0
+    assert list(gains) == ["same", "perfect"] and intervals["perfect"] == [1, 1]
     p = probe.accuracy(noisy, y)
     low, high = intervals["noisy"]
+    assert low < p < high
     assert abs((high - low) - 3.92 * np.sqrt(p * (1 - p) / 300)) < 0.03
 
 
@@ -151,16 +173,16 @@ def test_paired_bootstraps_are_narrower_than_the_spread_of_each_and_zero_against
 
 
 @pytest.mark.parametrize("D", [8, 70])                         # fewer columns than rows, and more
-def test_ridge_is_the_normal_equations_with_the_penalty_that_explicit_cross_validation_picks(D):
+def test_ridge_is_least_squares_with_the_penalty_that_folds_of_whole_scenes_pick(D):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((40, D))
-    y = (rng.random((40, 3)) < 0.5).astype(float)
+    y = (x[:, :3] + rng.standard_normal((40, 3)) > 0).astype(float)
     x_test = rng.standard_normal((5, D))
     scene = np.repeat(np.arange(10), 4)
 
     def fit(x, y, x_test, penalty):
-        mean = x.mean(0)
-        std = x.std(0)
+        """Normal equations."""
+        mean, std = x.mean(0), x.std(0)
         z = (x - mean) / std
         W = np.linalg.solve(z.T @ z + penalty * len(x) * np.eye(D), z.T @ (y - y.mean(0)))
         return (x_test - mean) / std @ W + y.mean(0)
@@ -173,702 +195,366 @@ def test_ridge_is_the_normal_equations_with_the_penalty_that_explicit_cross_vali
             error += ((fit(x[~out], y[~out], x[out], penalty) - y[out]) ** 2).sum()
         errors.append(error)
     best = probe.RIDGE_PENALTIES[int(np.argmin(errors))]
-    got = probe.validated(probe.ridge, x, y, x_test, scene)
+    got = probe.cross_validated(probe.ridge, *map(torch.from_numpy, (x, y, x_test)), scene)
     assert np.allclose(got, fit(x, y, x_test, best), atol=1e-8)
 
 
-@pytest.mark.parametrize("multi_label", [False, True])
-def test_logistic_ends_where_the_gradient_of_the_penalised_log_loss_is_zero(multi_label):
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((60, 4))
-    y = (x @ rng.standard_normal((4, 3)) + rng.standard_normal((60, 3)) > 0).astype(float)
-    if not multi_label:
-        y = np.eye(3)[(x[:, :3] + rng.standard_normal((60, 3))).argmax(1)]
-    z = (x - x.mean(0)) / x.std(0)
-    fits = probe.logistic(x, y, x, multi_label)
-    losses = []
-    for penalty, p in zip((1, 0.1, 0.01, 0.001, 0.0001), fits, strict=True):
-        if multi_label:
-            logits = np.log(p / (1 - p))
-            losses.append(-(y * np.log(p) + (1 - y) * np.log(1 - p)).sum(1).mean())
-        else:
-            logits = np.log(p) - np.log(p).mean(1, keepdims=True)
-            losses.append(-(y * np.log(p)).sum(1).mean())
-        W, residual, *_ = np.linalg.lstsq(np.c_[z, np.ones(60)], logits, rcond=None)
-        assert residual.max() < 1e-9                           # the logits are linear
-        gradient = z.T @ (p - y) / 60 + penalty * W[:4]
-        assert abs(gradient).max() < 5e-4                      # and at the minimum
-        assert np.allclose(p.mean(0), y.mean(0), atol=1e-3)
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < losses[0] - 0.1
-
-
-def newton_logistic(x, y, C):
-    """The minimum of C * summed log loss of one class + |w|^2 / 2 by Newton's method, float64."""
-    z = np.c_[x, np.ones(len(x))]
-    ridge = np.diag([1.0] * x.shape[1] + [0.0])                # the intercept is free
+def newton(z, y, penalty):
+    """Probabilities at the minimum of the mean log loss of one class plus penalty / 2 |w|^2."""
+    z = np.c_[z, np.ones(len(z))]
+    ridge = penalty * np.diag([1.0] * (z.shape[1] - 1) + [0.0])                # free intercept
     w = np.zeros(z.shape[1])
     for _ in range(50):
         p = 1 / (1 + np.exp(-z @ w))
-        gradient = C * z.T @ (p - y) + ridge @ w
-        curvature = C * (z * (p * (1 - p))[:, None]).T @ z + ridge
-        w = w - np.linalg.solve(curvature, gradient)
-    return w
+        curvature = (z * (p * (1 - p))[:, None]).T @ z / len(z) + ridge
+        w = w - np.linalg.solve(curvature, z.T @ (p - y) / len(z) + ridge @ w)
+    return 1 / (1 + np.exp(-z @ w))
 
 
-@pytest.mark.parametrize("C", [1e-3, 1.0, 100.0])
-def test_logistic_coefficients_are_the_float64_optimum_of_scikit_learns_objective(C):
+def test_logistic_of_several_labels_is_newtons_optimum_of_each_class():
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((80, 4))
-    y = (x @ rng.standard_normal((4, 3)) + 2 * rng.standard_normal((80, 3)) > 0).astype(float)
-    W = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True)
-    b = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
-    probe.fit_logistic(torch.from_numpy(x), torch.from_numpy(y), W, b, 1 / (C * 80), True,
-                       accuracy=1e-7, iterations=1000)
-    for k in range(3):
-        want = newton_logistic(x, y[:, k], C)
-        assert np.allclose(W[:, k].detach(), want[:4], atol=1e-4)
-        assert np.isclose(b[0, k].item(), want[4], atol=1e-4)
+    x = 3 + 5 * rng.standard_normal((80, 4))
+    y = (x @ rng.standard_normal((4, 3)) + 8 * rng.standard_normal((80, 3)) > 0).astype(float)
+    z = (x - x.mean(0)) / x.std(0)
+    penalties = (1, 0.01, 1e-4)
+    got = probe.logistic(*map(torch.from_numpy, (x, y, x)), False, penalties, 1e-6)
+    for p, penalty in zip(got, penalties, strict=True):
+        for k in range(3):
+            assert np.allclose(p[:, k], newton(z, y[:, k], penalty), atol=1e-4)
 
 
-def rows(x, y):
-    return probe.Rows(x[None], y, np.arange(len(x)))
+def test_logistic_of_one_label_ends_where_the_gradient_of_the_softmax_loss_is_zero():
+    x, y = blobs(60, 4)
+    z = ((x - x.mean(0)) / x.std(0, correction=0)).double().numpy()
+    fits = probe.logistic(x, y, x, True, accuracy=1e-6)
+    for penalty, p in zip(probe.LOGISTIC_PENALTIES, fits.numpy(), strict=True):
+        logits = np.log(p) - np.log(p).mean(1, keepdims=True)
+        W, residual, *_ = np.linalg.lstsq(np.c_[z, np.ones(60)], logits, rcond=None)
+        assert residual.max() < 1e-9                           # the logits are linear
+        assert abs(z.T @ (p - y.numpy()) / 60 + penalty * W[:4]).max() < 1e-4
+        assert np.allclose(p.mean(0), y.double().mean(0), atol=1e-4)           # free intercept
 
 
-def test_the_c_with_the_best_validation_value_is_fitted_again_on_both_parts():
-    x, y = blobs()
-    train = rows(x[:100], y[:100])
-    validation = rows(x[100:150], y[100:150])
-    scores, (C, value) = probe.chosen_logistic(train, validation, x[150:], probe.accuracy, False)
-    fits = probe.logistic(x[:100], y[:100], x[100:150], False, 1 / (probe.COSTS * 100), 1e-5, 100)
-    values = [probe.accuracy(p, y[100:150]) for p in fits]
-    best = int(np.argmax(values))
-    assert value == values[best] and np.isclose(C, probe.COSTS[best], rtol=1e-2)
-    again = probe.logistic(x[:150], y[:150], x[150:], False, [1 / (probe.COSTS[best] * 150)], 1e-7,
-                           1000)
-    assert np.array_equal(scores, again[0])
-
-
-def test_five_neighbours_vote_by_exact_distance():
-    x, y = blobs()
-    got = probe.majority(x[:150], y[:150], x[150:])
-    for row, point in zip(got, x[150:].astype(float)):
-        distance = np.sqrt(((x[:150].astype(float) - point) ** 2).sum(1))
-        assert np.array_equal(row, y[np.argsort(distance, kind="stable")[:5]].mean(0))
-
-
-@pytest.mark.parametrize("multi_label", [False, True])
-def test_a_linear_layer_learns_each_view_at_a_rate_that_falls_to_zero(multi_label):
-    x, y = blobs()
-    protocol = probe.PROTOCOLS["copernicus-bench"]
-    train = probe.Rows(np.stack([x[:150], x[:150] + 1]), y[:150], np.arange(150))
-    scores = probe.linear(train, x[150:], protocol, 0.1, multi_label, seed=0)
-    assert probe.accuracy(scores, y[150:]) > 0.75
-    shifted = probe.linear(train, x[150:] + 1, protocol, 0.1, multi_label, seed=0)
-    assert probe.accuracy(shifted, y[150:]) > 0.75             # it saw the other view as well
-    assert np.array_equal(scores, probe.linear(train, x[150:], protocol, 0.1, multi_label, 0))
-    frozen = probe.linear(train, x[150:], protocol, 0.0, multi_label, seed=0)
-    assert abs(frozen).max() < 0.5                             # weights of deviation 0.01
-
-
-def test_the_rate_depends_on_the_labels_or_on_the_network_as_the_protocols_say():
-    copernicus = probe.PROTOCOLS["copernicus-bench"]
-    ssl4eo = probe.PROTOCOLS["ssl4eo-s12"]
-    resnet = model.build("resnet18", 2)
-    vit = model.build("vit_tiny", 2, 24, 6)
-    assert probe.learning_rate(copernicus, probe.TASKS["eurosat"], vit) == 0.1
-    assert probe.learning_rate(copernicus, probe.TASKS["bigearthnet"], vit) == 1
-    assert probe.learning_rate(ssl4eo, probe.TASKS["eurosat"], vit) == 0.1
-    assert probe.learning_rate(ssl4eo, probe.TASKS["eurosat"], resnet) == 8
-    assert probe.learning_rate(probe.PROTOCOLS["ridge"], probe.TASKS["eurosat"], vit) is None
+def test_torchgeo_bench_takes_the_c_with_the_best_validation_value_and_fits_both_parts(
+        monkeypatch):
+    monkeypatch.setattr(probe, "COSTS", np.logspace(-4, 1, 8))
+    x, y = blobs(100)
+    for validation in (y[50:75], y[50:75].roll(1, 1)):         # the second asks for another C
+        values = []
+        for C in probe.COSTS:
+            [p] = probe.logistic(x[:50], y[:50], x[50:75], True, [1 / (C * 50)], 1e-5)
+            values.append(probe.accuracy(p.numpy(), validation.numpy()))
+        C = probe.COSTS[int(np.argmax(values))]
+        both = torch.cat([y[:50], validation])
+        [want] = probe.logistic(x[:75], both, x[75:], True, [1 / (C * 75)], 1e-7, 1000)
+        got = probe.validated_logistic(x[:50], y[:50], x[50:75], validation, x[75:], True)
+        assert np.allclose(got, want, atol=1e-5)
 
 
 def test_knn_is_the_weighted_vote_of_its_definition():
     x, y = blobs()
     got = probe.knn(x[:150], y[:150], x[150:], k=7)
-    unit = x.astype(float) / np.linalg.norm(x.astype(float), axis=1, keepdims=True)
+    unit = (x / x.norm(dim=1, keepdim=True)).double().numpy()
     for row, cosine in zip(got, unit[150:] @ unit[:150].T):
         near = np.argsort(-cosine)[:7]
         votes = np.exp((cosine[near] - 1) / 0.07)
-        want = (votes[:, None] * y[near]).sum(0)
-        assert np.allclose(row, want, rtol=1e-3)
+        assert np.allclose(row, (votes[:, None] * y[near].numpy()).sum(0), rtol=1e-3)
 
 
-def torch_sgd(x, y, rate, multi_label):
-    """The weights (D,L) of a linear head after 40 steps of torch.optim.SGD on batches of 16."""
-    n, D = x.shape
-    generator = torch.Generator().manual_seed(1)
-    layer = torch.nn.Linear(D, 3, bias=False)
-    layer.weight.data = 0.01 * torch.randn(D, 1, 3, generator=generator)[:, 0].T
-    optimiser = torch.optim.SGD(layer.parameters(), 1.0, momentum=0.9)
-    epochs = 40 * 16 // n + 1
-    order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])
-    for step, rows in enumerate(order.split(16)[:40]):
-        if multi_label:
-            loss = F.multilabel_soft_margin_loss(layer(x[rows]), y[rows])
-        else:
-            loss = F.cross_entropy(layer(x[rows]), y[rows].argmax(1))
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.param_groups[0]["lr"] = rate * 16 / 256 * (1 + np.cos(np.pi * step / 40)) / 2
-        optimiser.step()
-    return layer.weight.T
+@pytest.mark.parametrize("one_label, first_rate", [(True, 0.1), (False, 1.0)])
+def test_copernicus_benchs_head_is_sgd_written_out(one_label, first_rate):
+    """Plain gradients in float64, no momentum; the draws in their order: weights, epoch, views."""
+    protocol = probe.PROTOCOLS["copernicus-bench"]
+    x, y = blobs(150)
+    views = torch.stack([x, x + 1, -x, 2 * x])                 # (V,n,D)
+    draws = torch.Generator().manual_seed(3)
+    W = torch.empty(3, 10).normal_(std=0.01, generator=draws).double()
+    b = torch.zeros(3, dtype=torch.float64)
+    step = 0
+    for _ in range(50):
+        for rows in torch.randperm(150, generator=draws).split(64):            # 3 steps an epoch
+            z = views[torch.randint(4, (len(rows),), generator=draws), rows].double()
+            logits = z @ W.T + b
+            if one_label:
+                error = (logits.softmax(1) - y[rows]) / len(rows)
+            else:
+                error = (logits.sigmoid() - y[rows]) / (len(rows) * 3)
+            rate = first_rate * (1 + math.cos(math.pi * step / 150)) / 2
+            W = W - rate * (error.T @ z + 1e-4 * W)
+            b = b - rate * (error.sum(0) + 1e-4 * b)
+            step += 1
+    x_test = torch.cat([torch.eye(10), torch.zeros(1, 10)])
+    got = probe.sgd(views, y, x_test, protocol, one_label, seed=3)
+    assert torch.allclose(got.double(), torch.cat([W.T + b, b[None]]), atol=1e-4)
 
 
-@pytest.mark.parametrize("multi_label", [False, True])
-def test_heads_that_train_side_by_side_get_the_weights_that_each_gets_alone(multi_label):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(50, 6, generator=generator)
-    y = torch.eye(3)[torch.randint(3, (50,), generator=generator)]
-    use = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1.]])
-    rates = torch.tensor([0.1, 1.0, 3.0])
-    together = probe.sgd(x, y, use, rates, multi_label, 40, seed=1, batch=16)
-    assert not together[[0, 1, 4], 1].any()                    # columns that head 1 does not see
-    for h in range(3):
-        alone = probe.sgd(x, y, use[h:h + 1], rates[h:h + 1], multi_label, 40, seed=1, batch=16)
-        assert torch.allclose(alone[:, 0], together[:, h], atol=1e-6)
-    for h in (0, 2):                                           # the heads that see all columns
-        assert torch.allclose(torch_sgd(x, y, rates[h], multi_label), together[:, h], atol=1e-5)
-
-
-def test_the_grids_choice_is_the_best_on_the_fifth_fold_of_the_training_part():
+@pytest.mark.parametrize("protocol", probe.PROTOCOLS.values(), ids=probe.PROTOCOLS)
+def test_every_head_learns_and_the_labels_of_test_images_have_no_say(protocol):
     x, y = blobs()
-    training = x[:150], y[:150], x[150:], np.arange(150)
-    rates = torch.tensor([1e-6, 0.1, 1e-5])
-    use = torch.ones(3, x.shape[1])
-    scores, best, value = probe.grid(*training, use, rates, probe.accuracy, False, 0, steps=100)
-    assert best == 1 and value > 0.8
-    assert probe.accuracy(scores, y[150:]) > 0.7
+    y = y.numpy()
+    split = np.repeat(PARTS, (100, 50, 50))
+    features = x.half().expand(len(protocol.views), -1, -1)
+    changed = np.concatenate([y[:150], np.roll(y[150:], 1, 1)])
+    scores, same = [probe.fit_head(protocol, features, labels, np.arange(200), split, True, 0,
+                                   "cpu") for labels in (y, changed)]
+    assert np.array_equal(scores, same)
+    assert probe.accuracy(scores, y[150:]) > 0.75
 
 
 # ---------------------------------------------------------------------------------------- features
 
 
-def test_the_backbone_is_bit_identical_after_feature_extraction(toy, labels):
-    scenes = data.SSL4EO(toy, data.SENSORS["s1"], labels)
-    net = model.build("resnet18", 2).train()
-    net.size = 32
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    images = data.Images(scenes, [(0, 0), (1, 2)])
-    stats, features = probe.extract([probe.BandStatistics(), net], images).values()
-    assert features.shape == (2, 512) and stats.shape == (2, 4)
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    x = torch.from_numpy(scenes.image(1, 2)) / 255
-    want = torch.cat([x.mean((1, 2)), x.std((1, 2))])
-    assert np.allclose(stats[1], want, atol=3e-4)
-
-
-def test_a_vits_row_is_four_cls_tokens_and_the_mean_patch_and_cls_is_its_forward():
-    net = model.build("vit_tiny", 2, 24, 6).eval()
-    x = torch.rand(3, 2, 24, 24)
+def test_a_vits_features_are_the_tokens_that_their_names_say():
+    net = model.build("vit_tiny", 2, 24, 6, 3).eval()          # three registers
+    x = torch.rand(2, 2, 24, 24)
     with torch.no_grad():
-        row = probe.describe(net, x)
-        assert row.shape == (3, 5 * 192)
-        assert torch.equal(row[:, probe.columns(net, "cls")], net(x))
-        assert torch.equal(row[:, :192], net.last_blocks(x, 4)[0][0])
-        assert torch.equal(row[:, probe.columns(net, "mean")], net.tokens(x)[:, 1:].mean(1))
+        patches = net.tokens(x)[:, 4:]
+        cls = []
+        for depth in (9, 10, 11, 12):
+            shallow = copy.deepcopy(net)
+            shallow.blocks = shallow.blocks[:depth]
+            cls.append(shallow(x))
+        want = {"cls": cls[3], "mean": patches.mean(1), "4cls": torch.cat(cls, 1),
+                "cls+mean": torch.cat([cls[3], patches.mean(1)], 1)}
+        assert set(want) == set(probe.ANY_FEATURE)
+        for feature, rows in want.items():
+            assert torch.allclose(probe.describe(net, x, feature), rows, atol=1e-5)
 
 
-def test_the_cache_gives_the_same_and_notices_changed_weights_images_and_sizes(
-        toy, labels, tmp_path, monkeypatch):
-    scenes = data.SSL4EO(toy, data.SENSORS["s1"], labels)
-    images = data.Images(scenes, [(0, 0), (1, 2)])
-    net = model.build("resnet18", 2)
-    net.size = 32
-    nets = [probe.BandStatistics(), net]
-    want = probe.extract(nets, images)
-    cache = str(tmp_path / "cache")
-    reads = []
-    read = data.Scenes.image
-
-    def counted(self, i, s):
-        reads.append((i, s))
-        return read(self, i, s)
-
-    monkeypatch.setattr(data.Scenes, "image", counted)
-
-    def extract_with_cache():
-        """The features, and how many images were read for them."""
-        reads.clear()
-        features = probe.extract(nets, images, cache=cache)
-        return features, len(reads)
-
-    for expected in (2, 0):
-        features, count = extract_with_cache()
-        assert count == expected
-        assert all(np.array_equal(features[n], want[n]) for n in nets)
-    assert all(name.endswith(".npy") for name in os.listdir(cache))
-    net.size = 24
-    assert extract_with_cache()[1] == 2
-    net.size = 32
-    with torch.no_grad():
-        net.conv1.weight += 1e-3
-    assert extract_with_cache()[1] == 2
-    os.utime(sorted(Path(scenes.files[0][0]).iterdir())[0], (1, 1))
-    assert extract_with_cache()[1] == 2
-    assert extract_with_cache()[1] == 0
+def test_a_smaller_image_is_antialiased():
+    x = torch.randint(0, 256, (1, 1, 8, 8), dtype=torch.uint8)
+    got = probe.to_network(x, 4, probe.Scaling())
+    weights = torch.tensor([1, 3, 3, 1.0]) / 8                 # a triangle over two pixels each way
+    want = weights @ (x[0, 0, 1:5, 1:5] / 255) @ weights
+    assert torch.allclose(got[0, 0, 1, 1], want, atol=1e-6)
 
 
-def test_a_damaged_file_of_the_cache_is_named(toy, labels, tmp_path):
-    scenes = data.SSL4EO(toy, data.SENSORS["s1"], labels)
-    images = data.Images(scenes, [(0, 0)])
-    nets = [probe.BandStatistics()]
-    probe.extract(nets, images, cache=str(tmp_path))
-    file = next(tmp_path.iterdir())
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match=f"{file.name}: not a file of features"):
-        probe.extract(nets, images, cache=str(tmp_path))
-
-
-def test_features_that_are_not_finite_are_refused(toy, labels):
-    net = model.build("resnet18", 2)
-    net.size = 32
-    with torch.no_grad():
-        net.conv1.weight[:] = float("nan")
-    scenes = data.SSL4EO(toy, data.SENSORS["s1"], labels)
-    with pytest.raises(ValueError, match="features are not finite"):
-        probe.extract([net], data.Images(scenes, [(0, 0)]))
-
-
-def pixels(scenes, view, n=20, profile=probe.Profile(), cache=None):
-    """What a network of 12 pixels sees of the first n scenes: (n,C,12,12)."""
-    net = torch.nn.Flatten()
-    net.size = 12
-    images = data.Images(scenes, [(i, 0) for i in range(n)])
-    found = probe.extract([net], images, cache=cache, view=view, profile=profile)[net]
-    return found.reshape(n, -1, 12, 12)
-
-
-def test_draws_are_seeded_crops_mirrored_sideways_and_cached_apart(toy, labels, tmp_path):
-    scenes = data.SSL4EO(toy, data.SENSORS["s1"], labels)
-    cache = tmp_path / "cache"
-    plain = pixels(scenes, probe.View(), cache=str(cache))
-    first = pixels(scenes, probe.View(draw=1, area=0.5), cache=str(cache))
-    second = pixels(scenes, probe.View(draw=2, area=0.5), cache=str(cache))
-    again = pixels(scenes, probe.View(draw=1, area=0.5), cache=str(cache))
-    assert np.array_equal(first, again)
-    assert len(list(cache.iterdir())) == 3
-    assert not np.array_equal(first, second) and not np.array_equal(first, plain)
-
-    whole = pixels(scenes, probe.View(draw=1, area=1.0))       # only the aspect moves pixels
-    same = []
-    mirrored = []
-    for crop, image in zip(whole, plain):
-        same.append(np.corrcoef(crop.ravel(), image.ravel())[0, 1])
-        mirrored.append(np.corrcoef(crop[..., ::-1].ravel(), image.ravel())[0, 1])
-    assert 4 <= np.greater(mirrored, same).sum() <= 16
-    assert np.maximum(same, mirrored).min() > 0.6
-
-
-def test_the_four_flips_are_the_image_mirrored_in_each_way(toy, labels):
-    scenes = data.SSL4EO(toy, data.SENSORS["s1"], labels)
-    views = probe.training_views(probe.PROTOCOLS["copernicus-bench"], probe.TASKS["ssl4eo"])
-    plain, sideways, upside_down, both = [pixels(scenes, view, n=3) for view in views]
-    assert np.array_equal(sideways, plain[..., ::-1])
-    assert np.array_equal(upside_down, plain[..., ::-1, :])
-    assert np.array_equal(both, plain[..., ::-1, ::-1])
-
-
-def test_a_radar_image_is_clipped_to_its_quantiles_band_by_band():
+def test_copernicus_bench_clips_radar_to_the_quantiles_of_each_image_and_band(world):
+    pack = data.open_pack(world / "several")
+    protocol = probe.PROTOCOLS["copernicus-bench"]
     x = torch.randint(0, 256, (3, 2, 50, 50), dtype=torch.uint8)
-    clipped = probe.clip_quantiles(x)
-    for image, source in zip(clipped, x.numpy()):
-        for band, pixels in zip(image.numpy(), source):
-            low, high = np.quantile(pixels, (0.01, 0.99))
-            assert np.allclose(band, pixels.clip(low, high), atol=1e-3)
+    low, high = np.quantile(x.numpy(), (0.01, 0.99), axis=(2, 3), keepdims=True)
+    clipped = probe.to_network(x, 0, probe.choose_scaling(protocol, pack, []))
+    assert np.allclose(clipped, np.clip(x.numpy(), low, high) / 255, atol=1e-5)
+    assert not probe.choose_scaling(probe.PROTOCOLS["ridge"], pack, []).clip
+    pack.sensor = data.SENSORS["s2c"]
+    assert not probe.choose_scaling(protocol, pack, []).clip
 
 
-def test_z_scores_have_mean_zero_and_deviation_one_over_the_images(toy, labels):
-    scenes = data.SSL4EO(toy, data.SENSORS["s1"], labels)
-    images = data.Images(scenes, [(i, 0) for i in range(20)])
-    mean, std = probe.band_moments(images, workers=0)
-    x = np.stack([scenes.image(i, 0) for i in range(20)]) / 255
-    assert np.allclose(mean, x.mean((0, 2, 3))) and np.allclose(std, x.std((0, 2, 3)))
-    stats = probe.BandStatistics()
-    profile = probe.Profile(mean=mean, std=std)
-    z = probe.extract([stats], images, profile=profile)[stats]
-    assert np.allclose(z[:, :2].mean(0), 0, atol=2e-3)         # the mean of the images' means
+def test_z_scores_have_mean_zero_and_deviation_one_over_the_images_of_the_probe(world):
+    pack = data.open_pack(world / "several")
+    rows = np.arange(3, 75)                                    # more than one batch
+    scaling = probe.choose_scaling(probe.PROTOCOLS["torchgeo-bench"], pack, rows)
+    x = probe.to_network(torch.from_numpy(pack.images[rows]), 0, scaling)
+    assert torch.allclose(x.mean((0, 2, 3)), torch.zeros(2), atol=1e-5)
+    assert torch.allclose(x.std((0, 2, 3)), torch.ones(2), atol=1e-4)
 
 
-def test_the_profile_that_the_output_names_is_the_one_of_protocol_task_and_sensor(toy, labels):
-    def name(protocol, task, scenes):
-        args = argparse.Namespace(task=task, workers=0)
-        images = data.Images(scenes, [(0, 0)])
-        return probe.choose_profile(args, probe.PROTOCOLS[protocol], images)[1]
+def test_flips_are_of_training_images_alone_and_the_network_stays_as_it_was(world):
+    pack = data.open_pack(world / "several")
+    split = np.array(["train", "test", ""] * 26 + ["train", ""])
+    x = torch.from_numpy(np.array(pack.images)) / 255
 
-    radar = data.SSL4EO(toy, data.SENSORS["s1"], labels)
-    optical = data.SSL4EO(toy, data.SENSORS["s2c"], labels)
-    assert name("ridge", "ssl4eo", radar) == "mean -+ 2 std of s1 to [0, 1], clipped"
-    assert "1 % and 99 % quantiles" in name("copernicus-bench", "ssl4eo", radar)
-    assert "quantiles" not in name("copernicus-bench", "ssl4eo", optical)
-    assert "of EuroSAT" in name("copernicus-bench", "eurosat", optical)
-    assert "B10 is 0" in name("copernicus-bench", "bigearthnet", optical)
-    assert "z-score" in name("torchgeo-bench", "ssl4eo", radar)
+    def features(net):
+        protocol = probe.PROTOCOLS["copernicus-bench"]
+        return probe.compute_features(probe.Network(net, 0), pack, {0: split}, protocol, "mean",
+                                      probe.Scaling(), "cpu").float()
 
+    views = features(torch.nn.Flatten()).unflatten(2, x.shape[1:])             # (4,n,C,H,W)
+    for view, dims in zip(views, [[], [3], [2], [2, 3]], strict=True):
+        filled = split == "train" if dims else split != ""
+        assert torch.allclose(view[filled], x[filled].flip(dims), atol=3e-4)
+        assert not view[~filled].any()
+    used = split != ""
+    stats = torch.cat([x.mean((2, 3)), x.std((2, 3))], 1)
+    assert torch.allclose(features(probe.BandStatistics())[0, used], stats[used], atol=3e-4)
 
-def test_the_features_of_the_last_block_are_the_features():
-    net = model.build("vit_tiny", 2, 24, 6).eval()
-    net.size = 24
-    x = torch.rand(3, 2, 24, 24)
-    with torch.no_grad():
-        row = probe.describe(net, x)
-        for feature in ("cls", "mean", "cls+mean"):
-            blocks = probe.Blocks(net, feature)
-            last = blocks(x)[:, blocks.columns(blocks.depth - 1)]
-            assert torch.equal(last, row[:, probe.columns(net, feature)])
-            assert blocks.columns(blocks.depth - 1).stop == blocks(x).shape[1]
-
-
-def test_the_central_view_is_the_central_share_of_each_side(toy, labels):
-    scenes = data.SSL4EO(toy, data.SENSORS["s1"], labels)
-    x = torch.from_numpy(scenes.image(3, 0))[None]
-    half = probe.central_view(x, None, 0.5)
-    assert half.shape[-1] == 12
-    assert torch.equal(half, x[..., 6:18, 6:18] / 255)
+    net = model.build("resnet18", 2).train()
+    before = copy.deepcopy(net.state_dict())
+    features(net)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 # ------------------------------------------------------------------------------------------ splits
 
 
-def test_the_split_is_by_location_among_the_scenes_that_pretraining_held_out(toy, labels):
-    scenes = data.SSL4EO(toy, data.SENSORS["s1"], labels)
-    train, test = probe.held_out_halves(scenes, 0.4)
-    held_out = set(np.flatnonzero(data.held_out(scenes.ids, 0.4)))
-    train_scenes = {i for i, _ in train}
-    test_scenes = {i for i, _ in test}
-    assert train_scenes and test_scenes and not train_scenes & test_scenes
-    assert train_scenes | test_scenes <= held_out
-    assert all(scenes.labels[i][s].any() for i, s in train + test)
+def test_rule_1_lists_of_images_or_scenes_decide(here, capsys):
+    (here / "a.txt").write_text("place3/6.tif\nnowhere,7.jpg\n")               # images
+    (here / "b.txt").write_text("place8 place9 nobody place1/17.tif\n")        # scenes
+    (here / "c.txt").write_text("place5\n")
+    for lists, want in ((["a.txt", "b.txt", "c.txt"], [[6, 7], [16, 17, 18, 19], [10, 11]]),
+                        (["a.txt", "b.txt"], [[6, 7], [], [16, 17, 18, 19]])):
+        pack = data.open_pack("several")
+        split = probe.split_by_lists(lists, pack, probe.scene_of_rows(pack))
+        assert [np.flatnonzero(split == part).tolist() for part in PARTS] == want
+    assert "b.txt: 4 names, 4 images of several" in capsys.readouterr().out
 
 
-def test_a_split_to_train_on_a_single_scene_is_refused(toy, labels):
-    scenes = data.SSL4EO(toy, data.SENSORS["s1"], labels)
-    with pytest.raises(ValueError, match="4 training images are of a single class or scene"):
-        probe.check_split(scenes, [(5, 0), (5, 1), (5, 2), (5, 3)], [(6, 0)])
+@pytest.mark.parametrize("protocol", ["ridge", "torchgeo-bench"])
+def test_rule_2_a_pack_with_a_split_of_its_own_keeps_it_but_for_unlabelled_images(
+        tmp_path, protocol):
+    parts = ["train"] * 40 + ["val"] * 20 + ["test"] * 20
+    splits, pack, _ = splits_of(make_pack(tmp_path / "own", split=parts, unlabelled=2),
+                                "--protocol", protocol)
+    assert splits[1.0, 0].tolist() == np.where(pack.labels.any(1), parts, "").tolist()
 
 
-def choose(scenes, task, protocol="ridge", fractions=(1.0,), split=None, holdout=0.4, seeds=(1, 2)):
-    args = argparse.Namespace(task=task, labels=None, lists=None, split=split,
-                              train_frac=list(fractions))
-    return probe.choose_images(args, probe.PROTOCOLS[protocol], probe.TASKS[task], scenes, holdout,
-                               seeds)
+@pytest.mark.parametrize("name", ["several", "single"])
+def test_rule_3_of_a_runs_own_pack_only_what_it_held_out_trains_or_tests(world, name):
+    pack = data.open_pack(world / name)
+    checksums = {"a.pt": pack.checksum, "b.pt": pack.checksum, "other.pt": "00000000"}
+    runs = {ckpt: probe.Run(24, holdout, pack.sensor.bands, "pack", checksum)
+            for (ckpt, checksum), holdout in zip(checksums.items(), (0.9, 0.6, 0.1))}
+    splits, _, scene = splits_of(world / name, runs=runs)
+    labelled = pack.labels.any(1)
+    test = data.held_out(pack.scenes, 0.3)[scene] & labelled
+    assert np.array_equal(splits[1.0, 0] == "test", test)
+    train = data.held_out(pack.scenes, 0.6)[scene] & labelled & ~test
+    assert np.array_equal(splits[1.0, 0] == "train", train)
 
 
-def test_train_frac_draws_a_share_of_the_training_images_and_leaves_the_test_images(toy, labels):
-    scenes = data.SSL4EO(toy, data.SENSORS["s1"], labels)
-    train, test = probe.held_out_halves(scenes, 0.4)
-    splits = choose(scenes, "ssl4eo", fractions=(0.25, 0.5))
-    (first, _, first_test), (second, _, second_test) = splits[0.5]
-    assert first_test == second_test == test
-    assert len(first) == len(second) == round(len(train) / 2)
-    assert set(first) < set(train) and first != second
-    assert set(splits[0.25][0][0]) < set(first)                # a smaller share is a part of it
+@pytest.mark.parametrize("name, flags, holdout", [
+    ("several", [], 1.0), ("several", ["--holdout", "0.6"], 0.6),
+    ("single", ["--holdout", "0.6"], 0.6)])
+def test_rule_4_without_a_run_of_this_pack_the_same_hash_halves_all_scenes(
+        world, name, flags, holdout):
+    splits, pack, scene = splits_of(world / name, *flags)
+    used = data.held_out(pack.scenes, holdout)[scene] & pack.labels.any(1)
+    test = data.held_out(pack.scenes, holdout / 2)[scene] & used
+    want = np.where(test, "test", np.where(used, "train", ""))
+    assert splits[1.0, 0].tolist() == want.tolist()
 
 
-def test_a_protocol_that_validates_sets_a_fifth_of_the_training_scenes_aside(toy, labels):
-    scenes = data.SSL4EO(toy, data.SENSORS["s1"], labels)
-    [(whole, _, test)] = choose(scenes, "ssl4eo", seeds=[0])[1.0]
-    [(train, validation, same_test)] = choose(scenes, "ssl4eo", "torchgeo-bench", seeds=[0])[1.0]
-    assert same_test == test and sorted(train + validation) == whole
-    assert not {i for i, _ in train} & {i for i, _ in validation}
-    assert 0.1 < len(validation) / len(whole) < 0.3
+@pytest.mark.parametrize("protocol, counts", [("ridge", [56, 0, 24]),
+                                              ("copernicus-bench", [48, 16, 16])])
+def test_rule_5_shares_of_the_scenes_of_each_class_are_drawn(world, protocol, counts):
+    splits, pack, _ = splits_of(world / "single", "--protocol", protocol, "--seeds", "2")
+    for split in splits.values():
+        assert np.allclose([(split == part).sum() for part in PARTS], counts, atol=4)
+        assert all(len(set(split[rows])) == 1 for rows in pack.rows)           # whole scenes
+        for part in ("train", "test"):
+            assert np.ptp(pack.labels[split == part].sum(0)) <= 4
+    assert (splits[1.0, 0] != splits[1.0, 1]).any()
 
 
-@pytest.fixture
-def ten_classes():
-    """Scenes of ten classes with 50 images each, which need no files."""
-    y = [np.eye(10, dtype=np.uint8)[[k % 10]] for k in range(500)]
-    names = [str(k) for k in range(500)]
-    return data.Scenes(names, [[name] for name in names], y, list("abcdefghij"),
-                       data.SENSORS["rgb"], 8, None)
+@pytest.mark.parametrize("name, share", [("several", 0.2), ("single", 0.06)])
+def test_train_frac_thins_what_needs_labels_and_leaves_the_test_images(world, name, share):
+    splits, pack, _ = splits_of(world / name, "--seeds", "2", "--train-frac", str(share), "0.5",
+                                "1", "--protocol", "torchgeo-bench")
+    whole, half, few = splits[1.0, 0], splits[0.5, 0], splits[share, 0]
+    for part in ("train", "val"):
+        assert (whole[half == part] == part).all()
+        assert (half[few == part] == part).all()               # a smaller share is a part of it
+        assert abs((half == part).sum() - (whole == part).sum() / 2) <= 3
+    assert name == "several" or pack.labels[few == "val"].sum(0).tolist() == [1, 1, 1]
+    assert np.array_equal(few == "test", whole == "test")
+    assert (splits[0.5, 1] != half).any()
 
 
-@pytest.mark.parametrize("protocol, split, sizes", [
-    ("ridge", None, (350, 0, 150)), ("copernicus-bench", None, (300, 100, 100)),
-    ("ssl4eo-s12", None, (400, 0, 100)), ("ridge", [100, 50, 150], (100, 50, 150))])
-def test_classes_are_split_as_the_protocol_or_the_flag_says(ten_classes, protocol, split, sizes):
-    [(train, validation, test)] = choose(ten_classes, "eurosat", protocol, split=split,
-                                         seeds=[3])[1.0]
-    assert (len(train), len(validation), len(test)) == sizes
-    assert len(set(train + validation + test)) == sum(sizes)
-    for part in (train, test):
-        counts = np.sum([ten_classes.labels[i][0] for i, _ in part], 0)
-        assert (counts == len(part) / 10).all()
-    assert choose(ten_classes, "eurosat", protocol, split=split, seeds=[3])[1.0] != choose(
-        ten_classes, "eurosat", protocol, split=split, seeds=[4])[1.0]
-
-
-def test_a_small_share_has_at_least_one_image_of_each_class(ten_classes):
-    [(train, validation, test)] = choose(ten_classes, "eurosat", "torchgeo-bench", (0.01,),
-                                         seeds=[0])[0.01]
-    assert len(train) == len(validation) == 10 and len(test) == 100
-    assert np.sum([ten_classes.labels[i][0] for i, _ in train], 0).tolist() == [1] * 10
-
-
-def test_train_frac_with_replacement_draws_as_the_published_ten_percent():
-    images = [(i, 0) for i in range(40)]
-    drawn = probe.draw_share(images, 0.5, np.random.default_rng(42), replace=True)
-    want = np.random.default_rng(42).choice(range(40), int(0.5 * 40))
-    assert [i for i, _ in drawn] == sorted(want)
-    assert len(set(want)) < 20                                 # some came twice
+def test_a_protocol_that_validates_sets_a_fifth_of_the_training_scenes_aside(world):
+    whole = splits_of(world / "several")[0][1.0, 0]
+    splits, _, scene = splits_of(world / "several", "--protocol", "torchgeo-bench")
+    split = splits[1.0, 0]
+    assert np.array_equal(split == "test", whole == "test")
+    assert np.array_equal((split == "train") | (split == "val"), whole == "train")
+    assert not set(scene[split == "train"]) & set(scene[split == "val"])
+    assert 0.1 < (split == "val").sum() / (whole == "train").sum() < 0.3
 
 
 # ----------------------------------------------------------------------------------- whole probes
 
 
-def test_a_probe_of_the_toy_world_ends_in_one_json_row_with_three_values(toy, tmp_path, capsys):
-    path = save_backbone(tmp_path / "b.pt", "vit_tiny", 2, 24, 6)
-    flags = ["--ckpt", path, "--data", toy, "--workers", "0", "--seeds", "2", "--holdout", "0.4"]
+def test_a_probe_ends_in_one_json_line_of_value_and_floors_and_repeats_itself(here, capsys):
+    flags = ["--ckpt", "resnet.pt", "--data", "several", "--img-size", "24", "--seeds", "2",
+             "--train-frac", "0.5", "1", "--bootstrap", "20"]
     out = probe.main(flags)
-    assert out["metric"] == "micro_map" and out["seeds"] == 2 and out["n_test"] > 10
-    assert all(0 < out[name] <= 1 for name in ("value", "random", "stats"))
-    printed = capsys.readouterr().out.strip().splitlines()
-    assert printed[-1].startswith('{"task": "ssl4eo"')
-    assert json.loads(printed[-1]) == out
-    assert probe.main(flags) == out
-
-
-def test_gains_are_those_of_the_checkpoint_over_each_other_row(toy, tmp_path, capsys):
-    path = save_backbone(tmp_path / "b.pt", "resnet18", 2)
-    out = probe.main(["--ckpt", path, "--data", toy, "--workers", "0", "--holdout", "0.4",
-                      "--img-size", "24"])
-    assert list(out["interval"]) == ["checkpoint", "random", "stats"]
-    assert list(out["gain"]) == ["random", "stats"]
     printed = capsys.readouterr().out
-    for name, (low, high) in out["gain"].items():
-        gain = out["value"] - out[name]
-        assert low <= gain <= high
-        assert f"checkpoint - {name}: {gain:+.3f} [{low:.3f}, {high:.3f}]" in printed
+    assert json.loads(printed.splitlines()[-1]) == out == probe.main(flags)
+    assert out["metric"] == "micro_map" and out["seeds"] == 2 and out["protocol"] == "ridge"
+    for name, key in (("checkpoint", "value"), ("random", "random"), ("stats", "stats")):
+        values = out["all"][name]["micro_map"]
+        assert len(values) == len(out["all"][name]["macro_map"]) == 2
+        assert out[key] == pytest.approx(np.mean(values), abs=1e-5)
+        assert f"{name:12} {np.mean(values):8.4f} ± {np.std(values, ddof=1):.4f}" in printed
+    assert [row["train_frac"] for row in out["curve"]] == [0.5, 1]
+    assert abs(out["curve"][0]["n_train"] - out["n_train"] / 2) <= 1
+    assert out["curve"][1]["all"] == out["all"]
+    low, high = out["gain"]["stats"]
+    assert low <= out["value"] - out["all"]["stats"]["micro_map"][-1] <= high
+    assert "resnet.pt: ResNet 512 wide, 24 px, not known what it was trained on" in printed
 
 
-def test_permuted_test_labels_change_neither_the_chosen_head_nor_its_scores(
-        toy, tmp_path, monkeypatch):
-    path = save_backbone(tmp_path / "b.pt", "vit_tiny", 2, 24, 6)
-    table = json.loads(Path(toy, "ssl4eo_multilabel.json").read_text())
-    test = [i for i in table if data.held_out([i], 0.2)[0]]
-    changed = dict(table)
-    for i, j in zip(test, test[1:] + test[:1]):
-        changed[i] = dict(zip(table[i], table[j].values()))
-    (tmp_path / "true.json").write_text(json.dumps(table))
-    (tmp_path / "permuted.json").write_text(json.dumps(changed))
-    monkeypatch.setattr(probe, "fit_grid", partial(probe.fit_grid, steps=30))
-    flags = ["--ckpt", path, "--data", toy, "--workers", "0", "--holdout", "0.4", "--protocol",
-             "dinov2", "--bootstrap", "5"]
-    true = probe.main([*flags, "--labels", str(tmp_path / "true.json")])
-    permuted = probe.main([*flags, "--labels", str(tmp_path / "permuted.json")])
-    assert true["chosen"] == permuted["chosen"]
-    assert len(true["chosen"]["checkpoint"][0]) == 3
-    assert true["value"] != permuted["value"] and true["n_train"] == permuted["n_train"]
+def test_the_random_floor_has_the_weights_that_the_seed_draws_and_not_the_trained_ones(here):
+    """The files have the weights that seeds 0 and 1 draw."""
+    out = probe.main(["--ckpt", "vit1.pt", "vit0.pt", "--data", "several", "--seeds", "2",
+                      "--bootstrap", "0"])
+    rows = {name: row["micro_map"] for name, row in out["all"].items()}
+    assert list(rows) == ["vit1.pt", "vit0.pt", "random", "stats"]
+    assert rows["random"] == [rows["vit0.pt"][0], rows["vit1.pt"][1]]
+    assert rows["vit0.pt"] != rows["vit1.pt"]
 
 
-@pytest.fixture
-def two_classes(tmp_path):
-    """Flags that probe two checkpoints on twelve images each of two classes, with lists."""
-    rng = np.random.default_rng(0)
-    lines = {"train": [], "test": []}
-    for c, kind in enumerate(("Forest", "River")):
-        (tmp_path / kind).mkdir()
-        for n in range(12):
-            x = rng.integers(1000, 1400, (16, 16, 13)) + 300 * c
-            name = f"{kind}_{n}.tif"
-            tifffile.imwrite(tmp_path / kind / name, x.astype(np.uint16), planarconfig="contig")
-            lines["train" if n < 8 else "test"].append(name)
-    for part, names in lines.items():
-        (tmp_path / f"{part}.txt").write_text("\n".join(names))
-    return ["--ckpt", save_backbone(tmp_path / "0.pt", "resnet18", 13, seed=0),
-            save_backbone(tmp_path / "1.pt", "resnet18", 13, seed=1),
-            "--task", "eurosat", "--data", str(tmp_path), "--img-size", "32", "--workers", "0",
-            "--bootstrap", "20", "--lists", str(tmp_path / "train.txt"), str(tmp_path / "test.txt")]
+def test_a_published_protocol_fixes_the_size_and_the_mean_token(here, monkeypatch):
+    monkeypatch.setattr(probe, "COSTS", np.logspace(-4, 1, 8))
+    vit = save_backbone("coarse.pt", "vit_tiny", 2, 112, 56)
+    for protocol in ("copernicus-bench", "torchgeo-bench"):
+        out = probe.main(["--ckpt", vit, "--data", "single", "--protocol", protocol,
+                          "--bootstrap", "0"])
+        assert out["img_size"] == 224 and out["feature"] == "mean" and out["metric"] == "accuracy"
+        assert 0 <= out["value"] <= 1
 
 
-def test_several_checkpoints_stand_side_by_side_on_lists_of_class_folders(two_classes, capsys):
-    first, second = two_classes[1:3]
-    out = probe.main([*two_classes, "--classes"])
-    assert out["n_train"] == 16 and out["n_test"] == 8 and out["stats"] == 1
-    assert list(out["all"]) == [first, second, "random", "stats"]
-    assert list(out["gain"]) == [second, "random", "stats"]
-    assert "called [" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("train, message", [
-    ("Forest_0.tif\nForest_8.tif\nRiver_0.tif", "images that are in two of them"),
-    ("Forest_0.tif\nForest_1.tif", "2 training images are of a single class"),
-    ("Forest_0.tif\nSea_1.tif\nSea_2.tif", "2 of 3 images are not there: Sea_1, Sea_2"),
-])
-def test_lists_that_cannot_be_probed_are_refused(two_classes, tmp_path, train, message):
-    (tmp_path / "train.txt").write_text(train)
-    with pytest.raises(ValueError, match=message):
-        probe.main(two_classes)
-
-
-@pytest.mark.parametrize("protocol", probe.PROTOCOLS)
-def test_each_protocol_gives_checkpoint_and_floors_the_same_head(
-        two_classes, protocol, monkeypatch):
-    monkeypatch.setattr(probe, "fit_grid", partial(probe.fit_grid, steps=30))
-    fit_head = probe.fit_head
-    calls = []
-
-    def spy(problem, net, *rows):
-        calls.append((problem.protocol.head, problem.lr))
-        return fit_head(problem, net, *rows)
-
-    monkeypatch.setattr(probe, "fit_head", spy)
-    out = probe.main([*two_classes, "--protocol", protocol])
-    assert len(calls) == 4 and len(set(calls)) == 1            # two checkpoints, two floors
-    assert out["protocol"] == protocol and out["input"] and out["img_size"] == 32
-    assert 0 <= out["value"] <= 1
-    if probe.PROTOCOLS[protocol].head in ("ridge", "logistic", "knn", "5 neighbours"):
-        assert out["stats"] == 1                               # the classes differ by brightness
-
-
-def test_three_lists_are_to_train_to_validate_and_to_test(two_classes, tmp_path):
-    names = (tmp_path / "train.txt").read_text().split()
-    (tmp_path / "train.txt").write_text("\n".join(names[::2]))
-    (tmp_path / "validate.txt").write_text("\n".join(names[1::2]))
-    lists = [str(tmp_path / f"{part}.txt") for part in ("train", "validate", "test")]
-    out = probe.main([*two_classes, "--lists", *lists, "--protocol", "torchgeo-bench"])
-    assert out["n_train"] == 8 and out["n_test"] == 8
-
-
-def test_several_shares_print_a_row_each_and_draw_a_curve_for_each_network(
-        two_classes, tmp_path, capsys):
-    path = tmp_path / "curve.svg"
-    out = probe.main([*two_classes, "--train-frac", "0.25", "1", "--out", str(path)])
-    assert [row["n_train"] for row in out["curve"]] == [4, 16] and out["n_train"] == 16
+def test_a_run_brings_its_pack_its_size_and_what_it_held_out(here, capsys):
+    write_config("several", img_size=28, holdout=0.7)
+    out = probe.main(["--ckpt", "resnet.pt", "--bootstrap", "0"])              # as the run prints it
+    assert out["data"] == "several" and out["img_size"] == 28
     printed = capsys.readouterr().out
-    for row in out["curve"]:
-        assert f"{row['train_frac']:<7g} {row['n_train']:6}" in printed
-        assert list(row["all"]) == list(out["all"])
-    drawing = ElementTree.parse(path).getroot()
-    curves = [line for line in drawing if line.tag.endswith("polyline")]
-    assert len(curves) == 4
-    assert all(len(line.get("points").split()) == 2 for line in curves)
+    assert "images: --holdout 0.7 of the scenes, by a hash of their names" in printed
+    assert "(resnet.pt was trained on the others)" in printed
 
 
-def test_layers_are_the_values_of_a_vits_blocks_and_a_resnet_has_none(toy, tmp_path, capsys):
-    path = save_backbone(tmp_path / "b.pt", "vit_tiny", 2, 24, 6)
-    flags = ["--data", toy, "--workers", "0", "--holdout", "0.4", "--bootstrap", "0", "--layers"]
-    out = probe.main(["--ckpt", path, *flags])
-    assert len(out["layers"]) == 12
-    assert out["layers"][-1] == out["value"]
-    assert f"block  1 of 12: micro_map {out['layers'][0]:.4f}" in capsys.readouterr().out
-    path = save_backbone(tmp_path / "r.pt", "resnet18", 2)
-    with pytest.raises(ValueError, match="--layers: takes a ViT"):
-        probe.main(["--ckpt", path, "--img-size", "24", *flags])
+@pytest.mark.parametrize("sensor, protocol, said", [
+    ("eurosat", "copernicus-bench", True), ("eurosat-own", "copernicus-bench", False),
+    ("eurosat", "ridge", False)])
+def test_a_pack_without_the_statistics_that_the_protocol_wants_is_told(
+        tmp_path, capsys, sensor, protocol, said):
+    pack = make_pack(tmp_path / "pack", one_label=True, sensor=sensor, scenes=3)
+    flags = ["--ckpt", "-", "--data", pack, "--protocol", protocol]
+    probe.open_pack(probe.resolve_flags(flags), [])
+    assert ("pack it with --modality eurosat-own" in capsys.readouterr().out) == said
 
 
-def test_the_batchwise_metric_says_its_bias(toy, tmp_path, capsys):
-    path = save_backbone(tmp_path / "b.pt", "resnet18", 2)
-    out = probe.main(["--ckpt", path, "--data", toy, "--workers", "0", "--holdout", "0.4",
-                      "--bootstrap", "0", "--img-size", "24", "--protocol", "ssl4eo-s12"])
-    row = out["all"]["checkpoint"]
-    assert out["metric"] == "mean_of_256s" and out["value"] == row["mean_of_256s"][0]
-    bias = row["mean_of_256s"][0] - row["micro_map"][0]
-    assert f"mean_of_256s is biased: {bias:+.4f}" in capsys.readouterr().out
-
-
-# ------------------------------------------------------------------ what a run tells, and bad flags
-
-
-def test_a_probe_says_when_the_run_is_not_known_and_refuses_scenes_that_the_run_saw(
-        toy, tmp_path, capsys):
-    path = save_backbone(tmp_path / "b.pt", "resnet18", 2)
-    flags = ["--ckpt", path, "--data", toy, "--workers", "0", "--bootstrap", "0"]
-    probe.main([*flags, "--img-size", "24", "--holdout", "0.4"])
-    assert f"{path}: ResNet 512, 24 px, scenes held out: not known" in capsys.readouterr().out
-
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({"flags": {"holdout": 0.3, "img_size": 30}}))
-    probe.main(flags)
-    assert f"{path}: ResNet 512, 30 px, scenes held out: 0.3\n" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"--holdout 0.4: .*b.pt held out 0.3, saw the rest"):
-        probe.main([*flags, "--holdout", "0.4"])
-
-    config.write_text(json.dumps({"flags": {"labels": "classes", "data": f"{toy}/../world"}}))
-    with pytest.raises(ValueError, match="b.pt: was trained on the classes of all images in"):
-        probe.main(flags)
-
-
-@pytest.mark.parametrize("damaged", [
-    '{"flags": {"img_size": 1e999}}', '{"flags": {"holdout": "x"}}', '{"flags": 1}', "[]", "{"])
-def test_a_damaged_config_is_named(toy, tmp_path, damaged):
-    path = save_backbone(tmp_path / "b.pt", "resnet18", 2)
-    (tmp_path / "config.json").write_text(damaged)
-    with pytest.raises(ValueError, match="config.json: not a run's config.json"):
-        probe.main(["--ckpt", path, "--data", toy])
-
-
-def test_a_run_brings_its_modality(toy, tmp_path, monkeypatch):
-    path = save_backbone(tmp_path / "backbone.pt", "resnet18", 2)
-    palsar = data.Sensor(**vars(data.SENSORS["s1"]) | {"name": "palsar", "bands": ["HH", "HV"]})
-    monkeypatch.setattr(data, "SENSORS", {"palsar": palsar} | data.SENSORS)    # two bands as well
-    flags = ["--ckpt", path, "--data", toy, "--bootstrap", "0", "--img-size", "24"]
-    with pytest.raises(ValueError, match="modality palsar has 2, ssl4eo takes s1 s2c s2a"):
-        probe.main(flags)
-    (tmp_path / "config.json").write_text('{"flags": {"modality": "s1"}}')
-    assert probe.main(flags)["n_test"] > 0
-
-
-def test_an_rgb_checkpoint_is_told_which_channels_a_task_takes(toy, tmp_path):
-    flags = ["--ckpt", save_backbone(tmp_path / "dinov2.pth", "vit_tiny", 3, 28, 14), "--data", toy]
-    with pytest.raises(ValueError, match="3 channels, modality rgb has 3, ssl4eo takes s1 s2c s2a"):
-        probe.main(flags)
-    with pytest.raises(ValueError, match="3 channels, modality s2c has 13"):
-        probe.main([*flags, "--modality", "s2c"])
-
-
-def test_channels_of_no_sensor_are_named(toy, tmp_path):
-    path = save_backbone(tmp_path / "b.pt", "resnet18", 5)
-    with pytest.raises(ValueError, match="b.pt: 5 channels, no sensor has as many bands"):
-        probe.main(["--ckpt", path, "--data", toy])
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--data", "/nowhere"], "/nowhere/s1: no such folder"),
-    (["--modality", "s2c"], "2 channels, modality s2c has 13"),
-    (["--modality", "palsar"], "--modality palsar: unknown"),
-    (["--holdout", "0"], "leaves 0 training and 0 test images"),
-    (["--task", "eurosat"], "no s1 images .* in it or its folders"),
-    (["--task", "bigearthnet"], "bigearthnet needs them"),
-    (["--lists", "a", "b"], "ssl4eo tests on scenes held out"),
-    (["--split", "0.5", "0", "0.5"], "ssl4eo tests on scenes held out"),
-    (["--task", "eurosat", "--lists", "a"], "--lists: takes two or three files"),
-    (["--protocol", "copernicus-bench", "--feature", "cls"], "copernicus-bench takes mean"),
-    (["--out", "x.svg"], "--out: draws a curve, which needs several"),
-    (["--train-frac", "0.5", "0.5"], "--train-frac: a value twice"),
-    (["--labels", "/nowhere.json"], "nowhere.json: no such file"),
+@pytest.mark.parametrize("config, flags, message", [
+    ({"holdout": 0.3}, ["--holdout", "0.6"], "--holdout 0.6: more than 0.3, resnet.pt was"),
+    ({"holdout": 0.0}, [], "0 images to train on, 0 to test: --holdout 0.0"),
+    ({}, ["--lists", "rest.txt", "some.txt"], "by --lists: resnet.pt was trained on 2 of these 2"),
+    ({"bands": ["HH", "HV"]}, [], "resnet.pt: takes the bands HH HV, .* has the 2 bands VV VH"),
+    (None, ["--lists", "rest.txt", "rest.txt"], "rest.txt: has images of another list"),
+    (None, ["--lists", "some.txt", "rest.txt"], "2 training images are of a single class or scene"),
+    (None, ["--lists", "none.txt", "some.txt"], "none.txt: none of its 1 names is in"),
+    (None, ["--lists", "gone.txt", "some.txt"], "gone.txt"),
+    (None, ["--lists", "some.txt"], "--lists: takes two or three files"),
+    (None, ["--lists", "rest.txt", "some.txt", "--holdout", "1"], "--holdout: the split is given"),
+    (None, ["--feature", "cls", "--protocol", "copernicus-bench"], "copernicus-bench takes mean"),
+    (None, ["--device", "nothing"], "--device nothing"),
+    (None, ["--data", "nowhere"], "nowhere"),
+    (None, ["--data", "unlabelled"], "unlabelled: its images have no labels"),
+    (None, ["--data", "optical"], "resnet.pt: takes 2 channels, optical has the 13 bands B1"),
+    (None, ["--ckpt", "vit0.pt", "--img-size", "25"], "--img-size 25: not a multiple of the 6"),
+    (None, ["--ckpt", "nan.pt"], "features are not finite"),
 ])
-def test_bad_flags_are_named(toy, tmp_path, flags, message):
-    path = save_backbone(tmp_path / "b.pt", "resnet18", 2)
-    with pytest.raises(ValueError, match=message):
-        probe.main(["--ckpt", path, "--data", toy, "--workers", "0", *flags])
+def test_what_cannot_be_probed_is_refused_with_one_line(here, config, flags, message):
+    if config is not None:
+        write_config("several", **config)
+    with pytest.raises((data.InputError, OSError), match=message) as caught:
+        probe.main(["--ckpt", "resnet.pt", "--data", "several", "--img-size", "24", *flags])
+    assert "\n" not in str(caught.value)
 
 
-def test_a_file_named_twice_is_refused():
-    with pytest.raises(ValueError, match="--ckpt: a file twice"):
-        probe.main(["--ckpt", "b.pt", "b.pt"])
-
-
-@pytest.mark.parametrize("name", probe.RANGES)
-def test_a_value_out_of_range_is_refused_with_the_flag_and_the_range(name):
-    low, high = probe.RANGES[name]
-    flag = "--" + name.replace("_", "-")
-    for value in (low - 1, high + 1):
-        given = [f"{flag}={value}"]
-        if name == "split":
-            given = [flag, "1", "1", str(value)]
-        message = re.escape(f"{flag} {value}: must lie in {low} to {high}")
-        with pytest.raises(ValueError, match=message):
-            probe.main(["--ckpt", "x", *given])
-
-
-@pytest.mark.parametrize("flag", ["--holdout", "--train-frac"])
-def test_nan_is_out_of_every_range(flag):
-    with pytest.raises(ValueError, match=f"{flag} nan: must lie in"):
-        probe.main(["--ckpt", "x", flag, "nan"])
-
-
-def test_flags_are_not_abbreviated(capsys):
+@pytest.mark.parametrize("flags", [
+    ["--holdout", "1.5"], ["--holdout", "nan"], ["--train-frac", "0"], ["--seeds", "0"],
+    ["--img-size", "-1"], ["--bootstrap", "-1"], ["--protocol", "dinov2"], ["--boot", "5"]])
+def test_a_flag_out_of_range_unknown_or_abbreviated_ends_the_program_and_is_named(flags, capsys):
     with pytest.raises(SystemExit):
-        probe.main(["--ckpt", "x", "--boot", "5"])
-    assert "--boot" in capsys.readouterr().err
+        probe.resolve_flags(["--ckpt", "b.pt", *flags])
+    assert flags[0] in capsys.readouterr().err.splitlines()[-1]

@@ -1,205 +1,229 @@
-"""Two gloo processes with half the batch each compute what one process computes with all of it."""
+"""Two processes with half of the batch each compute what one process computes with all of it.
+
+Two processes are started once, as torchrun would start them.  They do all that is claimed here, on
+the same seeded numbers, and leave their results in files.
+"""
+import copy
 import json
+import os
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
+import data
 import losses
 import model
 import pretrain
-from conftest import SMALL
-from programs import end_well, rank_environments, script_with_few_blocks, take_few_blocks
-
-pytestmark = pytest.mark.usefixtures("few_blocks")
 
 B = 8
 
 
-def join_ranks(rank, folder):
-    """Make this process one of two that meet through a file in `folder`."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def use_tiny_networks():
+    """Before anything else, in both processes and in the one that they are compared with."""
+    torch.set_default_dtype(torch.float64)
+    model.VITS["vit_tiny"] = dict(width=32, depth=2, heads=2)
+    model.RESNETS["resnet18"] = dict(depths=(1, 1, 1, 1), bottleneck=False)
+    pretrain.KOLEO_WEIGHT = 0            # see below
 
 
-def run_on_two_ranks(start, function, *arguments):
-    """Two programs that call function(rank, *arguments)."""
-    end_well([start(function, rank, *arguments) for rank in (0, 1)])
+# -------------------------------------------------------------------------- what every process does
 
 
-def half(rank):
-    return slice(rank * B // 2, (rank + 1) * B // 2)
+class BatchNormOfAllRanks(nn.Module):
+    """Batch norm in training, by the statistics of all ranks: nn.SyncBatchNorm for the CPU."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight = norm.weight
+        self.bias = norm.bias
+
+    def forward(self, x):
+        dims = [d for d in range(x.dim()) if d != 1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        mean = x.mean(dims)
+        square = x.square().mean(dims)
+        if dist.is_initialized():
+            mean = all_reduce(mean) / dist.get_world_size()
+            square = all_reduce(square) / dist.get_world_size()
+        x = (x - mean.view(shape)) / (square - mean.square() + 1e-5).sqrt().view(shape)
+        if self.weight is not None:
+            x = x * self.weight.view(shape) + self.bias.view(shape)
+        return x
 
 
-# ------------------------------------------------------------------------------- loss and gradients
+def convert_batch_norms(module):
+    for name, child in module.named_children():
+        if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            setattr(module, name, BatchNormOfAllRanks(child))
+        else:
+            convert_batch_norms(child)
 
 
-def branch(arch):
+def train(method, arch, rank, world):
+    """Some steps of two micro-batches -> all that they leave."""
+    own = dict(clip=1.0, lr=1e-2, warmup=0.0, drop_path=0.0, hidden=16, prototypes=20, crops=[2, 2],
+               local_size=12, img_size=24, patch_size=6, soft_weight=0.7, jitter=0.4)
+    args = SimpleNamespace(**pretrain.PRESETS[method, "full"] | own | dict(
+        method=method, arch=arch, sensor=data.SENSORS["s1"], init=None, amp="off", seed=1))
     torch.manual_seed(0)
-    backbone = model.build(arch, 2, 32, 8)
-    return model.Branch(backbone, 32, True, 16).double()
+    net = pretrain.networks(args, torch.device("cpu"))
+    convert_batch_norms(net.student)
+    convert_batch_norms(net.teacher)
+    if world > 1:
+        net.ddp = DistributedDataParallel(net.student)
+    optimiser = pretrain.adamw(net.student, args)
+    g = torch.Generator().manual_seed(1)
+    numbers = []
+    spread = []
+    for step in range(2):
+        batch = []
+        for _ in range(2):
+            x = torch.randint(256, (B, pretrain.VIEWS[method], 2, 30, 30), generator=g)
+            y = (torch.rand(B, pretrain.VIEWS[method], 9, generator=g) < 0.3).float()
+            y[:3, 0] = 0                         # unlabelled scenes, unevenly over the ranks
+            mine = slice(rank * B // world, (rank + 1) * B // world)
+            batch.append((x[mine].to(torch.uint8), y[mine]))
+        values = pretrain.schedules(args, step, 10)
+        result = pretrain.train_step(net, optimiser, batch, args, step, values, rank, world, True)
+        result.terms.pop("koleo", None)          # its neighbours are those of a rank, as released
+        means = torch.stack([result.loss, *result.terms.values()])
+        if world > 1:
+            dist.all_reduce(means)
+        numbers.append([*(means / world).tolist(), float(result.gradient_norm),
+                        result.soft_share or 0.0])
+        spread.append(losses.collapse(result.features))
+    moments = [optimiser.state[p]["exp_avg"] for p in net.student.parameters() if p.requires_grad]
+    left = {"numbers": [torch.tensor(numbers)], "spread": torch.tensor(spread), "moments": moments,
+            "student": list(net.student.parameters()), "teacher": list(net.teacher.parameters())}
+    if net.centre:
+        left["centre"] = [net.centre.value]
+    net.ddp = None                               # as pretrain.main: DDP goes before its group
+    return copy.deepcopy(left)
 
 
-def batch():
-    """Images x (B,2,32,32), keys k (B,16), labels y (B,2,9) of both views."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.rand(B, 2, 32, 32, generator=generator).double()
-    k = torch.randn(B, 16, generator=generator).double()
-    y = (torch.rand(B, 2, 9, generator=generator) < 0.3).float()
-    y[:3, 0] = 0                                 # unlabelled rows, unevenly over the ranks
-    return x, k, y
+CASES = [("softcon", "vit_tiny"), ("softcon", "resnet18"), ("pera", "vit_tiny")]
 
 
-def step(net, x, k, y):
-    """SoftCon's loss in all forms of the soft term, (3,), and the gradients of their sum."""
-    q, _ = net(x)
-    keys = losses.gather(k)
-    all_y2 = losses.gather(y)[:, 1]
-    values = []
-    for form in losses.SOFT_TAU:
-        loss, _, _ = losses.softcon_loss(q, keys, y[:, 0], all_y2, 0.2, 0.7, form)
-        values.append(loss)
-    values = torch.stack(values)
-    values.sum().backward()
-    return values.detach()
+def gather_rows(rank):
+    """What `gather` makes of tensors of several types, each rank giving its half of the rows."""
+    g = torch.Generator().manual_seed(2)
+    q = torch.randn(B, 16, generator=g, requires_grad=True)
+    mine = slice(rank * B // 2, (rank + 1) * B // 2)
+    whole = [q, q.bfloat16(), (100 * q).to(torch.uint8), q.reshape(B, 4, 4).mT]
+    for x in whole:
+        gathered = losses.gather(x[mine])
+        assert torch.equal(gathered, x) and not gathered.requires_grad
+    assert pretrain.largest_of_ranks(rank) == 1
 
 
-def train_rank(rank, arch, folder):
-    join_ranks(rank, folder)
-    take_few_blocks()
-    net = DistributedDataParallel(branch(arch))
-    x, k, y = batch()
-    rows = half(rank)
-    loss = step(net, x[rows], k[rows], y[rows])
-    dist.all_reduce(loss)
-    gradients = {name: p.grad for name, p in net.module.named_parameters() if p.requires_grad}
-    buffers = dict(net.module.named_buffers())
-    torch.save({"loss": loss / 2, "gradients": gradients, "buffers": buffers},
-               f"{folder}/{rank}.pt")
-    del net                                      # as pretrain.main: DDP goes before its group
+def script(rank, flags, folder):
+    """Three runs of the script: two steps; one that a signal to rank 1 alone stops; the rest."""
+    ports = os.environ["PORTS"].split()          # a port is free again some time after its run
+    os.environ["MASTER_PORT"] = ports[0]
+    pretrain.main([*flags, "--out", f"{folder}/two"])
+    if rank == 1:
+        pretrain.signal_times.append(0)
+    os.environ["MASTER_PORT"] = ports[1]
+    pretrain.main([*flags, "--out", f"{folder}/stopped"])
+    pretrain.signal_times.clear()
+    os.environ["MASTER_PORT"] = ports[2]
+    pretrain.main([*flags, "--out", f"{folder}/stopped", "--resume"])
+
+
+def both_ranks(rank, folder, flags):
+    use_tiny_networks()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    gather_rows(rank)
+    results = [train(*case, rank, 2) for case in CASES]
+    torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    script(rank, flags, folder)
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "vit_tiny"])
-def test_two_ranks_equal_one_rank_in_loss_gradients_and_batch_statistics(arch, tmp_path, start):
-    run_on_two_ranks(start, train_rank, arch, str(tmp_path))
-    net = branch(arch)
-    loss = step(net, *batch())
-    for rank in (0, 1):
-        got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert torch.allclose(got["loss"], loss, atol=1e-6, rtol=0)
-        for name, p in net.named_parameters():
-            if p.requires_grad:
-                gradient = got["gradients"][name]
-                assert torch.allclose(gradient, p.grad, atol=1e-6, rtol=1e-5), name
-        for name, buffer in net.named_buffers():
-            assert torch.allclose(got["buffers"][name], buffer, atol=1e-6), name
+if __name__ == "__main__":
+    both_ranks(int(os.environ["RANK"]), sys.argv[1], sys.argv[2:])
 
 
-# ----------------------------------------------------------------------- gather, and what is logged
+# ------------------------------------------------------------------------------------------ claims
 
 
-def embeddings():
-    return torch.randn(B, 16, generator=torch.Generator().manual_seed(2), requires_grad=True)
+@pytest.fixture(scope="module")
+def flags(packs):
+    return ["--modality", "s1", "--data", packs["s1"], "--method", "pera", "--preset", "full",
+            "--arch", "vit_tiny", "--img-size", "24", "--patch-size", "6", "--local-size", "12",
+            "--hidden", "16", "--prototypes", "20", "--batch-size", "8", "--accum", "2",
+            "--epochs", "1", "--max-steps", "2", "--log-every", "1", "--device", "cpu",
+            "--drop-path", "0"]
 
 
-def two_parts(q, rows):
-    """Two losses of which each row's gradient differs."""
-    scale = torch.arange(1.0, B + 1)[rows, None]
-    return (q * scale).sum(), (q ** 2 * scale ** 2).sum()
-
-
-def gather_rank(rank, folder):
-    join_ranks(rank, folder)
-    rows = half(rank)
-    q = embeddings()
-    for whole in (q, q.bfloat16(), (100 * q).to(torch.uint8), q.reshape(B, 4, 4).mT):
-        gathered = losses.gather(whole[rows])
-        assert torch.equal(gathered, whole)
-        assert not gathered.requires_grad
-    part = q[rows]
-    result = [*losses.collapse(part), losses.soft_share(part, *two_parts(part, rows))]
-    torch.save(result, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_all_ranks_get_all_rows_in_rank_order_and_log_what_one_rank_logs(tmp_path, start):
-    run_on_two_ranks(start, gather_rank, str(tmp_path))
-    q = embeddings()
-    want = [*losses.collapse(q), losses.soft_share(q, *two_parts(q, slice(0, B)))]
-    for rank in (0, 1):
-        assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx(want, abs=1e-5)
-
-
-def test_one_rank_gathers_its_rows_without_a_copy_and_without_gradient():
-    q = embeddings()
-    gathered = losses.gather(q)
-    assert torch.equal(gathered, q)
-    assert gathered.data_ptr() == q.data_ptr()
-    assert not gathered.requires_grad
-
-
-# --------------------------------------------------------------------------------------- the script
-
-
-def logs_on_one_rank_and_on_two(start, folder, flags):
-    """What pretrain.py logs in this process, and what it logs as two programs."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, flags):
+    """What two processes and one left."""
+    folder = tmp_path_factory.mktemp("ranks")
+    free = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+    ports = " ".join(str(server.getsockname()[1]) for server in free)
+    for server in free:
+        server.close()
     ranks = []
-    for place in rank_environments(2):
-        ranks.append(start(script_with_few_blocks, "pretrain.py", *flags, "--out", folder / "2",
-                           environment=place))
-    pretrain.main([*flags, "--out", str(folder / "1")])
-    end_well(ranks)
+    for rank in (0, 1):
+        place = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank),
+                 "MASTER_ADDR": "127.0.0.1", "PORTS": ports}
+        command = [sys.executable, __file__, str(folder), *flags]
+        output = open(folder / f"{rank}.txt", "w")
+        ranks.append(subprocess.Popen(command, env=os.environ | place, stdout=output,
+                                      stderr=output))
+    for rank, process in enumerate(ranks):
+        assert process.wait(300) == 0, (folder / f"{rank}.txt").read_text()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setattr(pretrain, "KOLEO_WEIGHT", pretrain.KOLEO_WEIGHT)     # back afterwards
+    monkeypatch.setitem(model.VITS, "vit_tiny", None)
+    monkeypatch.setitem(model.RESNETS, "resnet18", None)
+    use_tiny_networks()
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("number", range(3), ids=["-".join(case) for case in CASES])
+def test_two_ranks_equal_one_rank_in_losses_gradients_and_all_that_moves(folder, number):
+    """Gradient norms before clipping, moments of AdamW, student, teacher, centre; in float64."""
+    one = train(*CASES[number], 0, 1)
+    for rank in (0, 1):
+        two = torch.load(folder / f"{rank}.pt", weights_only=True)[number]
+        assert torch.allclose(two.pop("spread"), one["spread"], rtol=1e-4)     # made in float32
+        for name in two:
+            for a, b in zip(two[name], one[name], strict=True):
+                assert torch.allclose(a, b, rtol=1e-6, atol=1e-7), name
+
+
+def test_the_script_on_two_ranks_logs_what_it_logs_on_one(folder, flags):
+    pretrain.main([*flags, "--out", str(folder / "one")])
     logs = []
-    for name in ("1", "2"):
+    for name in ("one", "two"):
         lines = (folder / name / "log.jsonl").read_text().splitlines()
         logs.append([json.loads(line) for line in lines])
-    return logs
+    one, two = logs
+    assert len(one) == len(two) == 2
+    for a, b in zip(one, two):
+        for name in a.keys() - {"images_per_s", "data_wait", "peak_memory_gb", "koleo"}:
+            assert abs(a[name] - b[name]) <= 2e-6, name
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "vit_tiny"])
-def test_the_script_on_two_ranks_follows_one_rank(arch, toy, tmp_path, start):
-    """Seasons, crops, masks and loss are the same: the first steps agree to rounding."""
-    flags = ["--modality", "s1", "--data", toy, "--arch", arch, *SMALL, "--max-steps", "3"]
-    logs = logs_on_one_rank_and_on_two(start, tmp_path, flags)
-    assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]] == [1, 2, 3]
-    for one, two in zip(*logs):
-        for name in ("loss", "soft"):
-            assert abs(one[name] - two[name]) < 2e-3 * one[name], name
-        for name in ("soft_share", "feature_std", "effective_rank"):
-            assert abs(one[name] - two[name]) < 1e-2 * one[name], name
-
-
-# ------------------------------------------------------------------------------------------- PerA
-
-
-def centre_after(rows):
-    """PerA's centre after four steps, of which a rank sees these rows of six."""
-    generator = torch.Generator().manual_seed(2)
-    centre = losses.Centre(5)
-    for scores in torch.randn(4, 6, 5, generator=generator):
-        centre.update(scores[rows])
-    return centre.value
-
-
-def centre_rank(rank, folder):
-    join_ranks(rank, folder)
-    torch.save(centre_after(slice(3 * rank, 3 * rank + 3)), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_the_centre_of_two_ranks_is_that_of_one(tmp_path, start):
-    run_on_two_ranks(start, centre_rank, str(tmp_path))
-    for rank in (0, 1):
-        value = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert torch.allclose(value, centre_after(slice(0, 6)), atol=1e-6)
-
-
-def test_the_script_on_two_ranks_follows_one_rank_up_to_koleo(toy, tmp_path, start):
-    """KoLeo looks for neighbours within a rank, as released; views, masks, dino, pixels agree."""
-    flags = ["--method", "pera", "--modality", "s1", "--data", toy, "--arch", "vit_tiny", *SMALL,
-             "--local-size", "12", "--crops", "2", "3", "--prototypes", "64", "--batch-size", "4",
-             "--drop-path", "0", "--soft-weight", "0.1", "--max-steps", "1"]
-    (one,), (two,) = logs_on_one_rank_and_on_two(start, tmp_path, flags)
-    for name in ("dino", "pixel", "soft", "feature_std", "effective_rank"):
-        assert abs(one[name] - two[name]) < 1e-4 * one[name], name
+def test_a_signal_to_one_rank_stops_both_after_their_step_and_they_resume_exactly(folder):
+    said = (folder / "0.txt").read_text()
+    assert "stopped at step 1, saved; the same command with --resume goes on" in said
+    assert f"resumed {folder}/stopped/last.pt at step 1" in said
+    whole, resumed = [torch.load(folder / name / "backbone.pt", weights_only=True)
+                      for name in ("two", "stopped")]
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -1,483 +1,505 @@
-"""Speed and memory, mostly as ratios within one run.  No test asserts them.
+"""Speed and memory, as ratios within one run where there is something to compare with.
 
-    python tests/lab/bench.py                           every part, some minutes on two CPU cores
-    python tests/lab/bench.py --quick                   smaller images and batches, about a minute
-    python tests/lab/bench.py --part step --method pera --arch vit_base --batch-size 16 --amp bf16
-    python tests/lab/bench.py --part sparse dense       PerA's step against one with all tokens
+    python tests/lab/bench.py                            minutes on two CPU cores
+    python tests/lab/bench.py --rows read step_vit_small
+    python tests/lab/bench.py --gpu --json OUT           at most 8 minutes on one GPU
+    python tests/lab/bench.py --small                    everything tiny, on the CPU: does it run?
 
-loader   images/s of a straightforward reader, of this one, of v1.1's zips and of packed data
-augment  crop, resize, flip and colours of a batch, and its share of a plain copy's bytes/s
-step     one training step: images/s; FLOP/s counted, also as a share of a matrix product's
-drop     forward and backward of a student with 60 % of its tokens dropped, against all of them
-sparse   PerA's step as it is: speed, and peak memory above parameters and optimiser
-dense    PerA's step with every token in both networks
-loop     the script itself on files of 264 px, against its step alone with data in memory
-gather   SoftCon's global loss over 1 to 8 processes on this machine: bytes and time
-spin     the first run beside 0, 1, 2 busy programs: OpenMP's way of waiting, and pretrain.py's
+pack_*     images/s of `data.py pack`, of SSL4EO-S12 v1.0 (13 TIFFs an image), v1.1, a folder
+read       images/s of Pack.read by 1 to 8 threads, warm and cold (page cache dropped), beside
+           indexing a memory map and plain os.pread
+augment    crop, resize, flip and colours of a batch, and its share of a plain copy's bytes/s
+step_*     pretrain.train_step on random pixels at full size: images/s, operations, their rate as a
+           share of a matrix product's, peak memory of the process
 
-Each part runs in a process of its own and ends in one JSON line.  Other flags are pretrain.py's;
-the defaults are --modality s2c --arch vit_small --batch-size 8 and the full-size preset.
+and with --gpu, the most important ones first:
+
+agree_*    losses of five steps on the CPU and on the GPU are the same in float32
+bf16       a training in bf16 gets better
+resume     a training goes on where it stopped
+memory     out of memory ends in one line that names the flags to turn
+compile    --compile: how much faster the steps are, and whether the loss stays
+loader     the loop itself on a pack of 264 px: images/s, and the share that waits for data
+
+Each row runs in a process of its own, so one that crashes or takes too long is a row that says so;
+with --small all run in this process.  Rows that the time does not reach say so, too.
 """
 import argparse
+import contextlib
+import io
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import tifffile
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch.utils.data import DataLoader, default_convert
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
-import losses  # noqa: E402
-import model as models  # noqa: E402
-import folders  # noqa: E402
 import pretrain  # noqa: E402
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 
-# --------------------------------------------------------------------------------------- measures
+class NotHere(Exception):
+    """A row cannot run here; the text says why."""
 
 
-def fastest(work, times):
-    """Seconds of the fastest of `times` calls after one that warms up."""
+def needs_cuda(options):
+    if options.device != "cuda":
+        raise NotHere("needs CUDA")
+
+
+# ---------------------------------------------------------------------------------------- measures
+
+
+def fastest(work, device, times=3):
+    """Seconds of the fastest of some calls."""
     seconds = []
-    for _ in range(times + 1):
-        start = time.perf_counter()
+    for _ in range(times):
+        begin = time.perf_counter()
         work()
-        if CUDA:
+        if device == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
 
 
-def matrix_product_speed(amp):
-    """FLOP/s of a 2048 x 2048 matrix product in the step's type: what this machine can do."""
-    dtype = torch.bfloat16 if amp == "bf16" else torch.float32
-    a = torch.randn(2048, 2048, device=DEVICE, dtype=dtype)
-    return 2 * 2048**3 / fastest(lambda: a @ a, 3)
+def product_speed(options, dtype):
+    """FLOP/s of a matrix product of this type: what the machine can do."""
+    n = {"cuda": 8192, "cpu": 2048}[options.device]
+    if options.small:
+        n = 256
+    a = torch.randn(n, n, device=options.device, dtype=dtype)
+    return 2 * n ** 3 / fastest(lambda: a @ a, options.device)
 
 
-def copy_speed():
-    """Bytes/s, read and written, of copying 256 MB to memory that is there."""
-    source = torch.ones(2**28, dtype=torch.uint8, device=DEVICE)
-    target = torch.ones(2**28, dtype=torch.uint8, device=DEVICE)
-    return 2 * 2**28 / fastest(lambda: target.copy_(source), 3)
+def copy_speed(options):
+    """Bytes/s, read and written, of a copy in memory."""
+    n = 2 ** 20 if options.small else 2 ** 28
+    source = torch.ones(n, dtype=torch.uint8, device=options.device)
+    target = torch.ones_like(source)
+    return 2 * n / fastest(lambda: target.copy_(source), options.device)
 
 
-def attention_flops(q, k, passes):
-    """4 b h n m d for q (b,h,n,d), k (b,h,m,d) forward; backward counts as 2.5 such passes, as
-    PyTorch counts its CUDA kernels."""
+def attention_flops(q, k, *_, passes=1.0, **__):
+    """4 b h n m d a pass, for q (b,h,n,d) and k (b,h,m,d)."""
     b, h, n, d = q
     return int(4 * b * h * n * k[2] * d * passes)
+
+
+def backward_flops(gradient, q, k, *_, **__):
+    """As PyTorch counts its CUDA kernels."""
+    return attention_flops(q, k, passes=2.5)
 
 
 def count_flops(work):
     """Operations of work(): matrix products, convolutions and attention."""
     aten = torch.ops.aten
     on_cpu = {                       # attention on the CPU, which PyTorch's counter does not know
-        aten._scaled_dot_product_flash_attention_for_cpu:
-            lambda q, k, *_, **__: attention_flops(q, k, 1),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward:
-            lambda grad, q, k, *_, **__: attention_flops(q, k, 2.5)}
+        aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward_flops}
     with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
         work()
     return counter.get_total_flops()
 
 
-def process_memory(field):
-    """Bytes that this process holds now (VmRSS) or has held at most (VmHWM); Linux."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{field}:\s*(\d+) kB", status)[1])
+# --------------------------------------------------------------------------------- packing, reading
 
 
-def memory_now():
-    return torch.cuda.memory_allocated() if CUDA else process_memory("VmRSS")
+def pack_rate(archive, folder):
+    begin = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        data.pack(archive, f"{folder}/pack")
+    return {"images_per_s": len(archive.images) / (time.perf_counter() - begin)}
 
 
-def memory_peak():
-    return torch.cuda.max_memory_allocated() if CUDA else process_memory("VmHWM")
+def toy_archive(options, folder):
+    scenes, size = (4, 24) if options.small else (24, 264)
+    return data.open_archive(data.make_toy(f"{folder}/toy", scenes, size), data.SENSORS["s2c"])
+
+
+def pack_v10(options, folder):
+    return pack_rate(toy_archive(options, folder), folder)
+
+
+def pack_v11(options, folder):
+    """The same images as v1.1 has them: int16, +1000, in a zip, a chunk a season."""
+    try:
+        import zarr
+        import zarr.storage
+    except ImportError as error:
+        raise NotHere(str(error)) from error
+    images = toy_archive(options, folder).images
+    x = np.stack([image.read() for image in images]) + 1000                    # (n,C,H,W)
+    x = x.astype(np.int16).reshape(-1, 4, *x.shape[1:])                        # (m,4,C,H,W)
+    os.makedirs(f"{folder}/v11/S2L1C")
+    store = zarr.storage.ZipStore(f"{folder}/v11/S2L1C/a.zarr.zip", mode="w")
+    group = zarr.open_group(store, mode="w", zarr_format=2)
+    group.create_array("bands", data=x, chunks=(len(x), 1, *x.shape[2:]))
+    group.create_array("band", data=np.array(data.SENSORS["s2c"].bands))
+    group.create_array("sample", data=np.array([image.scene for image in images[::4]]))
+    products = [image.name.split("/")[-1] for image in images]
+    group.create_array("file_id", data=np.array(products).reshape(-1, 4))
+    store.close()
+    return pack_rate(data.open_archive(f"{folder}/v11", data.SENSORS["s2c"]), folder)
+
+
+def pack_folder(options, folder):
+    """RGB TIFFs."""
+    n, size = (8, 24) if options.small else (400, 264)
+    rng = np.random.default_rng(0)
+    os.makedirs(f"{folder}/images")
+    for i in range(n):
+        x = rng.integers(256, size=(size, size, 3), dtype=np.uint8)
+        tifffile.imwrite(f"{folder}/images/{i}.tif", x, photometric="rgb")
+    return pack_rate(data.open_archive(f"{folder}/images", data.SENSORS["rgb"]), folder)
+
+
+def random_pack(path, scenes, size):
+    """A pack of s2c pixels: two images a scene, which share a level in each band -> its path."""
+    rng = np.random.default_rng(0)
+    os.makedirs(path)
+    shape = (13, size, size)
+    images = np.lib.format.open_memmap(f"{path}/images.npy", "w+", np.uint8, (2 * scenes, *shape))
+    rows = ["scene,image,split,labels"]
+    for i in range(scenes):
+        level = rng.integers(32, 224, size=(13, 1, 1), dtype=np.uint8)
+        for j in (2 * i, 2 * i + 1):
+            images[j] = level + rng.integers(32, size=shape, dtype=np.uint8)
+            rows.append(f"place{i},image{j},,{'land' if i % 2 else 'land;water'}")
+    images.flush()
+    Path(path, "images.csv").write_text("\n".join(rows) + "\n")
+    Path(path, "pack.json").write_text('{"sensor": "s2c"}')
+    return path
+
+
+def by_pack(pack, rows, out):
+    pack.read(rows, out)
+
+
+def by_memory_map(pack, rows, out):
+    out[:] = pack.images[rows]
+
+
+def by_pread(pack, rows, out):
+    size = out[0].size
+    for row, image in zip(rows, out):
+        pixels = os.pread(pack.file.fileno(), size, pack.images.offset + int(row) * size)
+        image[:] = np.frombuffer(pixels, np.uint8).reshape(image.shape)
+
+
+def reading_rate(path, how, threads, cold):
+    """Images/s of all images of a pack, in random order, eight at a time."""
+    if cold:                          # pages leave the cache if no memory map has touched them
+        os.sync()
+        with open(f"{path}/images.npy", "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    pack = data.open_pack(path)
+    order = np.random.default_rng(1).permutation(len(pack.names))
+    shape = pack.images.shape[1:]
+
+    def read_some(start):
+        rows = order[start:start + 8]
+        how(pack, rows, np.empty((len(rows), *shape), np.uint8))
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(read_some, range(0, len(order), 8)))
+    return len(order) / (time.perf_counter() - begin)
+
+
+def read(options, folder):
+    scenes, size = (8, 32) if options.small else (500, 264)
+    path = random_pack(f"{folder}/pack", scenes, size)
+    result = {}
+    for state in ("warm", "cold"):
+        best = {}
+        for how in (by_pack, by_memory_map, by_pread):
+            rates = {}
+            for threads in (1, 2, 4, 8):
+                rates[threads] = reading_rate(path, how, threads, state == "cold")
+                result[f"{state} {how.__name__} x{threads}"] = rates[threads]
+            best[how] = max(rates.values())
+        plain = max(best[by_memory_map], best[by_pread])
+        result[f"{state}: best by_pack / best plain"] = best[by_pack] / plain
+    return result
 
 
 # ----------------------------------------------------------------------------------- training steps
 
-
-class AllTokens:
-    """PerA's student or teacher made to compute every patch from the first block on.
-
-    Hidden patches are mask tokens from the start, and pixels are guessed from those in `unseen`.
-    """
-
-    def __init__(self, branch):
-        self.branch = branch
-        self.cls_head = branch.cls_head
-
-    def tokens(self, x, seen, masked):
-        """(B,C,H,W) -> (B,1+R+N,D); masked: patches that are not in `seen` (B,n) become masks."""
-        net = self.branch.backbone
-        tokens = net.embed(x)
-        if not masked:
-            return tokens
-        first = 1 + net.registers
-        grid = models.check_grid(*x.shape[2:], net.patch_size)
-        masks = self.branch.mask_token + net.positions(*grid)[:, 1:]               # (1,N,D)
-        visible = torch.zeros(*tokens[:, first:].shape[:2], 1, dtype=torch.bool, device=x.device)
-        visible = visible.scatter(1, seen[..., None], True)                        # (B,N,1)
-        patches = torch.where(visible, tokens[:, first:], masks)
-        return torch.cat([tokens[:, :first], patches], 1)
-
-    def __call__(self, crops, keep, unseen=None):
-        branch = self.branch
-        net = branch.backbone
-        student = unseen is not None
-        tokens = [self.tokens(x, seen, student) for x, seen in zip(crops, keep)]
-        x, groups = models.pack(tokens)
-        for block in net.blocks:
-            x = block(x, groups)
-        outputs = models.unpack(net.norm(x), groups)
-        cls = torch.cat([x[:, 0] for x in outputs])
-        guess = None
-        if student:
-            patches = models.take(outputs[0][:, 1 + net.registers:], unseen)
-            guess = branch.pred_head(patches) @ branch.pred_head.prototypes().T
-        return branch.cls_head(cls), cls, guess
+# flags of a step, and what a CPU, a GPU or --small changes
+STEPS = {
+    "vit_small": ["--arch", "vit_small"],
+    "resnet50": ["--arch", "resnet50"],
+    "pera": ["--method", "pera", "--arch", "vit_small"]}
+SIZES = {
+    ("cpu", "softcon"): ["--batch-size", "8"],
+    ("cpu", "pera"): ["--batch-size", "8", "--prototypes", "4096"],
+    ("gpu", "softcon"): ["--batch-size", "256"],
+    ("gpu", "pera"): ["--batch-size", "192", "--arch", "vit_base"],
+    ("small", "softcon"): ["--batch-size", "2", "--img-size", "28", "--hidden", "32"],
+    ("small", "pera"): ["--batch-size", "2", "--img-size", "32", "--patch-size", "8", "--hidden",
+                        "32", "--local-size", "16", "--crops", "2", "2", "--prototypes", "32"]}
+SMALL_ARCH = {"vit_small": "vit_tiny", "resnet50": "resnet18", "pera": "vit_tiny"}
 
 
-def make_step(args, all_tokens=False):
-    """A whole training step on random pixels as a function without arguments, and the bytes at
-    rest, of parameters and optimiser."""
-    torch.manual_seed(0)
-    net = pretrain.networks(args, DEVICE, quiet=True)
-    student, teacher = net.student, net.teacher
-    if all_tokens:
-        net.ddp = AllTokens(student)
-        net.teacher = AllTokens(teacher)
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, fused=True)
-    for p in parameters:                                  # one step, so that its state is there
-        p.grad = torch.zeros_like(p)
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
+class Steps:
+    """pretrain.py's steps on random pixels x (B,V,C,H,W) and labels y (B,V,L); a call makes one."""
 
-    views = pretrain.VIEWS[args.method]
-    side = max(args.img_size, getattr(args, "local_size", 0)) + 40
-    shape = (args.batch_size, views, len(args.sensor.bands), side, side)
-    x = torch.randint(256, shape, dtype=torch.uint8, device=DEVICE)
-    y = torch.randint(2, (args.batch_size, views, 9), device=DEVICE)
-    rest = memory_now()
+    def __init__(self, options, name, device, *more):
+        method = "pera" if name == "pera" else "softcon"
+        flags = [*STEPS[name], *SIZES["gpu" if options.gpu else "cpu", method]]
+        if options.small:
+            flags += [*SIZES["small", method], "--arch", SMALL_ARCH[name]]
+        with tempfile.TemporaryDirectory() as folder:
+            pack = random_pack(f"{folder}/pack", 256, 4)          # its pixels are not used
+            self.args = args = pretrain.resolve_flags([
+                "--modality", "s2c", "--data", pack, "--holdout", "0", "--preset", "full",
+                "--out", f"{folder}/run", "--device", device, *flags, *more])
+        torch.manual_seed(0)
+        self.net = pretrain.networks(args, torch.device(device), quiet=True)
+        self.optimiser = pretrain.adamw(self.net.student, args)
+        views = pretrain.VIEWS[method]
+        self.images = args.batch_size * views
+        side = args.img_size * 264 // 224
+        x = torch.randint(256, (args.batch_size, views, 13, side, side), dtype=torch.uint8)
+        y = torch.randint(2, (args.batch_size, views, 2), dtype=torch.uint8)
+        self.batch = [(x.to(device), y.to(device))]
 
-    def step():
-        draws = pretrain.StepRandomness(0, 0, 0, 0, 1)
-        loss, *_ = pretrain.STEPS[args.method](net, x, y, args, draws, {"teacher_tau": 0.04})
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        models.ema_update(teacher, student, 0.99)
-    return step, rest
+    def __call__(self, step=1):
+        values = pretrain.schedules(self.args, step, 100)
+        return pretrain.train_step(self.net, self.optimiser, self.batch, self.args, step, values)
 
 
-def images_of_step(args):
-    """SoftCon reads two seasons of a scene, PerA one."""
-    return args.batch_size * pretrain.VIEWS[args.method]
+def step(options, folder, name):
+    steps = Steps(options, name, options.device)
+    flops = count_flops(steps)                                  # this call warms up, too
+    seconds = fastest(steps, options.device, 1 if options.small else 3)
+    dtype = torch.bfloat16 if steps.args.amp == "bf16" else torch.float32
+    return {"images_per_s": steps.images / seconds, "gflop_per_image": flops / steps.images / 1e9,
+            "of_a_matrix_product": flops / seconds / product_speed(options, dtype),
+            "peak_gb": pretrain.peak_memory_gb()}
 
 
-def step(args):
-    work, rest = make_step(args)
-    seconds = fastest(work, args.steps)
-    flops = count_flops(work)
-    images = images_of_step(args)
-    return {"images_per_s": images / seconds, "flop_per_s": flops / seconds,
-            "of_a_matrix_product": flops / seconds / matrix_product_speed(args.amp),
-            "gflop_per_image": flops / images / 1e9, "rest_gb": rest / 1e9,
-            "step_gb": (memory_peak() - rest) / 1e9}
-
-
-def sparse(args, all_tokens=False):
-    work, rest = make_step(args, all_tokens)
-    seconds = fastest(work, args.steps)
-    return {"images_per_s": args.batch_size / seconds, "rest_gb": rest / 1e9,
-            "step_gb": (memory_peak() - rest) / 1e9}
-
-
-def dense(args):
-    return sparse(args, all_tokens=True)
-
-
-def drop(args):
-    chans = len(args.sensor.bands)
-    net = models.build(args.arch, chans, args.img_size, args.patch_size).to(DEVICE)
-    x = torch.rand(args.batch_size, chans, args.img_size, args.img_size, device=DEVICE)
-    grid = models.check_grid(args.img_size, args.img_size, args.patch_size)
-    keep = losses.block_mask(len(x), grid, 0.6, torch.Generator().manual_seed(0)).to(DEVICE)
-
-    def work(keep=None):
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.amp == "bf16"):
-            net(x, keep).sum().backward()
-    every = fastest(work, args.steps)
-    kept = fastest(lambda: work(keep), args.steps)
-    return {"all_ms": 1e3 * every, "kept_ms": 1e3 * kept, "ratio": kept / every,
-            "flop_ratio": count_flops(lambda: work(keep)) / count_flops(work)}
-
-
-def augment(args):
-    chans = len(args.sensor.bands)
-    n = 16
-    x = torch.randint(256, (n, chans, 264, 264), dtype=torch.uint8, device=DEVICE)
+def augment(options, folder):
+    n, size, side = (4, 33, 28) if options.small else (16, 264, 224)
+    x = torch.randint(256, (n, 13, size, size), dtype=torch.uint8, device=options.device)
     generator = torch.Generator().manual_seed(0)
     crops = data.draw_crops(n, generator)
-    light = data.draw_colours(n, args.sensor, generator)
-    seconds = fastest(lambda: data.colour(data.crop(x, crops, args.img_size), light), 3)
-    moved = n * chans * (264**2 + 4 * args.img_size**2)              # uint8 in, float32 out
-    return {"images_per_s": n / seconds, "bytes_per_s": moved / seconds,
-            "of_a_copy": moved / seconds / copy_speed()}
+    light = data.draw_colours(n, data.SENSORS["s2c"], generator)
+    seconds = fastest(lambda: data.colour(data.crop(x, crops, side), light), options.device)
+    moved = n * 13 * (size ** 2 + 4 * side ** 2)                # bytes: uint8 in, float32 out
+    return {"images_per_s": n / seconds, "of_a_copy": moved / seconds / copy_speed(options)}
 
 
-def loop(args):
-    """The script for 8 steps, files decoded by one worker, beside its own step."""
-    step_seconds = fastest(make_step(args)[0], args.steps)
-    with tempfile.TemporaryDirectory() as folder:
-        root = data.make_toy(f"{folder}/world", 3 * args.batch_size, 264)
-        subprocess.run([
-            sys.executable, pretrain.__file__, *args.flags, "--data", root, "--out",
-            f"{folder}/run", "--preset", "full", "--cache", "0", "--workers", "1", "--epochs", "9",
-            "--max-steps", "8", "--log-every", "4"], capture_output=True, check=True)
-        log = Path(folder, "run", "log.jsonl").read_text().splitlines()
-    last = json.loads(log[-1])
-    images = images_of_step(args)
-    return {"step_images_per_s": images / step_seconds, "loop_images_per_s": last["images_per_s"],
-            "ratio": last["images_per_s"] * step_seconds / images, "data_wait": last["data_wait"]}
+# --------------------------------------------------------------------------- claims, for a new GPU
 
 
-# ---------------------------------------------------------------------------------------- reading
+def largest_error(a, b):
+    return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
 
 
-def plain_reader(folder):
-    """A product of 13 bands -> (13,264,264) uint8, as one would first write it."""
-    sensor = data.SENSORS["s2c"]
-    bands = []
-    for name in sensor.bands:
-        x = torch.from_numpy(tifffile.imread(f"{folder}/{name}.tif").astype(np.float32))
-        bands.append(F.interpolate(x[None, None], (264, 264), mode="bilinear")[0, 0])
-    mean = torch.tensor(sensor.mean)[:, None, None]
-    std = torch.tensor(sensor.std)[:, None, None]
-    x = (torch.stack(bands) - (mean - 2 * std)) * (255 / (4 * std)) + 0.5
-    return x.clamp(0, 255).to(torch.uint8).numpy()
+def agree(options, folder, name):
+    """Without drop path, in small batches; on the CPU two runs are the same to the bit."""
+    torch.set_float32_matmul_precision("highest")               # no TF32
+    torch.backends.cudnn.allow_tf32 = False
+    found = []
+    for device in ("cpu", options.device):
+        steps = Steps(options, name, device, "--amp", "off", "--drop-path", "0", "--batch-size",
+                      "4")
+        found.append([float(steps(i).loss) for i in range(1 if options.small else 5)])
+    error = largest_error(*found)
+    limit = 1e-3 if options.device == "cuda" else 0
+    return {"passed": error <= limit, "error": error, "last_loss": found[0][-1]}
 
 
-def drop_from_page_cache(root):
-    """The files under `root` are read from the disk next time, but for those of a memory map."""
-    os.sync()
-    for path in Path(root).rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+SHORT = ["--modality", "s2c", "--holdout", "0", "--preset", "toy", "--arch", "vit_tiny", "--hidden",
+         "32", "--img-size", "24", "--patch-size", "6", "--batch-size", "8", "--epochs", "20"]
 
 
-def images_per_s(scenes, workers, batches):
-    """Through pretrain.py's DataLoader, from the second batch on, so that workers are up."""
-    rng = np.random.default_rng(0)
-    keys = []
-    for k in range(batches):
-        keys.append([(int(i), (k, int(i))) for i in rng.permutation(len(scenes))[:8]])
-    loader = iter(DataLoader(scenes, batch_sampler=keys, collate_fn=default_convert,
-                             num_workers=workers))
-    next(loader)
-    images = 0
-    start = time.perf_counter()
-    for x, _ in loader:
-        images += x.shape[0] * x.shape[1]
-    return images / (time.perf_counter() - start)
+def train(options, pack, out, *flags):
+    """A short training by pretrain.py in this process -> the lines of its log."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        pretrain.main([*SHORT, "--data", pack, "--out", out, "--device", options.device,
+                       "--log-every", "1", *flags])
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
 
 
-def reading_speeds(name, root, quick):
-    """{reading processes: images/s}; "cold": no process, files just dropped from the page cache."""
-    sensor = data.SENSORS["s2c"]
-    drop_from_page_cache(root)
-    speeds = {}
-    for workers in ("cold", 0, 1, 2):
-        batches, times = 8, 3
-        if name == "packed":
-            batches = 100
-        if workers == "cold" or quick:
-            batches, times = 4, 1
-        found = []
-        for _ in range(times):
-            scenes = data.open_data(root, sensor)
-            if name == "plain":
-                scenes.decode = plain_reader
-            found.append(images_per_s(scenes, 0 if workers == "cold" else workers, batches))
-        speeds[str(workers)] = max(found)
-    return speeds
+def bf16(options, folder):
+    needs_cuda(options)                                         # CPUs are slow in it
+    pack = random_pack(f"{folder}/pack", 24, 24)
+    log = train(options, pack, f"{folder}/run", "--amp", "bf16", "--max-steps", "60")
+    first = float(np.mean([line["loss"] for line in log[:6]]))
+    last = float(np.mean([line["loss"] for line in log[-6:]]))
+    return {"passed": last < first, "first_loss": first, "last_loss": last}
 
 
-def stack(bands, sensor):
-    return np.stack(bands)
+def resume(options, folder):
+    """2 steps are 1 step, a stop, and 1 step: to the bit on the CPU, else but for rounding."""
+    pack = random_pack(f"{folder}/pack", 24, 24)
+    result = {}
+    methods = {"softcon": [], "pera": ["--local-size", "12"]}
+    if options.small:
+        del methods["softcon"]
+    for method, flags in methods.items():
+        flags = ["--method", method, *flags, "--drop-path", "0.1", "--amp", "off", "--max-steps"]
+        whole = train(options, pack, f"{folder}/{method}", *flags, "2")
+        train(options, pack, f"{folder}/{method}_1", *flags, "1")
+        resumed = train(options, pack, f"{folder}/{method}_1", *flags, "2", "--resume")
+        result[f"{method}_error"] = largest_error([line["loss"] for line in whole],
+                                                  [line["loss"] for line in resumed])
+    limit = 1e-3 if options.device == "cuda" else 0
+    return {"passed": max(result.values()) <= limit, **result}
 
 
-def write_zips(tree, root):
-    """The images of a v1.0 tree as v1.1 has them, an image a chunk -> root."""
-    scenes = data.open_data(tree, data.SENSORS["s2c"])
-    read = partial(scenes.decode, scale=stack)
-    x = np.stack([[read(path) for path in paths] for paths in scenes.files])
-    products = [[Path(path).name for path in paths] for paths in scenes.files]
-    folders.write_zip(Path(root, "S2L1C", "a.zarr.zip"), np.int16(x + 1000), scenes.sensor.bands,
-                      scenes.ids, products)
-    return root
+def memory(options, folder):
+    """The GPU gives a hundredth of its memory; the batch takes more."""
+    needs_cuda(options)
+    start = ("import runpy, torch; torch.cuda.set_per_process_memory_fraction(0.01); "
+             "runpy.run_path('pretrain.py', run_name='__main__')")
+    flags = [*SHORT, "--data", random_pack(f"{folder}/pack", 24, 24), "--out", f"{folder}/run",
+             "--img-size", "1020", "--batch-size", "16"]
+    done = subprocess.run([sys.executable, "-c", start, *flags], cwd=ROOT, text=True,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    line = last_line(done.stderr)
+    return {"passed": done.returncode == 1 and "--batch-size" in line, "line": line}
 
 
-def loader(args):
-    """images/s of training batches: 8 scenes, 2 seasons, 13 bands, 264 px."""
-    torch.set_num_threads(1)                                          # as in a worker
-    rows = {}
-    with tempfile.TemporaryDirectory() as folder:
-        tree = data.make_toy(f"{folder}/toy", 24, 264)
-        packed = f"{folder}/packed"
-        data.pack(data.open_data(tree, data.SENSORS["s2c"]), packed)
-        zips = write_zips(tree, f"{folder}/zips")
-        for name, root in (("plain", tree), ("tiff", tree), ("zips", zips), ("packed", packed)):
-            rows[name] = reading_speeds(name, root, args.quick)
-    for name in ("tiff", "zips", "packed"):
-        rows[f"{name} / plain"] = {k: v / rows["plain"][k] for k, v in rows[name].items()}
-    moved = 2 * 13 * 264 * 264                                        # bytes, read and written
-    rows["packed_of_a_copy"] = rows["packed"]["0"] * moved / copy_speed()
-    return rows
+def compiled(options, folder):
+    """The ViT's step."""
+    needs_cuda(options)
+    plain = Steps(options, "vit_small", options.device)
+    fast = Steps(options, "vit_small", options.device)
+    pretrain.compile_networks(fast.net)
+    error = largest_error([float(plain(1).loss)], [float(fast(1).loss)])
+    seconds = {steps: fastest(steps, options.device) for steps in (plain, fast)}
+    return {"passed": error < 1e-2, "error": error, "times_as_fast": seconds[plain] / seconds[fast]}
 
 
-# -------------------------------------------------------------------------------------- processes
+def loader(options, folder):
+    """The second half of some steps."""
+    if options.small:
+        pack = random_pack(f"{folder}/pack", 16, 33)
+        flags = ["--max-steps", "2"]
+    else:
+        pack = random_pack(f"{folder}/pack", 512, 264)
+        flags = ["--max-steps", "12", "--arch", "vit_small", "--img-size", "224", "--patch-size",
+                 "14", "--hidden", "4096", "--batch-size", "256"]
+    log = train(options, pack, f"{folder}/run", *flags)
+    half = log[len(log) // 2:]
+    return {name: float(np.mean([line[name] for line in half]))
+            for name in ("images_per_s", "data_wait")}
 
 
-def gather_and_compare(q, k, y):
-    """Both directions of SoftCon's loss, forward and backward; q, k (n,2,D), y (n,2,L)."""
-    keys = losses.gather(k)                                           # (M,2,D)
-    labels = losses.gather(y)                                         # (M,2,L)
-    total = 0
-    for ours, theirs in ((0, 1), (1, 0)):
-        loss, _, _ = losses.softcon_loss(q[:, ours], keys[:, theirs], y[:, ours], labels[:, theirs],
-                                         0.2, 0.5)
-        total = total + loss
-    total.backward()
+# -------------------------------------------------------------------------------------------- rows
+
+# each takes the options and an empty folder, and returns {name: number}
+STEP_ROWS = {f"step_{name}": partial(step, name=name) for name in STEPS}
+HOUSE = {"pack_v10": pack_v10, "pack_v11": pack_v11, "pack_folder": pack_folder, "read": read,
+         "augment": augment, **STEP_ROWS}
+GPU = {**{f"agree_{name}": partial(agree, name=name) for name in STEPS}, "bf16": bf16,
+       "resume": resume, "memory": memory, **STEP_ROWS, "compile": compiled, "augment": augment,
+       "loader": loader}
+ROWS = HOUSE | GPU
 
 
-def one_rank(rank, world, file, batch, width, seconds):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=world)
-    n = batch // world
-    generator = torch.Generator().manual_seed(rank)
-    q = torch.randn(n, 2, width, generator=generator, requires_grad=True)
-    k = torch.randn(n, 2, width, generator=generator)
-    y = torch.randint(2, (n, 2, 9), generator=generator, dtype=torch.uint8)
-    seconds[rank] = fastest(lambda: gather_and_compare(q, k, y), 20)
-    dist.destroy_process_group()
+def run_here(options, name):
+    """A row in this process -> {"status", numbers or "reason"}."""
+    try:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            result = ROWS[name](options, folder)
+    except NotHere as reason:
+        return {"status": "not run", "reason": str(reason)}
+    passed = result.pop("passed", True)
+    return {"status": "passed" if passed else "failed", **result}
 
 
-def gather(args, batch=256, width=256):
-    """Keys (B,2,256) float32 and labels (B,2,9) uint8 of all ranks, and the loss on them."""
-    rows = {}
-    for world in (1, 2, 4, 8):
-        seconds = torch.zeros(world).share_memory_()
-        with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(
-                one_rank, (world, f"{folder}/rendezvous", batch, width, seconds), world)
-        received = 2 * (world - 1) * (batch // world) * (4 * width + 9)
-        rows[f"{world} ranks"] = {"received_kb_per_rank": received / 1e3,
-                                  "ms": 1e3 * float(seconds.max())}
-    return rows
-
-
-def spin(args):
-    """Seconds a step of the first run with two threads, by busy neighbours and turns of waiting."""
-    rows = {}
-    with tempfile.TemporaryDirectory() as folder:
-        root = data.make_toy(f"{folder}/world", 200)
-        for neighbours in (0, 1, 2):
-            busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
-                    for _ in range(neighbours)]
-            for turns in ("300000", "1000"):             # OpenMP's own number, and ours
-                out = f"{folder}/{neighbours}_{turns}"
-                environment = os.environ | {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": turns}
-                subprocess.run([
-                    sys.executable, pretrain.__file__, "--modality", "s1", "--preset", "toy",
-                    "--data", root, "--out", out, "--device", "cpu", "--max-steps", "8",
-                    "--log-every", "4"], env=environment, capture_output=True, check=True)
-                last = json.loads(Path(out, "log.jsonl").read_text().splitlines()[-1])
-                rows[f"{neighbours} busy, {turns} turns"] = 64 / last["images_per_s"]
-            for process in busy:
-                process.kill()
-                process.wait()
-    return rows
-
-
-# ------------------------------------------------------------------------------------ command line
-
-PARTS = {"loader": loader, "augment": augment, "step": step, "drop": drop, "sparse": sparse,
-         "dense": dense, "loop": loop, "gather": gather, "spin": spin}
-
-
-def training_args(ours, rest):
-    """pretrain.py's flags with the defaults of this script."""
-    flags = ["--modality", "s2c", "--arch", "vit_small", "--batch-size", "8"]
-    if ours.quick:
-        flags += ["--img-size", "112", "--batch-size", "4"]
-        if "pera" in rest:
-            flags += ["--local-size", "48"]
-    flags += rest
-    args = pretrain.parse(["--data", "none", "--preset", "full", *flags])
-    if args.amp == "auto":
-        args.amp = "bf16" if CUDA else "off"
-    args.flags = flags
-    args.steps = ours.steps
-    args.quick = ours.quick
-    return args
-
-
-def run_part(part, ours, rest):
-    """A part in a process of its own, so that peaks of memory are its own -> its JSON object."""
-    command = [sys.executable, __file__, "--here", "--part", part, "--steps", str(ours.steps)]
-    if ours.quick:
-        command.append("--quick")
-    if part in ("sparse", "dense"):
-        command += ["--method", "pera", "--prototypes", "4096"]
-    done = subprocess.run([*command, *rest], capture_output=True, text=True)
+def run_apart(options, name, limit):
+    """A row in a process of its own that gets `limit` seconds."""
+    command = [sys.executable, __file__, "--row", name, "--folder", options.folder]
+    if options.gpu:
+        command.append("--gpu")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"status": "failed", "reason": f"longer than {limit:.0f} s"}
     if done.returncode:
-        sys.exit(f"bench.py: error: {part}: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+        return {"status": "failed",
+                "reason": f"exit status {done.returncode}: {last_line(done.stderr)}"}
+    return json.loads(last_line(done.stdout))
+
+
+def last_line(text):
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else "no output"
+
+
+def print_row(name, result):
+    facts = []
+    for key, value in result.items():
+        if isinstance(value, float):
+            value = f"{value:.4g}"
+        facts.append(f"{key} {value}")
+    print(f"{name:16} {', '.join(facts)}", flush=True)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("--rows", nargs="+", choices=list(ROWS), metavar="NAME", help="these rows, in this order")
+    flag("--gpu", action="store_true", help="the rows of a GPU, at its batch sizes")
+    flag("--small", action="store_true", help="all rows, tiny, on the CPU")
+    flag("--minutes", type=float, default=8, help="stop after them (%(default)s)")
+    flag("--limit", type=float, default=150, help="seconds that a row may take (%(default)s)")
+    flag("--json", metavar="OUT", help="write rows and machine to this file, after each row")
+    flag("--folder", default=tempfile.gettempdir(), help="on the disk to read from (%(default)s)")
+    flag("--row", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: there is no GPU")
+    options.device = "cuda" if options.gpu else "cpu"
+    return options
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--part", nargs="*", choices=list(PARTS), help="default: all")
-    parser.add_argument("--steps", type=int, default=2, help="timed calls; the fastest counts")
-    parser.add_argument("--quick", action="store_true", help="112 px, 4 scenes a step")
-    parser.add_argument("--json", action="store_true", help="nothing but one JSON object")
-    parser.add_argument("--here", action="store_true", help="one part, in this process")
-    ours, rest = parser.parse_known_args(argv)
-    if ours.here:
-        print(json.dumps(PARTS[ours.part[0]](training_args(ours, rest))))
-        return
-    device = torch.cuda.get_device_name() if CUDA else "cpu"
-    rows = {"machine": {"device": device, "threads": torch.get_num_threads(),
-                        "torch": torch.__version__}}
-    for part in ours.part or PARTS:
-        rows[part] = run_part(part, ours, rest)
-        if part == "dense" and "sparse" in rows:
-            for name in ("images_per_s", "step_gb"):
-                rows[part][f"sparse / dense, {name}"] = rows["sparse"][name] / rows[part][name]
-        if not ours.json:
-            print(part, json.dumps(rows[part]))
-    print(json.dumps(rows))
+    """Returns 1 if a row failed, else 0."""
+    options = parse(argv)
+    if options.row:
+        print(json.dumps(run_here(options, options.row)))
+        return 0
+    names = list(GPU) if options.gpu else list(HOUSE)
+    if options.small:
+        names = list(ROWS)
+        torch.set_num_threads(1)
+    machine = {"card": torch.cuda.get_device_name() if options.gpu else "cpu",
+               "threads": torch.get_num_threads(), "torch": torch.__version__,
+               "commit": pretrain.commit()}
+    print_row("machine", machine)
+    rows = {}
+    deadline = time.monotonic() + 60 * options.minutes
+    for name in options.rows or names:
+        begin = time.monotonic()
+        limit = min(options.limit, deadline - begin)
+        if limit < 5:
+            result = {"status": "not run", "reason": "no time left"}
+        elif options.small:
+            result = run_here(options, name)
+        else:
+            result = run_apart(options, name, limit)
+        rows[name] = result | {"seconds": time.monotonic() - begin}
+        print_row(name, rows[name])
+        if options.json:
+            Path(options.json).write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+    return int(any(row["status"] == "failed" for row in rows.values()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

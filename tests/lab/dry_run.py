@@ -1,35 +1,31 @@
-"""Print one training step, tensor by tensor, and what it costs.  Nothing is computed or written.
+"""Print one training step, tensor by tensor, and what it costs.  Nothing is computed or trained.
 
     python tests/lab/dry_run.py --modality s1
-    python tests/lab/dry_run.py --modality rgb --data DIR --method pera --arch vit_large
+    python tests/lab/dry_run.py --modality rgb --data PACK --method pera --arch vit_large
     torchrun --nproc-per-node 8 tests/lab/dry_run.py ...            the share of one of 8 ranks
 
 Takes pretrain.py's flags.  The step runs on the meta device, where tensors have a shape and no
-numbers.  Printed are: the preset and all flags; the parameters of each part; each line of
-pretrain.py, losses.py and model.py that makes tensors, with their names and shapes; tokens,
+numbers, in float32.  Printed are: the preset and all flags; the parameters of each part; each line
+of pretrain.py, losses.py and model.py that makes tensors, with their names and shapes; tokens,
 operations and memory; steps and schedules.  Read it beside the ten lines of each method in the
-README.  Without --data and before the first training there is no toy world to count: then the
-number of steps is a guess.
+README.  Without --data it makes the toy world first, as pretrain.py does.
 """
 import linecache
 import os
 import sys
 import textwrap
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data  # noqa: E402
 import losses  # noqa: E402
 import model as models  # noqa: E402
 import pretrain  # noqa: E402
 
-GUESSED_STEPS = 100                 # steps an epoch, if no data are there to count
-TOY_SIZE = 36                       # pixels of an image of the toy world
-HOUSEKEEPING = ["StepRandomness.ours"]          # functions that would say little in the listing
+HOUSEKEEPING = ["StepRandomness.of_this_rank"]  # functions that would say little in the listing
 
 # ------------------------------------------------------------------------- tracing the step's lines
 
@@ -67,7 +63,7 @@ class Tracer:
     def trace(self, frame, event, _):
         """Python calls this when a function begins, before each of its lines, and at its end."""
         if event == "call":
-            if not self.interesting(frame.f_code):
+            if not self.is_interesting(frame.f_code):
                 return None                                        # this call is not traced
             self.show({}, frame, f"in {frame.f_code.co_qualname}:", always=True)
             self.calls.append((dict(frame.f_locals), frame.f_lineno))
@@ -81,7 +77,7 @@ class Tracer:
             self.calls.append((dict(frame.f_locals), frame.f_lineno))
         return self.trace
 
-    def interesting(self, code):
+    def is_interesting(self, code):
         """Is it one of the traced files' functions, and longer than one statement?"""
         if code.co_filename not in self.files or code.co_name.startswith("<"):
             return False
@@ -107,34 +103,28 @@ class Tracer:
 # ------------------------------------------------------------------------------- what a step costs
 
 
-class Tokens:
-    """Notes how many tokens of a view the blocks of a ViT compute, in order."""
+def note_tokens(net):
+    """-> list that a step fills with how many tokens of a view the blocks of the ViTs compute."""
+    found = []
 
-    def __init__(self, net):
-        self.found = []
-        for name, branch in (("student", net.student), ("teacher", net.teacher)):
-            for block in getattr(branch.backbone, "blocks", []):
-                block.register_forward_pre_hook(self.hook(name))
+    def note(name):
+        def hook(block, inputs):
+            text = f"{name} {inputs[0].shape[1]}"                         # tokens are (B,N,D)
+            if text not in found:
+                found.append(text)
+        return hook
 
-    def hook(self, name):
-        def note(block, inputs):
-            _, groups = inputs                      # (tokens, [(views, tokens of a view), ...])
-            text = f"{name} {' and '.join(str(n) for _, n in groups)}"
-            if text not in self.found:
-                self.found.append(text)
-        return note
-
-
-def storage(tensor):
-    """Names a tensor's memory.  (A meta tensor has no address, so the storage object does.)"""
-    return tensor.untyped_storage()._cdata
+    for name, branch in (("student", net.student), ("teacher", net.teacher)):
+        for block in getattr(branch.backbone, "blocks", []):
+            block.register_forward_pre_hook(note(name))
+    return found
 
 
 def run_step(net, x, y, args):
     """One micro-batch, forward and backward.  Returns the lines of text, the number of operations,
     and the bytes that autograd holds from forward to backward, beside the weights."""
     draws = pretrain.StepRandomness(args.seed, 0, 0, 0, 1)
-    now = pretrain.schedules(args, 0, 100)
+    values = pretrain.schedules(args, 0, 100)
     held = []
 
     def hold(tensor):
@@ -142,10 +132,9 @@ def run_step(net, x, y, args):
         return tensor
     with FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-            with Tracer(pretrain, losses, models) as tracer, mock.patch.object(
-                    pretrain, "autocast", autocast_as_on_cpu):
-                loss, *_ = pretrain.STEPS[args.method](net, x, y, args, draws, now)
-        loss.backward()
+            with Tracer(pretrain, losses, models) as tracer:
+                result = pretrain.STEPS[args.method](net, x, y, args, draws, values)
+        result.loss.backward()
 
     weights = set()
     for branch in (net.student, net.teacher):
@@ -157,18 +146,18 @@ def run_step(net, x, y, args):
     return tracer.texts, counter.get_total_flops(), sum(sizes.values())
 
 
-def autocast_as_on_cpu(args, device):
-    """pretrain.autocast for the meta device, which autocast does not know: the CPU's types."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=args.amp == "bf16")
+def storage(tensor):
+    """Names a tensor's memory.  (A meta tensor has no address, so the storage object does.)"""
+    return tensor.untyped_storage()._cdata
 
 
 # ------------------------------------------------------------------------------------- the printing
 
 
-def print_settings(args, world):
+def print_flags(args, world):
     """The preset, what differs from it, and every flag."""
-    print(pretrain.describe_run(args, world, torch.device("meta")))
-    flags = [f"{name} {value}" for name, value in vars(args).items() if name != "sensor"]
+    print(pretrain.describe_run(args, world))
+    flags = [f"{name} {value}" for name, value in pretrain.plain_flags(args).items()]
     print(textwrap.fill(f"flags: {', '.join(flags)}", 100, subsequent_indent="    "))
 
 
@@ -185,7 +174,7 @@ def print_parameters(net):
 
 
 def print_costs(net, tokens, flops, activations, args, micro_batch, world):
-    print(f"tokens of a view, CLS included: {', '.join(tokens.found) or 'none, a ResNet'}")
+    print(f"tokens of a view, CLS included: {', '.join(tokens) or 'none, a ResNet'}")
     tera = flops / 1e12
     print(f"operations: {tera:.4g} TFLOP a micro-batch of {micro_batch} scenes, "
           f"{tera * args.accum * world:.4g} TFLOP a step of {args.batch_size}")
@@ -196,55 +185,43 @@ def print_costs(net, tokens, flops, activations, args, micro_batch, world):
           f"(float32; bf16: about half)")
 
 
-def print_schedules(args, steps_per_epoch, guessed):
+def print_schedules(args, steps_per_epoch):
     total = args.epochs * steps_per_epoch
-    remark = " (a guess: no data are here yet)" if guessed else ""
-    print(f"steps: {total}, {steps_per_epoch} an epoch{remark}")
+    print(f"steps: {total}, {steps_per_epoch} an epoch")
     for step in (0, total // 2, total - 1):
-        now = pretrain.schedules(args, step, total)
-        values = ", ".join(f"{name} {value:.4g}" for name, value in now.items())
-        print(f"step {step}: {values}")
-
-
-def look_at_data(args):
-    """-> (side of an image, number of label classes, steps an epoch, are these guessed)"""
-    if not args.data and not os.path.isdir("toy"):
-        return TOY_SIZE, len(data.CLASSES), GUESSED_STEPS, True
-    scenes = pretrain.open_scenes(args, 1)
-    train = pretrain.scenes_to_train_on(args, scenes)
-    return scenes.size, scenes.labels[0].shape[1], len(train) // args.batch_size, False
+        values = pretrain.schedules(args, step, total)
+        print(f"step {step}: {', '.join(f'{name} {value:.4g}' for name, value in values.items())}")
 
 
 def main(argv=None):
-    args = pretrain.parse(argv)
-    resume = args.resume
-    args.resume = True                                    # a run that lies in --out does not matter
-    pretrain.refuse_impossible_flags(args)
+    argv = sys.argv[1:] if argv is None else list(argv)
     if os.environ.get("RANK", "0") != "0":
         return
     world = int(os.environ.get("WORLD_SIZE", 1))
-    size, classes, steps_per_epoch, guessed = look_at_data(args)
-    args.resume = resume
-    print_settings(args, world)
+    # a run that lies in --out does not matter, and the meta device knows no autocast
+    args = pretrain.resolve_flags([*argv, "--resume", "--amp", "off"])
+    print_flags(args, world)
 
+    pack = args.pack
     micro_batch = args.batch_size // world // args.accum
     views = pretrain.VIEWS[args.method]
     with torch.device("meta"):
         net = pretrain.networks(args, torch.device("meta"), quiet=True)
-        x = torch.empty(micro_batch, views, len(args.sensor.bands), size, size, dtype=torch.uint8)
-        y = torch.empty(micro_batch, views, classes)
+        x = torch.empty(micro_batch, views, *pack.images.shape[1:], dtype=torch.uint8)
+        y = torch.empty(micro_batch, views, len(pack.classes))
     print_parameters(net)
 
-    tokens = Tokens(net)
+    tokens = note_tokens(net)
     texts, flops, activations = run_step(net, x, y, args)
     print("what each line makes; lines that come with the same shapes again are left out:")
     print("\n".join(texts))
     print_costs(net, tokens, flops, activations, args, micro_batch, world)
-    print_schedules(args, steps_per_epoch, guessed)
+    scenes = pretrain.scenes_to_train_on(pack, args.holdout)
+    print_schedules(args, len(scenes) // args.batch_size)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"dry_run.py: error: {data.error_message(error)}")
+    except (data.InputError, models.CheckpointError, OSError) as error:
+        sys.exit(f"dry_run.py: error: {error}")

@@ -1,15 +1,15 @@
 """Draw what the model sees, what its features look like, and how a run went: SVG files with words.
 
-    python tests/lab/show.py scenes toy --modality s2c --out scenes.svg
-    python tests/lab/show.py features backbone.pt --data toy --modality s2c --out features.svg
+    python tests/lab/show.py scenes toy_s2c --out scenes.svg
+    python tests/lab/show.py features backbone.pt --data toy_s1 --out features.svg
     python tests/lab/show.py curve runs/softcon_s1/log.jsonl --out curve.svg
 
-scenes     scenes of a data set, one a row: its seasons, SoftCon's two views, the masks of both
-           methods, the labels and their similarity; all as the full-size presets draw them
-features   images beside the principal components of a ViT's patch tokens
+scenes     scenes of a pack, one a row: their images, SoftCon's two views, the masks of both
+           methods, the labels and their similarity; views as the full-size presets draw them
+features   images of a pack beside the principal components of a ViT's patch tokens
 curve      the loss terms and the effective rank of a run, from its log
 
-The first run of pretrain.py makes the data set `toy` (so does `python data.py toy toy`).
+The first run of pretrain.py makes the packs toy_s1 and toy_s2c.
 """
 import argparse
 import base64
@@ -17,6 +17,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import imagecodecs
@@ -27,19 +28,20 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data  # noqa: E402
 import losses  # noqa: E402
-import model  # noqa: E402
+import model as models  # noqa: E402
 import pretrain  # noqa: E402
 
 INK = "#222222"
 GREY = "#777777"
 RULE = "#cccccc"
 PAPER = "#ffffff"
+MARGIN = 16
 
 # ------------------------------------------------------------------------------------------ drawing
 
 
 class Svg:
-    """A drawing. Shapes and words are added one by one; lengths are in pixels from the top left."""
+    """A drawing.  Shapes and words are added one by one; lengths in pixels from the top left."""
 
     def __init__(self, width, height):
         self.root = ElementTree.Element("svg", {
@@ -48,7 +50,7 @@ class Svg:
         self.rect(0, 0, width, height, PAPER)
 
     def add(self, tag, content=None, **attributes):
-        """Add an element. Python's stroke_width is SVG's stroke-width."""
+        """Add an element.  Python's stroke_width is SVG's stroke-width."""
         element = ElementTree.SubElement(self.root, tag)
         element.text = content
         for name, value in attributes.items():
@@ -60,63 +62,83 @@ class Svg:
         self.add("rect", x=x, y=y, width=width, height=height, fill=fill, **more)
 
     def text(self, x, y, words, size=12, fill=INK, **more):
-        """Write a line of words; y is its base line. anchor: text_anchor="middle" or "end"."""
+        """Write a line of words; y is its base line."""
         self.add("text", words, x=x, y=y, font_size=size, fill=fill, **more)
 
-    def line(self, points, stroke=INK, width=1, **more):
+    def line(self, points, stroke=INK, width=1):
         """Join points [(x, y), ...] by straight lines."""
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        self.add("polyline", points=path, fill="none", stroke=stroke, stroke_width=width, **more)
+        self.add("polyline", points=path, fill="none", stroke=stroke, stroke_width=width)
 
     def image(self, x, y, side, pixels):
-        """Place pixels, uint8 (h,w,3), in a square; they stay sharp squares when enlarged."""
-        png = imagecodecs.png_encode(np.ascontiguousarray(pixels), level=9)
+        """Place float pixels (3,h,w) in [0,1] in a square; they stay sharp when enlarged."""
+        pixels = (255 * pixels).round().byte().permute(1, 2, 0).contiguous().numpy()
+        png = base64.b64encode(imagecodecs.png_encode(pixels, level=9)).decode()
         self.add("image", x=x, y=y, width=side, height=side, preserveAspectRatio="none",
-                 style="image-rendering: pixelated",
-                 href=f"data:image/png;base64,{base64.b64encode(png).decode()}")
+                 style="image-rendering: pixelated", href=f"data:image/png;base64,{png}")
 
     def save(self, path):
         ElementTree.indent(self.root)
         text = ElementTree.tostring(self.root, encoding="unicode")
-        with data.file_errors(path, "not written", "its folder is gone"):
-            Path(path).write_text(text + "\n", encoding="utf-8")
+        Path(path).write_text(text + "\n", encoding="utf-8")
 
 
-def pixels_of(x):
-    """float (3,H,W) in [0,1] -> uint8 (H,W,3)."""
-    return (255 * x).round().byte().permute(1, 2, 0).numpy()
+def visible_bands(sensor):
+    """Places of the bands that are drawn as red, green and blue."""
+    if sensor.red_green_blue:
+        return list(sensor.red_green_blue)
+    last = len(sensor.bands) - 1
+    return [0, (last + 1) // 2, last]
+
+
+def some_scenes(pack, n, seed):
+    """Numbers of n scenes of the pack, or of all if there are fewer."""
+    return np.random.default_rng(seed).permutation(len(pack.scenes))[:n].tolist()
 
 
 # ------------------------------------------------------------------------------------------- scenes
 
 SIDE = 64                             # pixels of a view
 PATCH = 8                             # pixels of a patch
-MARGIN = 16
 TILE = 64                             # side of a drawn image
 STEP = TILE + 4                       # from one image to the next
 CELL = 42                             # from one cell of the similarity matrix to the next
 LINE = 14                             # from one line of words to the next
-GAP = 16                              # between groups of columns
 TOP = 64                              # height of the titles
 
 DARK = (0.15, 0.15, 0.15)             # colours of the masks, red green blue in [0,1]
 BLUE = (0.1, 0.4, 1.0)
 YELLOW = (1.0, 0.9, 0.1)
 RED = (0.9, 0.1, 0.2)
+MEANINGS = {DARK: "dark: SoftCon's student does not see this patch",
+            BLUE: "blue: PerA's student sees it",
+            YELLOW: "yellow: PerA's student must guess its pixels, which nobody sees",
+            RED: "red: PerA's teacher sees it"}
+NOTES = ["Similarity 1: the same classes.", "Similarity 0: no class in common, or no labels.",
+         "The diagonal compares two images of one scene."]
+TITLES = {"images": ("Images", "of the scene"),
+          "views": ("SoftCon's views", "two images: 1, 2"),
+          "softcon": ("SoftCon", "1, masked"),
+          "pera": ("PerA", "three sets"),
+          "labels": ("Labels", "of view 1, of view 2"),
+          "similarity": ("Label similarity", "of view 1 to view 2 of scene")}
 
 
-def flags(method, modality, root):
-    """pretrain.py's flags for data of this kind: the full-size preset, but small views."""
-    return pretrain.parse(["--method", method, "--modality", modality, "--data", root, "--preset",
-                           "full", "--img-size", str(SIDE), "--patch-size", str(PATCH)])
+def view_flags(method, sensor):
+    """What the functions that draw views read of the flags: the full preset's, of small views."""
+    flags = SimpleNamespace(method=method, **pretrain.PRESETS[method, "full"])
+    flags.sensor = sensor
+    flags.img_size = SIDE
+    flags.patch_size = PATCH
+    return flags
 
 
 def area_of(patches):
     """Patch indices (m,) of a view -> (SIDE,SIDE) bool: their pixels."""
-    grid = torch.zeros((SIDE // PATCH) ** 2, dtype=torch.bool)
-    grid[patches] = True
-    grid = grid.reshape(SIDE // PATCH, SIDE // PATCH)
-    return grid.repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1)
+    side = SIDE // PATCH
+    area = torch.zeros(side * side, dtype=torch.bool)
+    area[patches] = True
+    return area.reshape(side, side).repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1)
 
 
 def fill(colour):
@@ -124,19 +146,43 @@ def fill(colour):
     return torch.tensor(colour).view(3, 1, 1).expand(3, SIDE, SIDE)
 
 
-def masked_view(view, keep):
-    """A view (3,SIDE,SIDE) of which only the patches in keep (m,) are not dark."""
-    return torch.where(area_of(keep), view, fill(DARK))
+def tint(picture, view, patches, colour):
+    """The picture (3,SIDE,SIDE) with these patches of a view in a colour."""
+    return torch.where(area_of(patches), (view + fill(colour)) / 2, picture)
 
 
-def three_sets(student, teacher, keep, guess, others):
-    """PerA's patches in one picture: those of the student's view (3,SIDE,SIDE) that it sees (blue)
-    and must guess (yellow), and those of the teacher's view that the teacher sees (red)."""
-    picture = fill(DARK)
-    for patches, view, colour in ((keep, student, BLUE), (guess, student, YELLOW),
-                                  (others, teacher, RED)):
-        picture = torch.where(area_of(patches), (view + fill(colour)) / 2, picture)
-    return picture
+def scene_pictures(pack, scenes, seed):
+    """What training would see of some scenes, by columns of the drawing.
+
+    Returns [{name of the column: [float (3,h,w) in [0,1], ...]}, ...], a dict a scene, and the
+    labels (n,2,L) of the two views.
+    """
+    rng = np.random.default_rng(seed)
+    pairs = []                                    # two images of each scene, one twice if alone
+    for i in scenes:
+        rows = pack.rows[i]
+        pairs.append(rng.choice(rows, 2, replace=len(rows) < 2))
+    pairs = np.array(pairs)                                             # (n,2)
+    x = torch.from_numpy(pack.images[pairs])                            # (n,2,C,H,W)
+    n = len(scenes)
+
+    draws = pretrain.StepRandomness(seed, step=0, micro=0, rank=0, world=1)
+    views, kept = pretrain.softcon_views(x, view_flags("softcon", pack.sensor), draws)
+    flags = view_flags("pera", pack.sensor)
+    pera = pretrain.aligned_pairs(x[:, 0], flags, draws, 1, SIDE, flags.crop_min, 1.0)
+
+    bands = visible_bands(pack.sensor)
+    pictures = []
+    for k, i in enumerate(scenes):
+        view = views[k, bands]
+        masked = torch.where(area_of(kept[k]), view, fill(DARK))
+        sets = tint(fill(DARK), pera.student_view[k, bands], pera.student_patches[k], BLUE)
+        sets = tint(sets, pera.student_view[k, bands], pera.guessed_patches[k], YELLOW)
+        sets = tint(sets, pera.teacher_view[k, bands], pera.teacher_patches[k], RED)
+        images = [shrink(pack.images[row][bands]) for row in pack.rows[i]]
+        pictures.append({"images": images, "views": [view, views[n + k, bands]],
+                         "softcon": [masked], "pera": [sets]})
+    return pictures, torch.from_numpy(pack.labels[pairs])
 
 
 def shrink(pixels, side=96):
@@ -148,147 +194,80 @@ def shrink(pixels, side=96):
 
 
 def label_lines(y, classes):
-    """Words for the labels y (2,L) of the two views: the views that carry a class, and its name."""
+    """Words for the labels y (2,L) of the two views: [(views that have a class, its name), ...]."""
     lines = []
     for k, name in enumerate(classes):
-        if y[0, k] and y[1, k]:
-            lines.append(("1 2", name))
-        elif y[0, k]:
-            lines.append(("1", name))
-        elif y[1, k]:
-            lines.append(("2", name))
+        carriers = [str(view + 1) for view in range(2) if y[view, k]]
+        if carriers:
+            lines.append((" ".join(carriers), name))
     return lines or [("", "no labels")]
 
 
-def columns_of(seasons, n):
-    """Left edge of each group of columns, by name, and the width of the whole drawing."""
-    widths = {"seasons": seasons * STEP, "views": 2 * STEP, "softcon": STEP, "pera": STEP,
+def columns_of(images, n):
+    """Left edge of each column of the drawing, and its width; images: the most of a scene."""
+    widths = {"images": images * STEP, "views": 2 * STEP, "softcon": STEP, "pera": STEP,
               "labels": 142, "similarity": max(n * CELL, 172)}
     left = {}
     x = MARGIN
     for name, width in widths.items():
         left[name] = x
-        x += width + GAP
+        x += width + 16
     return left, x
 
 
-def draw_titles(svg, left, n):
-    titles = {"seasons": ("Seasons", "every image of the scene"),
-              "views": ("SoftCon's views", "two seasons: 1, 2"),
-              "softcon": ("SoftCon", "1, masked"),
-              "pera": ("PerA", "three sets"),
-              "labels": ("Labels", "of view 1, of view 2"),
-              "similarity": ("Label similarity", "of view 1 to view 2 of scene")}
-    for name, (title, subtitle) in titles.items():
+def draw_scenes(pack, seed=0, n=4):
+    """Draw n scenes of a pack, chosen by `seed`; see the module's docstring."""
+    scenes = some_scenes(pack, n, seed)
+    n = len(scenes)
+    pictures, labels = scene_pictures(pack, scenes, seed)
+    similarity = losses.label_similarity(labels[:, 0], labels[:, 1])    # (n,n)
+    words = [label_lines(y, pack.classes) for y in labels]
+    row_height = max(TILE, LINE * max(map(len, words))) + 28
+    left, width = columns_of(max(len(groups["images"]) for groups in pictures), n)
+
+    svg = Svg(width, TOP + n * row_height + 86)
+    for name, (title, subtitle) in TITLES.items():
         svg.text(left[name], 24, title, 14, font_weight="bold")
         svg.text(left[name], 40, subtitle, 12, GREY)
-    for j in range(n):
-        x = left["similarity"] + j * CELL + CELL / 2
-        svg.text(x, TOP - 6, letter(j), 12, GREY, text_anchor="middle")
-
-
-def letter(row):
-    """Name of a row of the drawing: A, B, ..."""
-    return chr(ord("A") + row)
-
-
-def draw_labels(svg, x, y, lines):
-    for number, (carriers, name) in enumerate(lines):
-        svg.text(x, y + 10 + number * LINE, carriers, 11, GREY)
-        svg.text(x + 22, y + 10 + number * LINE, name)
+    for k, i in enumerate(scenes):
+        letter = chr(ord("A") + k)
+        y = TOP + k * row_height + 16
+        svg.text(left["similarity"] + k * CELL + CELL / 2, TOP - 6, letter, 12, GREY,
+                 text_anchor="middle")
+        svg.text(MARGIN, y - 6, f"{letter}: {pack.scenes[i]}", 12, GREY)
+        for name, group in pictures[k].items():
+            for j, pixels in enumerate(group):
+                svg.image(left[name] + j * STEP, y, TILE, pixels)
+        for j, (carriers, name) in enumerate(words[k]):
+            svg.text(left["labels"], y + 10 + j * LINE, carriers, 11, GREY)
+            svg.text(left["labels"] + 22, y + 10 + j * LINE, name)
+        draw_similarity(svg, left["similarity"], y, similarity[k].tolist())
+    draw_legend(svg, left["labels"], TOP + n * row_height + 16)
+    return svg
 
 
 def draw_similarity(svg, x, y, values):
     """One row of the matrix: a grey cell with its number for each value in [0,1]."""
     for value in values:
         shade = round(255 * value)
-        ink = PAPER
-        if value > 0.5:
-            ink = INK
+        ink = INK if value > 0.5 else PAPER
         svg.rect(x, y, CELL - 2, TILE, f"rgb({shade},{shade},{shade})", stroke=RULE)
         svg.text(x + CELL / 2 - 1, y + TILE / 2 + 4, f"{value:.2f}", 12, ink,
                  text_anchor="middle")
         x += CELL
 
 
-def draw_legend(svg, left, y):
+def draw_legend(svg, right, y):
     """What the colours of the masks and the numbers mean."""
-    meanings = ((DARK, "dark: SoftCon's student does not see this patch"),
-                (BLUE, "blue: PerA's student sees it"),
-                (YELLOW, "yellow: PerA's student must guess its pixels, which nobody sees"),
-                (RED, "red: PerA's teacher sees it"))
-    notes = ("Similarity 1: the same classes.", "Similarity 0: no class in common, or no labels.",
-             "The diagonal compares two seasons of one scene.")
-    for line, (colour, words) in enumerate(meanings):
+    for line, (colour, words) in enumerate(MEANINGS.items()):
         red, green, blue = [round(255 * value) for value in colour]
         svg.rect(MARGIN, y + line * 18 - 10, 12, 12, f"rgb({red},{green},{blue})")
         svg.text(MARGIN + 20, y + line * 18, words)
-    for line, words in enumerate(notes):
-        svg.text(left["labels"], y + line * 18, words)
-
-
-def scene_pictures(root, scenes, rows, seed):
-    """What training would see of some scenes, by columns of the drawing.
-
-    Returns [{name of the column: [uint8 (h,w,3), ...]}, ...], a dict a scene, and the labels
-    (n,2,L) of the two views.
-    """
-    softcon = flags("softcon", scenes.sensor.name, root)
-    pera = flags("pera", scenes.sensor.name, root)
-    look = scenes.sensor.look
-    n = len(rows)
-    x, labels = scenes.__getitems__([(i, (seed, i)) for i in rows])     # (n,2,C,H,W), (n,2,L)
-    x = torch.from_numpy(x)
-    draws = pretrain.StepRandomness(seed, step=0, micro=0, rank=0, world=1)
-    views, kept = pretrain.softcon_views(x, softcon, draws)             # (2n,C,s,s), (2n,m)
-    student, teacher, *sets = pretrain.aligned_pairs(x[:, 0], pera, draws, 1, SIDE, pera.crop_min,
-                                                     1.0)               # (n,C,s,s), (n,m)
-    pictures = []
-    for row, i in enumerate(rows):
-        view1 = views[row, look]
-        view2 = views[n + row, look]
-        patches = [part[row] for part in sets]
-        seasons = [scenes.image(i, s)[look] for s in range(len(scenes.files[i]))]
-        groups = {"seasons": list(map(shrink, seasons)),
-                  "views": [view1, view2],
-                  "softcon": [masked_view(view1, kept[row])],
-                  "pera": [three_sets(student[row, look], teacher[row, look], *patches)]}
-        pictures.append({name: list(map(pixels_of, group)) for name, group in groups.items()})
-    return pictures, torch.from_numpy(labels)
-
-
-def draw_scenes(root, scenes, seed=0, n=4):
-    """Draw n scenes of the data set in `root`, chosen by `seed`; see the module's docstring."""
-    rows = np.random.default_rng(seed).permutation(len(scenes))[:n].tolist()
-    n = len(rows)
-    pictures, labels = scene_pictures(root, scenes, rows, seed)
-    similarity = losses.label_similarity(labels[:, 0], labels[:, 1])    # (n,n)
-    words = [label_lines(y, scenes.classes) for y in labels]
-    lines = max(len(row) for row in words)
-    row_height = max(TILE, LINE * lines) + 28
-
-    left, width = columns_of(max(len(groups["seasons"]) for groups in pictures), n)
-    svg = Svg(width, TOP + n * row_height + 86)
-    draw_titles(svg, left, n)
-    for row, i in enumerate(rows):
-        y = TOP + row * row_height
-        svg.text(MARGIN, y + 10, f"{letter(row)}: {scenes.ids[i]}", 12, GREY)
-        y += 16
-        for name, group in pictures[row].items():
-            for j, pixels in enumerate(group):
-                svg.image(left[name] + j * STEP, y, TILE, pixels)
-        draw_labels(svg, left["labels"], y, words[row])
-        draw_similarity(svg, left["similarity"], y, similarity[row].tolist())
-    draw_legend(svg, left, TOP + n * row_height + 16)
-    return svg
+    for line, words in enumerate(NOTES):
+        svg.text(right, y + line * 18, words)
 
 
 # ----------------------------------------------------------------------------------------- features
-
-
-def resize(x, size):
-    """uint8 (n,C,H,W) -> float (n,C,size,size) in [0,1], what the network takes."""
-    return F.interpolate(x.float() / 255, (size, size), mode="bilinear", antialias=True)
 
 
 @torch.no_grad()
@@ -303,39 +282,39 @@ def principal_components(net, x):
     # a few extreme tokens would leave no contrast to the others
     low, high = torch.quantile(components, torch.tensor([0.02, 0.98]), dim=0)
     components = ((components - low) / (high - low)).clamp(0, 1)
-    h, w = model.check_grid(*x.shape[-2:], net.patch_size)
+    h, w = models.check_grid(*x.shape[-2:], net.patch_size)
     return components.reshape(n, h, w, 3).permute(0, 3, 1, 2)
 
 
-def draw_features(net, name, scenes, seed=0, n=8, size=0, side=100, columns=4):
+def draw_features(net, name, pack, seed=0, n=8, size=0, side=100, columns=4):
     """Draw n images, chosen by `seed`, each beside the principal components of its patch tokens.
 
-    name: of the network, for the caption. size: pixels of an image as the network sees it, 0 for
+    name: of the network, for the caption.  size: pixels of an image as the network sees it, 0 for
     the size that it was trained with.
     """
-    if not hasattr(net, "last_blocks"):
-        raise ValueError("features: a ResNet has no patch tokens; give a ViT's checkpoint")
-    rows = np.random.default_rng(seed).permutation(len(scenes))[:n].tolist()
-    x = torch.from_numpy(np.stack([scenes.image(i, 0) for i in rows]))   # uint8 (n,C,H,W)
-    x = resize(x, size or net.img_size)
+    size = size or net.img_size
+    data.require(hasattr(net, "last_blocks"), f"{name}: a ResNet has no patch tokens; give a ViT's")
+    data.require(net.in_chans == len(pack.sensor.bands), f"{name}: takes {net.in_chans} bands, "
+                 f"{pack.path} has {len(pack.sensor.bands)}")
+    rows = [pack.rows[i][0] for i in some_scenes(pack, n, seed)]
+    x = torch.from_numpy(pack.images[rows]).float() / 255               # (n,C,H,W)
+    x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
     components = principal_components(net.eval(), x)
-    colours = F.interpolate(x[:, scenes.sensor.look], (side, side), mode="bilinear", antialias=True)
+    colours = F.interpolate(x[:, visible_bands(pack.sensor)], (side, side), mode="bilinear",
+                            antialias=True)
 
-    size = x.shape[-1]
     patches = size // net.patch_size
     pair = 2 * side + 16                               # from one image to the next
-    line = side + 10
-    svg = Svg(MARGIN + columns * pair, 70 + math.ceil(len(rows) / columns) * line)
+    svg = Svg(MARGIN + columns * pair, 70 + math.ceil(len(rows) / columns) * (side + 10))
     svg.text(MARGIN, 24, f"Patch tokens of {name}", 14, font_weight="bold")
-    arch = net.spec["arch"]
-    svg.text(MARGIN, 42, f"{arch}, {size} x {size} pixels, {patches} x {patches} patches. "
-             "Beside each image: the three principal components of the patch tokens")
+    svg.text(MARGIN, 42, f"{net.spec['arch']}, {size} x {size} pixels, {patches} x {patches} "
+             "patches. Beside each image: the three principal components of the patch tokens")
     svg.text(MARGIN, 58, "over all these images, as red, green and blue.")
     for j in range(len(rows)):
         x = MARGIN + j % columns * pair
-        y = 70 + j // columns * line
-        svg.image(x, y, side, pixels_of(colours[j]))
-        svg.image(x + side + 2, y, side, pixels_of(components[j]))
+        y = 70 + j // columns * (side + 10)
+        svg.image(x, y, side, colours[j])
+        svg.image(x + side + 2, y, side, components[j])
     return svg
 
 
@@ -345,40 +324,35 @@ TERMS = {"info_nce": "InfoNCE, eq. (2)",
          "dino": "DINO loss, eq. (7)",
          "koleo": "KoLeo, eq. (8)",
          "pixel": "pixel loss, eq. (9)",
-         "soft": "soft term, eq. (3)"}
+         "soft": "soft term, eq. (3)",
+         "effective_rank": "effective rank of the features"}
 
 
 def read_log(path):
-    """[{name: number}, ...] of a run's log.jsonl, a step each."""
-    rows = []
-    for number, line in enumerate(data.read_text(path).splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise ValueError(f"{path}: line {number} is not JSON") from None
-    if len(rows) < 2 or not all(isinstance(row, dict) and "step" in row for row in rows):
-        raise ValueError(f"{path}: not the log of a run of two or more lines")
+    """[{name: number}, ...] of a run's log.jsonl, a line each."""
+    try:
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    except json.JSONDecodeError as error:
+        raise data.InputError(f"{path}: not the log of a run ({error})") from error
+    data.require(len(rows) > 1 and "step" in rows[0], f"{path}: not the log of a run of two or "
+                 "more lines")
     return rows
 
 
 def ticks(low, high, about=4):
     """Round numbers that lie in [low, high], about as many as `about`."""
-    rough = (high - low) / about
-    unit = 10 ** math.floor(math.log10(rough))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
-    first = math.ceil(low / step)
-    last = math.floor(high / step)
-    return [k * step for k in range(first, last + 1)]
+    unit = 10 ** math.floor(math.log10((high - low) / about))
+    for factor in (1, 2, 5, 10):
+        if factor * unit >= (high - low) / about:
+            break
+    step = factor * unit
+    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def running_mean(values):
     """The mean of each value and its neighbours, over about a tenth of the run."""
     reach = len(values) // 20
-    means = []
-    for i in range(len(values)):
-        near = values[max(0, i - reach):i + reach + 1]
-        means.append(sum(near) / len(near))
-    return means
+    return [np.mean(values[max(0, i - reach):i + reach + 1]) for i in range(len(values))]
 
 
 def draw_panel(svg, left, top, width, height, title, steps, values):
@@ -409,11 +383,8 @@ def draw_panel(svg, left, top, width, height, title, steps, values):
 
 def draw_curve(log):
     """Draw the loss terms and the effective rank of a run's log over its steps."""
-    names = {name: title for name, title in TERMS.items() if name in log[0]}
-    names["effective_rank"] = "effective rank of the features"
-    columns = 3
-    if len(names) == 4:
-        columns = 2
+    names = [name for name in TERMS if name in log[0]]
+    columns = 2 if len(names) == 4 else 3
     width = 900 // columns
     height = 230
     lines = math.ceil(len(names) / columns)
@@ -421,11 +392,11 @@ def draw_curve(log):
     svg.text(46, lines * height + 14, "Light: each line of the log. Dark: the mean over a tenth of "
              "the run.", 12, GREY)
     steps = [row["step"] for row in log]
-    for k, (name, title) in enumerate(names.items()):
-        values = [row[name] for row in log]
+    for k, name in enumerate(names):
         left = k % columns * width + 46
         top = k // columns * height + 36
-        draw_panel(svg, left, top, width - 64, height - 84, title, steps, values)
+        values = [row[name] for row in log]
+        draw_panel(svg, left, top, width - 64, height - 84, TERMS[name], steps, values)
     return svg
 
 
@@ -436,23 +407,16 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-
     scenes = commands.add_parser("scenes", help="what the model sees", allow_abbrev=False)
-    scenes.add_argument("root", help="a data set that pretrain.py's --data takes")
-    scenes.add_argument("--labels", help="as in pretrain.py")
-    scenes.add_argument("--n", type=int, default=4, help="number of scenes")
-
+    scenes.add_argument("data", metavar="PACK", help="a pack, as `python data.py pack` makes them")
     features = commands.add_parser("features", help="patch tokens as colours", allow_abbrev=False)
     features.add_argument("checkpoint", help="a ViT that model.py reads")
-    features.add_argument("--data", dest="root", required=True, help="a data set, as above")
+    features.add_argument("--data", metavar="PACK", required=True, help="a pack, as above")
     features.add_argument("--img-size", type=int, default=0, help="pixels that the network sees")
-    features.add_argument("--n", type=int, default=8, help="number of images")
-
     curve = commands.add_parser("curve", help="the course of a run", allow_abbrev=False)
     curve.add_argument("log", help="a run's log.jsonl")
-
-    for command in (scenes, features):
-        command.add_argument("--modality", required=True, help="name of the sensor")
+    for command, n in ((scenes, 4), (features, 8)):
+        command.add_argument("--n", type=int, default=n, help="scenes to draw (%(default)s)")
         command.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
     for command in (scenes, features, curve):
         command.add_argument("--out", required=True, help="the SVG file to write")
@@ -465,20 +429,18 @@ def main(argv=None):
         svg = draw_curve(read_log(args.log))
     else:
         data.require(1 <= args.n <= 26, f"--n {args.n}: must lie in 1 to 26")
-        sensor = data.find_sensor(args.modality)
-        if args.command == "scenes":
-            scenes = data.open_data(args.root, sensor, args.labels)
-            svg = draw_scenes(args.root, scenes, args.seed, args.n)
-        else:
-            scenes = data.open_data(args.root, sensor)
-            net = model.build_from(args.checkpoint)
-            name = Path(args.checkpoint).name
-            svg = draw_features(net, name, scenes, args.seed, args.n, args.img_size)
+        pack = data.open_pack(args.data)
+    if args.command == "scenes":
+        svg = draw_scenes(pack, args.seed, args.n)
+    if args.command == "features":
+        net = models.build_from(args.checkpoint)
+        name = Path(args.checkpoint).name
+        svg = draw_features(net, name, pack, args.seed, args.n, args.img_size)
     svg.save(args.out)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"show.py: error: {data.error_message(error)}")
+    except (data.InputError, models.CheckpointError, OSError) as error:
+        sys.exit(f"show.py: error: {error}")

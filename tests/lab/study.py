@@ -1,457 +1,482 @@
-"""The runs behind the results: trains, probes, and writes one line a run to results/STUDY.jsonl.
+"""Repeat a study: train, probe, a line a run; and write the tables of results/README.md.
 
-    python tests/lab/study.py run softcon pera --workers 2     what is missing of these studies, two
-                                                               runs at a time, one thread each
-    python tests/lab/study.py run ucm 'pera/*/s1/0' --shared DIR       DIR: see real.py
-    python tests/lab/study.py tables                           writes results/README.md
+    python tests/lab/study.py run ucm --shared DIR --workers 2      those of its runs that have no
+                                                                    line, two at a time
+    python tests/lab/study.py run 'transfer/*64/0' --shared DIR     or those that fit a pattern
+    python tests/lab/study.py tables                                writes results/README.md
 
-A run is named study/name/modality/seed.  Its line has the flags, the commit, the device, the last
-line of the training log and what probe.py said.  A run that has a line is not repeated, so a
-study that was killed goes on where it stopped.  Checkpoints lie in runs/study/.  Run it from the
-root of the repository.
+A run is a training by pretrain.py and some probes by probe.py, called as anybody would; its name is
+STUDY/NAME/SEED.  Its line in results/STUDY.jsonl holds the commands, commit, device, the last line
+of the log, and what the probes said.  A run with a line is not repeated, and one that was killed
+goes on where it stopped.  The commands run in the folder --work, where packs and runs lie.
 
-softcon     InfoNCE, its two additions and both, on the toy world, 14 epochs
-factors     one choice of SoftCon, or of PerA, at a time
-long        InfoNCE, + soft and both at the preset's 28 epochs, with and without the predictor
-pera        PerA with and without labels on the toy world
-supervised  the same ResNet-18 trained on the labels themselves (supervised.py)
-costs       speed and memory of each switch at 224 px (bench.py); needs an idle machine
-reading     images a second from TIFFs and packed files (bench.py); needs an idle machine
-init        what a network trained on another sensor is worth as a start, by --adapt
-eurosat     real chips: pretrained without labels on 70 % of them, tested on the other 30 %; and
-            pretrained without labels on all of them
-classes     the soft term on the classes of 30 % of the multispectral chips
-ucm         UC Merced with its real labels, from the weights of natural images: see real.py
-continual   EuroSAT from the weights of natural images: see real.py
+toy       the toy world, s1 and s2c: InfoNCE, SoftCon's two additions to it, and PerA
+ucm       the same from natural images on UC Merced, with its 17 labels; the test has these labels
+transfer  labels of another kind, batch, weight and mask on UC Merced; the test has the 21 scene
+          classes, of 1, 3, 10 and all training images of a class
+chips     EuroSAT's 13 bands from natural images, without labels
+
+The seed also draws the split: 80 % of each class train the network and the head, 20 % test.
+
+DIR holds public data, each in a folder of its own:
+
+ucm_multilabel/images/{class}/*.jpg    UC Merced, RGB, 21 folders; USGS images, public domain;
+    weegee.vision.ucmerced.edu/datasets/landuse.html; here 80 images of each, resized to 128 px
+ucm_multilabel/LandUse_Multilabeled.txt    its 17 labels, several an image; Chaudhuri et al. 2018,
+    no licence stated, citation asked; bigearth.eu/datasets
+eurosat_ms/{class}/*.tif, eurosat_rgb/{class}/*.jpg    EuroSAT, 13 bands and RGB, 64 px, 10 folders;
+    MIT, zenodo.org/records/7711810; here 1,180 and 21,600 chips
+vit_tiny_in1k/vit_tiny_patch16_224.pth    ViT-Tiny/16 of natural images, Apache-2.0, from
+    huggingface.co/timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k
 """
 import argparse
+import csv
 import fnmatch
-import itertools
+import importlib.metadata
 import json
 import os
-import platform
-import shutil
+import shlex
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import data  # noqa: E402
-import pretrain  # noqa: E402
-import probe  # noqa: E402
-from lab import real, supervised, tables  # noqa: E402
-from lab.lines import RESULTS, read_lines  # noqa: E402
-from lab.real_tables import readme_table  # noqa: E402, F401
-from lab.runs import (Run, as_optical, betas, chip_folder, chip_probes,  # noqa: E402
-                      decay_everything, labelled_only, link, no_predictor, no_vertical_flip,
-                      one_direction, one_offset, run_folder, scattered, small_layerscale, toy_run)
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).parent / "results"
 
 # ------------------------------------------------------------------------------------------- runs
 
-SOFTCON = {                                       # the two additions to InfoNCE
-    "both": [],
-    "InfoNCE": ["--soft-weight", "0", "--mask-ratio", "0"],
+
+@dataclass
+class Run:
+    """train: flags of pretrain.py; probes: {name: flags of probe.py}."""
+    study: str
+    name: str
+    seed: int
+    train: list
+    probes: dict
+
+    @property
+    def key(self):
+        return f"{self.study}/{self.name}/{self.seed}"
+
+
+NATURAL = ["--init", "DIR/vit_tiny_in1k/vit_tiny_patch16_224.pth", "--init-norm", "half"]
+FROZEN = ["--max-steps", "1", "--lr", "0"]        # a step of no length: the weights as they are
+INFO_NCE = ["--soft-weight", "0", "--mask-ratio", "0"]
+METHODS = {
+    "InfoNCE": INFO_NCE,
     "+ soft": ["--mask-ratio", "0"],
-    "+ mask": ["--soft-weight", "0"]}
-SHORT = ["--epochs", "14"]                        # half of the preset
-
-FACTORS = {                                       # "both", but for these flags
-    "form ce, weight 1": ["--soft-form", "ce", "--soft-weight", "1"],
-    "form bce_mean": ["--soft-form", "bce_mean"],
-    "soft-tau 0.1": ["--soft-tau", "0.1"],
-    "soft-tau 0.5": ["--soft-tau", "0.5"],
-    "soft-weight 0.1": ["--soft-weight", "0.1"],
-    "soft-weight 2": ["--soft-weight", "2"],
-    "mask-ratio 0.5": ["--mask-ratio", "0.5"],
-    "mask cells of 8 px": ["--patch-size", "8"],
-    "mask scattered": [],
-    "labelled images only": [],
-    "one direction": [],
-    "no predictor": [],
-    "no vertical flip": [],
-    "crops from 0.2, grey 0.2": ["--crop-min", "0.2", "--grey", "0.2"],
-    "lr 1.5e-4": ["--lr", "1.5e-4"],
-    "lr 1.5e-3": ["--lr", "1.5e-3"],
-    "betas .9 .999": [],
-    "momentum 0.99": ["--momentum", "0.99"],
-    "ViT, LayerScale 1": ["--arch", "vit_tiny", "--patch-size", "8"],
-    "ViT, LayerScale 1e-5": ["--arch", "vit_tiny", "--patch-size", "8"]}
-SWITCHES = {
-    "mask scattered": scattered,
-    "labelled images only": labelled_only,
-    "one direction": one_direction,
-    "no predictor": no_predictor,
-    "no vertical flip": no_vertical_flip,
-    "betas .9 .999": betas,
-    "ViT, LayerScale 1e-5": small_layerscale}
-
-PERA = ["--method", "pera", "--jitter", "1"]
-PERA_SWITCHES = {
-    "PerA, one offset": one_offset,
-    "PerA, brightness and contrast": as_optical,
-    "PerA, decay everything": decay_everything}
-
-CHIP_NETWORK = ["--holdout", "0", "--arch", "vit_tiny", "--img-size", "64", "--patch-size", "8",
-                "--hidden", "512", "--lr", "5e-4", "--momentum", "0.95"]
-CHIP_LENGTH = {
-    "s2c": ["--epochs", "20", "--batch-size", "32", "--jitter", "0.2", "--grey", "0"],
-    "rgb": ["--epochs", "3", "--batch-size", "64"]}
-CHIP_METHODS = {
-    "PerA": ["--method", "pera", "--local-size", "32", "--crops", "2", "2", "--prototypes", "512",
-             "--drop-path", "0"],
-    "InfoNCE": ["--soft-weight", "0", "--mask-ratio", "0", "--crop-min", "0.3"],
-    "InfoNCE + mask": ["--soft-weight", "0", "--crop-min", "0.3"]}
-RGB_SOURCE = ["--holdout", "0", "--arch", "resnet18", "--img-size", "32", "--patch-size", "4",
-              "--hidden", "512", "--lr", "5e-4", "--momentum", "0.9", "--crop-min", "0.3",
-              "--soft-weight", "0", "--epochs", "2", "--batch-size", "32"]
-
-COSTS = {         # bench.py's flags; of PerA the crops are 224 and 96 px, the prototypes 4,096
-    "SoftCon, all tokens": ["--part", "step", "--mask-ratio", "0"],
-    "SoftCon, 30 % masked, the preset": ["--part", "step"],
-    "SoftCon, 60 % masked": ["--part", "step", "--mask-ratio", "0.6"],
-    "SoftCon, 30 % masked, no soft term": ["--part", "step", "--soft-weight", "0"],
-    "SoftCon, 30 % masked, bf16": ["--part", "step", "--amp", "bf16"],
-    "PerA, all tokens in both networks": ["--part", "dense"],
-    "PerA": ["--part", "sparse"],
-    "PerA, soft term": ["--part", "sparse", "--soft-weight", "0.5"],
-    "PerA, no local crops": ["--part", "sparse", "--crops", "2", "0"],
-    "PerA, bf16": ["--part", "sparse", "--amp", "bf16"]}
+    "+ mask": ["--soft-weight", "0"],
+    "+ both": [],
+    "PerA": ["--method", "pera"]}
+HEADS = {
+    "ridge": ["--protocol", "ridge", "--feature", "cls+mean"],
+    "logistic": ["--protocol", "logistic", "--feature", "cls+mean"],
+    "knn": ["--protocol", "knn"]}
+SHARES = (1.0, 0.3, 0.1, 0.03)                    # of the labels for the head
+SHOTS = {"1": 1 / 64, "3": 3 / 64, "10": 10 / 64, "all": 1.0}   # of 64 training images a class
+LABELS = {"labels": "17 labels", "coarse": "6 coarse", "wrong": "20 % wrong"}
 
 
-def softcon_runs():
-    """InfoNCE, + soft, + mask and both: five seeds on radar images, three on optical ones."""
-    runs = {}
-    for seed, modality, name in itertools.product(range(5), ("s1", "s2c"), SOFTCON):
-        if modality == "s1" or seed < 3:
-            flags = [*SHORT, *SOFTCON[name]]
-            runs[f"softcon/{name}/{modality}/{seed}"] = toy_run(modality, seed, flags)
-    return runs
+def probes_of(heads, pack, shares, *more):
+    """{head: flags of its probe}"""
+    shares = [str(share) for share in shares]
+    return {head: ["--data", pack, "--train-frac", *shares, *HEADS[head], *more] for head in heads}
 
 
-def factor_runs():
-    """One choice at a time: three seeds; on radar images five without the predictor."""
-    runs = {}
-    for seed in range(3):
-        for name in ("soft-weight 2", "form ce, weight 1", "no predictor"):
-            runs[f"factors/{name}/s2c/{seed}"] = toy_run(
-                "s2c", seed, [*SHORT, *FACTORS[name]], SWITCHES.get(name))
-    for seed, name in itertools.product(range(5), FACTORS):
-        if name == "no predictor" or seed < 3:
-            runs[f"factors/{name}/s1/{seed}"] = toy_run(
-                "s1", seed, [*SHORT, *FACTORS[name]], SWITCHES.get(name))
-    for seed, name in itertools.product(range(3), PERA_SWITCHES):
-        runs[f"factors/{name}/s1/{seed}"] = toy_run("s1", seed, PERA, PERA_SWITCHES[name])
-    return runs
-
-
-def long_runs():
-    """The preset's 28 epochs; one probe also draws three random networks."""
-    runs = {}
-    for seed, modality, name in itertools.product(range(3), ("s2c", "s1"), list(SOFTCON)[:3]):
-        runs[f"long/{name}, no predictor/{modality}/{seed}"] = toy_run(
-            modality, seed, SOFTCON[name], no_predictor)
-        probes = [[]]
-        if seed == 0 and name == "both":
-            probes = [["--seeds", "3"]]
-        runs[f"long/{name}/{modality}/{seed}"] = toy_run(
-            modality, seed, SOFTCON[name], probes=probes)
-    return runs
-
-
-def pera_runs():
-    """PerA without and with the soft term, probed on CLS and on the mean patch."""
-    runs = {}
-    for seed, modality, soft in itertools.product(range(3), ("s1", "s2c"), (0, 0.5)):
-        probes = [["--feature", "cls"], ["--feature", "mean"]]
-        if seed == 0:
-            probes = [[*flags, "--seeds", "3"] for flags in probes]
-        name = "PerA + soft" if soft else "PerA"
-        flags = [*PERA, "--soft-weight", str(soft)]
-        runs[f"pera/{name}/{modality}/{seed}"] = toy_run(modality, seed, flags, probes=probes)
-    return runs
-
-
-CHIP_LAYOUT = {"s2c": ["--layout", "eurosat"], "rgb": []}
-
-
-def chip_run(modality, seed, share, flags, heads=("ridge",), switch=None):
-    """A run on `share` % of the real chips of a modality."""
-    flags = ["--data", f"{chip_folder(modality, share, seed)}/train", "--preset", "full",
-             *CHIP_LAYOUT[modality], *flags]
-    return toy_run(modality, seed, flags, switch, chip_probes(modality, share, seed, heads))
-
-
-def eurosat_runs():
-    """Multispectral chips: three splits and two heads; RGB chips: one split, ridge."""
-    runs = {}
-    optical = [*CHIP_NETWORK, *CHIP_LENGTH["s2c"]]
-    heads = ("ridge", "logistic")
-    for seed, name in itertools.product(range(3), CHIP_METHODS):
-        runs[f"eurosat/{name}/s2c/{seed}"] = chip_run(
-            "s2c", seed, 70, [*optical, *CHIP_METHODS[name]], heads)
-    for seed in range(3):
-        runs[f"eurosat/+ mask, no predictor/s2c/{seed}"] = chip_run(
-            "s2c", seed, 70, [*optical, *CHIP_METHODS["InfoNCE + mask"]], heads, no_predictor)
-
-    every_chip = f"{chip_folder('s2c', 70, 0)}/all"
-    flags = ["--data", every_chip, "--preset", "full", *CHIP_LAYOUT["s2c"], *optical,
-             *CHIP_METHODS["PerA"]]
-    probes = []
-    for feature, head in itertools.product(("cls", "cls+mean"), heads):
-        probes.append(["--task", "eurosat", "--data", every_chip, "--seeds", "5",
-                       "--feature", feature, "--protocol", head])
-    runs["eurosat/PerA, all chips/s2c/0"] = toy_run("s2c", 0, flags, probes=probes)
-
-    for name, flags in CHIP_METHODS.items():
-        flags = [*CHIP_NETWORK, *CHIP_LENGTH["rgb"], *flags]
-        runs[f"eurosat/{name}/rgb/0"] = chip_run("rgb", 0, 70, flags)
-    return runs
-
-
-def class_runs():
-    """SoftCon with the classes of 30 % of the chips as labels, without and with the soft term."""
-    runs = {}
-    names = {"InfoNCE + mask": "0", "+ soft on classes": "0.5"}
-    for seed, name in itertools.product(range(3), names):
-        flags = [*CHIP_NETWORK, *CHIP_LENGTH["s2c"], *CHIP_METHODS["InfoNCE + mask"],
-                 "--labels", "classes", "--soft-weight", names[name]]
-        runs[f"classes/{name}/s2c/{seed}"] = chip_run("s2c", seed, 30, flags)
-    return runs
-
-
-def init_runs():
-    """Three epochs of radar images from SoftCon's optical network, and three of optical images
-    from a network that InfoNCE trained on RGB chips."""
-    rgb = "init/InfoNCE, ResNet-18/rgb/0"
-    runs = {rgb: chip_run("rgb", 0, 70, RGB_SOURCE)}
-    runs[rgb].probes = []
-    for seed, modality in itertools.product(range(3), ("s1", "s2c")):
-        source = f"softcon/both/s2c/{seed}" if modality == "s1" else rgb
-        adapts = ["none", "random", "mean"]
-        if modality == "s2c":
-            adapts.append("rgb")
-        for adapt in adapts:
-            flags = ["--epochs", "3"]
-            if adapt != "none":
-                flags += ["--init", f"{run_folder(source)}/backbone.pt", "--adapt", adapt]
-            runs[f"init/{adapt}/{modality}/{seed}"] = toy_run(modality, seed, flags)
-    return runs
-
-
-def measured_runs():
-    """What supervised.py and bench.py measure."""
-    runs = {}
+def toy_runs(seed):
+    runs = []
     for modality in ("s1", "s2c"):
-        runs[f"supervised/10 epochs/{modality}/0"] = Run(
-            ["--modality", modality], script=supervised.main)
-    for name, flags in COSTS.items():
-        runs[f"costs/{name}/s2c/0"] = Run(flags, script=measure)
-    runs["reading/TIFFs and packed files/s2c/0"] = Run(["--part", "loader"], script=measure)
-    runs["reading/60 % of the tokens dropped/s2c/0"] = Run(["--part", "drop"], script=measure)
+        for method, flags in METHODS.items():
+            train = ["--modality", modality, *flags]
+            runs.append(Run("toy", f"{modality} {method}", seed, train, {"ridge": []}))
     return runs
 
 
-def all_runs():
-    """{key: Run} in the order in which they are run."""
-    studies = (softcon_runs, factor_runs, long_runs, pera_runs, eurosat_runs, class_runs,
-               measured_runs, init_runs, real.ucm_runs, real.continual_runs)
-    runs = {}
-    for study in studies:
-        runs.update(study())
+def ucm_runs(seed):
+    runs = []
+    pack = f"packs/ucm_labels_{seed}"
+    for method, flags in {"frozen": FROZEN, **METHODS}.items():
+        train = ["--modality", "rgb", "--data", pack, "--epochs", "4", *NATURAL, *flags]
+        runs.append(Run("ucm", method, seed, train, probes_of(["ridge"], pack, SHARES)))
     return runs
 
 
-def make_chips(root, folder):
-    """Folders folder/all and folder/train of links to the chips of `root`, and two lists of names,
-    folder/fit.txt and folder/test.txt.
+def transfer_settings():
+    """{name: (labelling, flags)}: which labels pretraining sees, and how."""
+    settings = {"frozen": ("labels", FROZEN)}
+    for batch in ("16", "64", "256"):
+        flags = ["--batch-size", batch]
+        settings[f"InfoNCE, batch {batch}"] = ("labels", [*flags, *INFO_NCE])
+        for labelling, words in LABELS.items():
+            settings[f"{words}, batch {batch}"] = (labelling, [*flags, "--mask-ratio", "0"])
+    flags = ["--batch-size", "64"]
+    for weight in ("0.1", "2"):
+        weighted = [*flags, "--mask-ratio", "0", "--soft-weight", weight]
+        settings[f"17 labels, weight {weight}, batch 64"] = ("labels", weighted)
+    settings["InfoNCE, mask, batch 64"] = ("labels", [*flags, "--soft-weight", "0"])
+    settings["17 labels, mask, batch 64"] = ("labels", flags)
+    return settings
 
-    `folder` ends in MODALITY_SHARE_SEED; SHARE % of each class are to pretrain on.  With 70 the
-    head is fit on the same chips and tested on the other 30 %.  With 30 the head is fit on another
-    30 % and tested on 40 %.
+
+def transfer_runs(seed):
+    runs = []
+    test = f"packs/ucm_classes_{seed}"
+    probes = probes_of(["ridge", "knn"], test, SHOTS.values(), "--seeds", "3")
+    for name, (labelling, flags) in transfer_settings().items():
+        train = ["--modality", "rgb", "--data", f"packs/ucm_{labelling}_{seed}", "--epochs", "4",
+                 *NATURAL, *flags]
+        runs.append(Run("transfer", name, seed, train, probes))
+    return runs
+
+
+CHIPS = {
+    "frozen, rgb": [*FROZEN, *NATURAL, "--adapt", "rgb"],
+    "InfoNCE, from scratch": INFO_NCE,
+    "InfoNCE, layer fresh": [*INFO_NCE, *NATURAL, "--adapt", "random"],
+    "InfoNCE, rgb": [*INFO_NCE, *NATURAL, "--adapt", "rgb"],
+    "PerA, rgb": ["--method", "pera", *NATURAL, "--adapt", "rgb"]}
+
+
+def chips_runs(seed):
+    runs = []
+    pack = f"packs/chips_classes_{seed}"
+    for name, flags in CHIPS.items():
+        train = ["--modality", "eurosat", "--data", pack, "--img-size", "64", *flags]
+        runs.append(Run("chips", name, seed, train, probes_of(["ridge", "logistic"], pack, [1.0])))
+    return runs
+
+
+def all_runs(seeds=range(3)):
+    runs = []
+    for study in (toy_runs, ucm_runs, transfer_runs, chips_runs):
+        for seed in seeds:
+            for run in study(seed):
+                run.train += ["--seed", str(seed)]
+                runs.append(run)
+    return runs
+
+
+# ------------------------------------------------------------------------------------------ packs
+
+COARSE = {
+    "vegetation": {"trees", "grass", "chaparral", "field"},
+    "bare": {"bare-soil", "sand"},
+    "water": {"water", "sea"},
+    "built": {"buildings", "mobile-home", "tanks"},
+    "sealed": {"pavement", "court", "dock"},
+    "vehicles": {"cars", "airplane", "ship"}}
+
+
+def class_of(row):
+    """The folder that a row's image lies in."""
+    return row["scene"].split("/")[0]
+
+
+def new_labels(rows, labelling, rng):
+    """Rows of images.csv -> their labels: as they are ("labels"), in six groups ("coarse"), a fifth
+    of the images with those of another ("wrong"), or the names of their folders ("classes")."""
+    labels = [row["labels"] for row in rows]
+    if labelling == "classes":
+        labels = [class_of(row) for row in rows]
+    if labelling == "coarse":
+        sets = [set(names.split(";")) for names in labels]
+        labels = [";".join(group for group in COARSE if COARSE[group] & names) for names in sets]
+    if labelling == "wrong":
+        chosen = rng.permutation(len(rows))[:len(rows) // 5]
+        for i, j in zip(chosen, np.roll(chosen, 1)):
+            labels[i] = rows[j]["labels"]
+    return labels
+
+
+def relabel(source, out, labelling, seed):
+    """A pack of the same images, which are linked, with other labels and a split of its own.
+
+    Of each class folder 80 %, drawn by `seed`, are "train", the others "test".
     """
-    modality, share, seed = Path(folder).name.split("_")
-    rng = np.random.default_rng(int(seed))
-    fit_names, test_names = [], []
-    for class_folder in sorted(x for x in Path(root).iterdir() if x.is_dir()):
-        files = sorted(class_folder.iterdir())
-        files = [files[i] for i in rng.permutation(len(files))]
-        first = round(int(share) / 100 * len(files))
-        train = files[:first]
-        fit, test = train, files[first:]
-        if share == "30":
-            last = round(0.6 * len(files))
-            fit, test = files[first:last], files[last:]
-        link(files, Path(folder, "all", class_folder.name))
-        link(train, Path(folder, "train", class_folder.name))
-        fit_names += [f.name for f in fit]
-        test_names += [f.name for f in test]
-    Path(folder, "fit.txt").write_text("\n".join(fit_names))
-    Path(folder, "test.txt").write_text("\n".join(test_names))
+    with open(f"{source}/images.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    rng = np.random.default_rng(seed)
+    folders = np.array([class_of(row) for row in rows])
+    for name in np.unique(folders):
+        members = rng.permutation(np.flatnonzero(folders == name))
+        for place, i in enumerate(members):
+            rows[i]["split"] = "train" if place < round(0.8 * len(members)) else "test"
+    for row, labels in zip(rows, new_labels(rows, labelling, rng)):
+        row["labels"] = labels
+
+    os.makedirs(out)
+    with open(f"{out}/images.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["scene", "image", "split", "labels"])
+        writer.writeheader()
+        writer.writerows(rows)
+    about = json.loads(Path(source, "pack.json").read_text())
+    about.pop("classes", None)                    # they are the names in images.csv
+    about["labels_from"] = f"study.py: {labelling}"
+    Path(out, "pack.json").write_text(json.dumps(about, indent=1))
+    os.symlink(os.path.abspath(f"{source}/images.npy"), f"{out}/images.npy")
+
+
+SOURCES = {        # flags of data.py pack
+    "ucm": ["DIR/ucm_multilabel/images", "packs/ucm", "--modality", "rgb", "--labels",
+            "DIR/ucm_multilabel/LandUse_Multilabeled.txt"],
+    "chips": ["DIR/eurosat_ms", "packs/chips", "--modality", "eurosat", "--labels", "classes"]}
+
+
+def prepare(runs, work, shared):
+    """Make the packs that the runs read: packs/SOURCE, and packs/SOURCE_LABELLING_SEED."""
+    flags = set()
+    for run in runs:
+        flags |= set(run.train)
+        for probe in run.probes.values():
+            flags |= set(probe)
+    for name in sorted(flag for flag in flags if flag.startswith("packs/")):
+        source, labelling, seed = name.removeprefix("packs/").split("_")
+        if not Path(work, "packs", source).exists():
+            call("data.py", ["pack", *SOURCES[source]], work, shared, sys.stdout)
+        if not Path(work, name).exists():
+            relabel(f"{work}/packs/{source}", f"{work}/{name}", labelling, int(seed))
+    for modality in sorted({run.train[1] for run in runs if run.study == "toy"}):
+        if not Path(work, f"toy_{modality}").exists():
+            flags = ["pack", "toy", f"toy_{modality}", "--modality", modality]
+            call("data.py", ["toy", "toy"], work, shared, sys.stdout)
+            call("data.py", flags, work, shared, sys.stdout)
 
 
 # ---------------------------------------------------------------------------------------- running
 
 
+def call(script, flags, work, shared, output):
+    """python SCRIPT FLAGS in the folder `work`, with one thread; CalledProcessError if it fails."""
+    flags = [flag.replace("DIR", os.path.abspath(shared)) for flag in flags]
+    subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=work, check=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output,
+                   stderr=subprocess.STDOUT)
+
+
 def commit():
-    """Short git hash of the code, with + when any file but the results differs from it."""
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
-    changed = git("diff", "--quiet", "HEAD", "--", ".", ":!tests/lab/results").returncode
-    name = git("rev-parse", "--short", "HEAD").stdout.strip() or "unknown"
-    return f"{name}+" if changed else name
+    """Short git hash of the code, with + if a file but the results differs from it."""
+    git = ["git", "-C", str(ROOT)]
+    name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!tests/lab/results"])
+    return (name.stdout.strip() or "unknown") + ("+" if changed.returncode else "")
 
 
-def record(key, flags, **results):
-    """Append the run's line to the file of its study.  A run that others start from may be trained
-    again after its checkpoint was lost: then its line stands already."""
-    study = key.split("/")[0]
-    if any(line["key"] == key for line in read_lines(study)):
-        return
-    line = {"key": key, "flags": " ".join(flags), "commit": commit(), "device": "cpu",
-            "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "python": platform.python_version(), **results}
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{study}.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+def last_json(path):
+    return json.loads(Path(path).read_text().splitlines()[-1])
 
 
-def train_and_probe(key, run):
-    """One run of pretrain.py, its probes, and its line."""
-    folder = run_folder(key)
-    start = time.time()
-    if run.switch:
-        run.switch()
-    flags = run.flags
-    networks = run.flags
-    log = None
-    if run.train:
-        shutil.rmtree(folder, ignore_errors=True)          # what a killed run left there
-        flags = [*run.flags, "--amp", run.amp, "--workers", "0", "--save-every", "1000000"]
-        pretrain.main([*flags, "--out", folder])
-        log = json.loads(Path(folder, "log.jsonl").read_text().splitlines()[-1])
-        networks = ["--ckpt", f"{folder}/backbone.pt"]
-
-    probes = []
-    for probe_flags in run.probes:
-        found = probe.main([*networks, "--bootstrap", "0", "--cache", "runs/study/cache",
-                            "--workers", "0", *probe_flags])
-        numbers = {"flags": " ".join(probe_flags)}
-        for name in ("n_train", "n_test", "all", "interval", "gain"):
-            if name in found:
-                numbers[name] = found[name]
-        probes.append(numbers)
-    record(key, flags, switch=run.switch and run.switch.__name__,
-           minutes=(time.time() - start) / 60, log=log, probes=probes)
+def run_one(run, work, shared):
+    """Train and probe -> the run's line."""
+    begin = time.time()
+    out = f"runs/{run.key}".replace(" ", "_")
+    os.makedirs(f"{work}/{out}", exist_ok=True)
+    steps = {"train": ["pretrain.py", *run.train, "--out", out, "--resume"]}
+    for name, flags in run.probes.items():
+        steps[name] = ["probe.py", "--ckpt", f"{out}/backbone.pt", *flags]
+    for name, (script, *flags) in steps.items():
+        with open(f"{work}/{out}/{name}.txt", "w") as output:
+            call(script, flags, work, shared, output)
+    probes = {name: last_json(f"{work}/{out}/{name}.txt") for name in run.probes}
+    for report in probes.values():
+        report.pop("all")                         # "curve" has it, too
+    config = json.loads(Path(work, out, "config.json").read_text())
+    return {"study": run.study, "name": run.name, "seed": run.seed,
+            "commands": [shlex.join(["python", *words]) for words in steps.values()],
+            "commit": commit(), "device": config["device"], "threads": 1,
+            "torch": importlib.metadata.version("torch"),
+            "minutes": round((time.time() - begin) / 60, 1),
+            "log": last_json(f"{work}/{out}/log.jsonl"), "probes": probes}
 
 
-def measure(flags):
-    """What bench.py prints, run by itself."""
-    command = [sys.executable, str(ROOT / "tests/lab/bench.py"), "--json", *flags]
-    printed = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    del printed["machine"]
-    return printed
+def run_many(runs, workers, work, shared):
+    """All these runs, `workers` at a time; appends their lines."""
+    lock = threading.Lock()
+
+    def run_and_write(run):
+        try:
+            line = run_one(run, work, shared)
+        except subprocess.CalledProcessError as error:
+            print(f"{run.key}: {error}; what it said lies in {work}/runs/{run.key}", flush=True)
+            return
+        with lock, open(RESULTS / f"{run.study}.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{run.key}: {line['minutes']} minutes", flush=True)
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(run_and_write, runs))
 
 
-def run_one(key):
-    """A run in this process."""
-    run = all_runs()[key]
-    if run.script:
-        record(key, run.flags, **run.script(run.flags))
-    else:
-        train_and_probe(key, run)
+# ----------------------------------------------------------------------------------------- tables
 
 
-def sources(key, runs):
-    """The runs whose networks this one starts from, or probes."""
-    return [other for other in runs if f"{run_folder(other)}/backbone.pt" in runs[key].flags]
+@dataclass
+class Column:
+    """A number of each run: a metric of one of its probes, at one of the probe's shares."""
+    title: str
+    probe: str
+    metric: str
+    share: float = 1.0
+    run: str = "{}"                               # the run's name, with {} for the row's
 
 
-def choose(names, runs):
-    """The runs of these studies, or with keys like these, that have no line yet; and the runs they
-    start from, if their networks are not there."""
-    done = set()
-    for study in {key.split("/")[0] for key in runs}:
-        done |= {line["key"] for line in read_lines(study)}
-    chosen = []
+@dataclass
+class Table:
+    """rows: {title: (name of a run, network of its probe)}; of gains {title: (run, base)}."""
+    study: str
+    rows: dict
+    columns: list
+    gains: bool = False
+
+
+def by_seed(lines, table, name, network, column):
+    """{seed: number, a mean over the probe's seeds}; network: checkpoint, random or stats."""
+    found = {}
+    for line in lines:
+        if line["study"] == table.study and line["name"] == column.run.format(name):
+            for row in line["probes"][column.probe]["curve"]:
+                if row["train_frac"] == column.share:
+                    found[line["seed"]] = np.mean(row["all"][network][column.metric])
+    return found
+
+
+def cell(numbers, gain=False):
+    """Mean ± deviation (number of seeds); of gains the mean ± its standard error."""
+    if not numbers:
+        return "not run"
+    text = f"{np.mean(numbers):+.3f}" if gain else f"{np.mean(numbers):.3f}"
+    if len(numbers) > 1:
+        spread = np.std(numbers, ddof=1)
+        if gain:
+            spread = spread / len(numbers) ** 0.5
+        text += f" ± {spread:.3f}"
+    return f"{text} ({len(numbers)})"
+
+
+def make_table(lines, table):
+    """A table as markdown, then what is missing in it and where its numbers come from."""
+    lines = [line for line in lines if line["study"] == table.study]
+    if not lines:
+        return "Not run yet."
+    header = ["", *[column.title for column in table.columns]]
+    rows = [header, ["---"] * len(header)]
+    facts = []
+    for title, (run, other) in table.rows.items():
+        cells = []
+        for column in table.columns:
+            if table.gains:
+                numbers = by_seed(lines, table, run, "checkpoint", column)
+                base = by_seed(lines, table, other, "checkpoint", column)
+                gains = [numbers[seed] - base[seed] for seed in numbers if seed in base]
+                cells.append(cell(gains, gain=True))
+            else:
+                cells.append(cell([*by_seed(lines, table, run, other, column).values()]))
+        if set(cells) == {"not run"}:
+            facts.append(f"not run: {title}")
+        else:
+            rows.append([title, *cells])
+    for name in ("commit", "device", "torch"):
+        facts.append(f"{name} " + ", ".join(sorted({line[name] for line in lines})))
+    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{text}\n\n`study.py run {table.study}`: {'; '.join(facts)}."
+
+
+def rows_of(names, base):
+    """Rows of the floors, which are probed beside the run `base`, and of runs by their names."""
+    rows = {"band statistics": (base, "stats"), "random weights": (base, "random")}
+    return rows | {name: (name, "checkpoint") for name in names}
+
+
+def gains_over_info_nce(names):
+    """Each setting of `transfer` over InfoNCE with the same batch and mask."""
+    rows = {}
     for name in names:
-        for key in runs:
-            fits = key.startswith(f"{name}/") or fnmatch.fnmatch(key, name)
-            if fits and key not in done and key not in chosen:
-                chosen.append(key)
-    lost = []
-    for key in chosen:
-        for start in sources(key, runs):
-            if start not in lost and not Path(run_folder(start), "backbone.pt").exists():
-                lost.append(start)
-    return lost + [key for key in chosen if key not in lost]
+        batch = name.rpartition(", ")[2]
+        mask = "mask, " if "mask" in name else ""
+        if batch.startswith("batch") and not name.startswith("InfoNCE"):
+            rows[name] = (name, f"InfoNCE, {mask}{batch}")
+    return rows
 
 
-def link_chips(keys, runs, shared):
-    """The folders of real chips that these runs read."""
-    folders = set()
-    for key in keys:
-        flags = sum(runs[key].probes, runs[key].flags)
-        folders |= {Path(flag).parent for flag in flags if "/chips/" in flag}
-    for folder in folders:
-        kind = "eurosat_rgb" if folder.name.startswith("rgb") else "eurosat_ms"
-        if not folder.exists():
-            make_chips(Path(shared, kind), folder)
+SOFT_GAINS = {"+ soft over InfoNCE": ("+ soft", "InfoNCE"),
+              "+ both over + mask": ("+ both", "+ mask"),
+              "+ mask over InfoNCE": ("+ mask", "InfoNCE")}
+UCM_GAINS = {"InfoNCE over frozen": ("InfoNCE", "frozen"), **SOFT_GAINS,
+             "PerA over frozen": ("PerA", "frozen")}
+TOY = [Column(f"{modality} {metric}", "ridge", f"{metric}_map", run=f"{modality} {{}}")
+       for modality in ("s1", "s2c") for metric in ("micro", "macro")]
+UCM = [Column(f"{metric}, head {share:.0%}", "ridge", f"{metric}_map", share)
+       for metric in ("micro", "macro") for share in SHARES]
+TRANSFER = [Column(f"{head}, {shots}", head, "accuracy", share)
+            for head in ("ridge", "knn") for shots, share in SHOTS.items()]
+TABLES = {
+    "toy": Table("toy", rows_of(METHODS, "InfoNCE"), TOY),
+    "toy gains": Table("toy", SOFT_GAINS, TOY, gains=True),
+    "ucm": Table("ucm", rows_of(["frozen", *METHODS], "frozen"), UCM),
+    "ucm gains": Table("ucm", UCM_GAINS, UCM, gains=True),
+    "transfer": Table("transfer", rows_of(transfer_settings(), "frozen"), TRANSFER),
+    "transfer gains": Table("transfer", gains_over_info_nce(transfer_settings()), TRANSFER,
+                            gains=True),
+    "chips": Table("chips", rows_of(CHIPS, "frozen, rgb"),
+                   [Column(head, head, "accuracy") for head in ("ridge", "logistic")])}
 
 
-def start_process(key):
-    """A run in a process of its own, with one thread; what it prints goes to a file."""
-    output = Path("runs/study", f"{key.replace('/', '_')}.txt")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    with output.open("w") as file:
-        return subprocess.Popen([sys.executable, __file__, "one", key], env=environment,
-                                stdout=file, stderr=file)
+def read_lines():
+    lines = []
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        lines += [json.loads(line) for line in path.read_text().splitlines()]
+    return lines
 
 
-def run_many(names, workers, shared):
-    """The chosen runs, `workers` at a time; a run waits for the one that it starts from."""
-    runs = all_runs()
-    waiting = choose(names, runs)
-    if any("--data" not in runs[key].flags for key in waiting):
-        data.make_toy("toy")
-    link_chips(waiting, runs, shared)
-    if any(key.startswith(("ucm/", "continual/")) for key in waiting):
-        real.make_folders(waiting, shared)
-    busy = {}
-    while waiting or busy:
-        unfinished = [*busy, *waiting]
-        ready = [key for key in waiting if not set(sources(key, runs)) & set(unfinished)]
-        for key in ready[:workers - len(busy)]:
-            waiting.remove(key)
-            busy[key] = start_process(key)
-        time.sleep(1)
-        for key, process in list(busy.items()):
-            if process.poll() is not None:
-                print(f"{key} exit {process.returncode}, {len(waiting)} to go", flush=True)
-                del busy[key]
+def write_tables(page, lines):
+    """The page with each table between <!-- table: NAME --> and <!-- end --> made anew."""
+    for name, table in TABLES.items():
+        head, mark, rest = page.partition(f"<!-- table: {name} -->\n")
+        if mark:
+            _, _, tail = rest.partition("<!-- end -->")
+            page = f"{head}{mark}{make_table(lines, table)}\n<!-- end -->{tail}"
+    return page
+
+
+# ------------------------------------------------------------------------------------------- main
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["run", "one", "tables"], help="one: a run, by its key")
-    parser.add_argument("names", nargs="*", help="studies, or keys with * and ?")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
-    parser.add_argument("--shared", default=".", help="folder of the data listed in real.py")
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "tables"])
+    parser.add_argument("names", nargs="*", help="studies, or names of runs with * and ?")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time (%(default)s)")
+    parser.add_argument("--shared", default=".", metavar="DIR", help="folder of the public data")
+    parser.add_argument("--work", default="runs/study", help="folder of packs, runs (%(default)s)")
     args = parser.parse_args(argv)
-    if args.what == "run":
-        run_many(args.names, args.workers, args.shared)
-    elif args.what == "one":
-        run_one(args.names[0])
-    else:
-        (RESULTS / "README.md").write_text(tables.page())
-        print(f"{RESULTS / 'README.md'} written")
+
+    lines = read_lines()
+    if args.what == "tables":
+        page = RESULTS / "README.md"
+        page.write_text(write_tables(page.read_text(), lines))
+        print(f"{page}: {len(lines)} runs")
+        return
+    done = {f"{line['study']}/{line['name']}/{line['seed']}" for line in lines}
+    chosen = []
+    for run in all_runs():
+        asked = any(name == run.study or fnmatch.fnmatch(run.key, name) for name in args.names)
+        if asked and run.key not in done:
+            chosen.append(run)
+    print(f"{len(chosen)} runs: {', '.join(run.key for run in chosen)}")
+    os.makedirs(f"{args.work}/packs", exist_ok=True)
+    prepare(chosen, args.work, args.shared)
+    run_many(chosen, args.workers, args.work, args.shared)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"study.py: error: {error}")
