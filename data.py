@@ -1282,20 +1282,29 @@ def draw_colours(n, sensor, generator, p=0.8, jitter=0.4, grey=0.2, blur=0.5):
 def crop(x, p, size):
     """uint8 (n,C,H,W) and what draw_crops drew -> (n,C,size,size) in [0,1], on x's device.
 
-    Crop, resize and flip are one bilinear sampling of all images at once.  The views are of
-    PyTorch's default type.
+    Each window, in whole pixels, is cut out, mirrored and resized, bilinear.  Where it shrinks, a
+    pixel of the view is a mean over the pixels that it covers (antialias): so training shows the
+    network what the probe does.  [torchvision, RandomResizedCrop]
+    The views are of PyTorch's default type.
     """
-    p = {name: value.to(x.device, non_blocking=True)[:, None] for name, value in p.items()}
-    # Centres of the pixels of a view, which spans [-1, 1].  F.affine_grid gives the same numbers,
-    # but by a matrix product: with TF32 the places would be wrong by up to a tenth of a pixel.
-    centres = torch.linspace(-1, 1, size, device=x.device) * (size - 1) / size       # (size,)
-    columns = p["w"] * p["flip_x"] * centres + p["x"]                # (n,size), in the image
-    rows = p["h"] * p["flip_y"] * centres + p["y"]                   # (n,size)
-    grid = torch.stack([columns[:, None, :].expand(-1, size, -1),
-                        rows[:, :, None].expand(-1, -1, size)], dim=3)       # (n,size,size,2)
-    x = x.to(torch.get_default_dtype())
-    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-    return x.div_(255)
+    n, C, H, W = x.shape
+    height = (p["h"] * H).round().clamp(min=1)
+    width = (p["w"] * W).round().clamp(min=1)
+    top = ((1 + p["y"]) / 2 * H - height / 2).round()
+    left = ((1 + p["x"]) / 2 * W - width / 2).round()
+    bottom = top + height
+    right = left + width
+    places = torch.stack([top, bottom, left, right, p["flip_y"], p["flip_x"]], dim=1)
+    views = torch.empty(n, C, size, size, device=x.device)
+    for i, place in enumerate(places.int().tolist()):
+        top, bottom, left, right, flip_y, flip_x = place
+        window = x[i:i + 1, :, top:bottom, left:right]
+        if flip_y < 0:
+            window = window.flip(2)
+        if flip_x < 0:
+            window = window.flip(3)
+        views[i] = F.interpolate(window.to(views), (size, size), mode="bilinear", antialias=True)[0]
+    return views.div_(255)
 
 
 def colour(x, p):

@@ -175,6 +175,14 @@ def test_a_product_is_its_bands_read_resampled_stacked_and_scaled_bit_for_bit(wo
     assert pack.rows[5].tolist() == [20, 21, 22, 23]
 
 
+def test_eurosats_last_channel_is_b8a_the_ninth_band(tmp_path):
+    x = np.zeros((13, 8, 8), np.uint16) + 100 * np.arange(13, dtype=np.uint16)[:, None, None]
+    write(tmp_path / "a" / "0.tif", x)
+    got = packed(tmp_path / "a", SENSORS["eurosat"]).images[0, :, 0, 0]
+    in_order = np.float32([0, 1, 2, 3, 4, 5, 6, 7, 12, 8, 9, 10, 11])[:, None, None] * 100
+    assert got.tolist() == data.to_uint8(in_order, S2C)[:, 0, 0].tolist()
+
+
 KINDS = {"one block": {}, "strips": {"rowsperstrip": 5}, "big-endian": {"byteorder": ">"},
          "BigTIFF": {"bigtiff": True}, "tiles": {"tile": (16, 16)}, "lzw": {"compression": "lzw"},
          "predictor": {"compression": "zlib", "predictor": True}}
@@ -770,29 +778,29 @@ def test_the_crop_of_a_whole_image_at_its_size_is_the_image():
     assert torch.equal(data.colour(x / 255, identity(3)), x / 255)
 
 
-def bilinear(image, row, column):
-    """image (C,H,W) at a point in pixels, whose centres are whole numbers; beyond: the border."""
-    C, H, W = image.shape
-    row, column = min(max(row, 0), H - 1), min(max(column, 0), W - 1)
-    top, left = int(row), int(column)
-    bottom, right = min(top + 1, H - 1), min(left + 1, W - 1)
-    down, across = row - top, column - left
-    upper = (1 - across) * image[:, top, left] + across * image[:, top, right]
-    lower = (1 - across) * image[:, bottom, left] + across * image[:, bottom, right]
-    return (1 - down) * upper + down * lower
+def triangles(length, size):
+    """(size, length): how much each of `length` pixels counts in each of `size`, by definition."""
+    reach = max(1, length / size)              # an antialiasing triangle widens as pixels shrink
+    weights = np.zeros((size, length))
+    for i, j in np.ndindex(size, length):
+        weights[i, j] = max(0, 1 - abs((i + 0.5) * length / size - (j + 0.5)) / reach)
+    return weights / weights.sum(1, keepdims=True)
 
 
-def test_a_crop_samples_its_part_of_the_image_bilinearly_flipped_as_drawn():
+@pytest.mark.parametrize("size", [5, 20])      # windows of 6 to 12 pixels shrink, and grow
+def test_a_crop_is_its_window_in_whole_pixels_resized_with_antialias_and_flipped_as_drawn(size):
     x = pixels(6, 2)
     p = data.draw_crops(6, torch.Generator().manual_seed(3))
-    got = data.crop(x, p, 9)
+    got = data.crop(x, p, size)
     assert len({(a, b) for a, b in zip(p["flip_y"].tolist(), p["flip_x"].tolist())}) > 2
     for n in range(6):
-        for i, j in np.ndindex(9, 9):
-            y = p["y"][n] + p["flip_y"][n] * p["h"][n] * ((2 * i + 1) / 9 - 1)   # in [-1,1]
-            z = p["x"][n] + p["flip_x"][n] * p["w"][n] * ((2 * j + 1) / 9 - 1)
-            want = bilinear(x[n] / 255, float(y + 1) * 6 - 0.5, float(z + 1) * 6 - 0.5)
-            assert torch.allclose(got[n, :, i, j], want, atol=1e-5)
+        height, width = round(12 * float(p["h"][n])), round(12 * float(p["w"][n]))
+        top = round(6 * (1 + float(p["y"][n])) - height / 2)
+        left = round(6 * (1 + float(p["x"][n])) - width / 2)
+        window = x[n, :, top:top + height, left:left + width].numpy() / 255
+        want = triangles(height, size) @ window @ triangles(width, size).T
+        want = want[:, ::int(p["flip_y"][n]), ::int(p["flip_x"][n])]
+        assert np.allclose(got[n].numpy(), want, atol=1e-5)
 
 
 def test_crops_have_the_default_type():
