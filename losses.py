@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# ------------------------------------------------------------------------------ gather over ranks
+# --------------------------------------------------------------------- what both methods build on
 
 
 def gather(x):
@@ -44,9 +44,6 @@ def gather(x):
     return torch.cat(rows)
 
 
-# ---------------------------------------------------------------------------------------- SoftCon
-
-
 def at_least_float32(x):
     """Convert x to float32, or leave it if it is float64: no loss is computed in less."""
     if x.dtype == torch.float64:
@@ -61,7 +58,7 @@ def product(a, b):
     """
     a = at_least_float32(a)
     b = at_least_float32(b)
-    if not torch.amp.is_autocast_available(a.device.type):
+    if not torch.amp.is_autocast_available(a.device.type):          # as on the meta device
         return a @ b.T
     with torch.autocast(a.device.type, enabled=False):
         return a @ b.T
@@ -72,7 +69,12 @@ def cosine(a, b):
 
     A row of zeros has similarity 0 to every row.
     """
-    return product(F.normalize(at_least_float32(a)), F.normalize(at_least_float32(b)))
+    a = F.normalize(at_least_float32(a))
+    b = F.normalize(at_least_float32(b))
+    return product(a, b)
+
+
+# ---------------------------------------------------------------------------------------- SoftCon
 
 
 def has_labels(y):
@@ -112,9 +114,9 @@ def soft_contrastive(q, k, yq, yk, tau=0.2):
     our reading: we know of no published equation or temperature, and the pretraining code was never
     released. The term sums over the keys, so its share of the gradient grows with the batch.
 
-    A pair of which one has no labels adds 0, but the mean counts its row: with few labels the term
-    is weak. A mean over the labelled rows alone weighs a pair the more, the fewer labels there are:
-    with labels of 10 % of UC Merced that was worse than no soft term.
+    A pair of which one has no labels adds 0. N counts all rows nevertheless, so with few labels the
+    term is weak. Divided by the number of labelled rows it would weigh each pair the more, the
+    fewer labels there are: with labels of 10 % of UC Merced that was worse than no soft term.
     """
     s = label_similarity(yq, yk)                                                    # (N,M)
     logits = cosine(q, k) / tau                                                     # (N,M)
@@ -242,13 +244,13 @@ def pera_loss(student, teacher, prototypes, centre, tau_teacher, n_crops, n_glob
         s = product(z_student, student_prototypes)                                  # (B,K)
         t = product(z_teacher, teacher_prototypes)                                  # (B,K)
         dino = dino_loss(s, t, centre, tau_teacher, tau)
-        if is_global:
-            return dino, koleo(s)
-        return dino, s.new_zeros(())
+        spread = koleo(s) if is_global else s.new_zeros(())
+        return dino, spread
 
     dino_sum = 0
     koleo_sum = 0
-    for i, (z_student, z_teacher) in enumerate(zip(student.chunk(n_crops), teacher.chunk(n_crops))):
+    crops = zip(student.chunk(n_crops), teacher.chunk(n_crops))                     # 2 x (B,E)
+    for i, (z_student, z_teacher) in enumerate(crops):
         # Scores are large: K is 131,072. `checkpoint` forgets those of a crop after its loss and
         # lets the backward pass compute them again, so that one crop's are in memory at a time.
         dino, spread = checkpoint(losses_of_crop, z_student, z_teacher, i < n_global,
@@ -272,7 +274,8 @@ def disjoint_masks(batch, n_tokens, student=0.2, guessed=0.2, teacher=0.6, gener
     """
     unused = 1 - student - guessed - teacher
     n_student = round(student * n_tokens)
-    n_teacher = n_tokens - round((1 - teacher) * n_tokens)       # rounded as in the release
+    # from the other side, as released: that decides which way a half is rounded
+    n_teacher = n_tokens - round((1 - teacher) * n_tokens)
     n_unused = round(max(unused, 0) * n_tokens)
     n_guessed = n_tokens - n_student - n_teacher - n_unused
     # sums such as 0.2 + 0.2 + 0.6 may exceed 1 by a rounding error
@@ -281,9 +284,9 @@ def disjoint_masks(batch, n_tokens, student=0.2, guessed=0.2, teacher=0.6, gener
                          f"set needs at least one, and their sum may not exceed 1")
     noise = torch.rand(batch, n_tokens, generator=generator)
     order = noise.argsort(1)                                     # (batch, N), a permutation each
-    sets = order.split([n_student, n_guessed, n_unused, n_teacher], dim=1)              # eq. (6)
-    sets = [patches.sort(1).values.to(device) for patches in sets]
-    student_patches, guessed_patches, _, teacher_patches = sets
+    counts = [n_student, n_guessed, n_unused, n_teacher]
+    student_patches, guessed_patches, _, teacher_patches = [
+        patches.sort(1).values.to(device) for patches in order.split(counts, dim=1)]    # eq. (6)
     return student_patches, guessed_patches, teacher_patches
 
 

@@ -22,7 +22,7 @@ import re
 import struct
 import sys
 import zipfile
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -179,6 +179,14 @@ def take(x, index):
     return x.take_along_dim(index[..., None], 1)
 
 
+def draw_linear_layers(network):
+    """Random weights as ViTs start with: normal with deviation 0.02, and biases of 0."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention: (B,N,D) -> (B,N,D)."""
 
@@ -235,15 +243,9 @@ class ViTBlock(nn.Module):
         self.ls1 = LayerScale(dim) if layerscale else nn.Identity()
         self.ls2 = LayerScale(dim) if layerscale else nn.Identity()
 
-    def attention_branch(self, x):
-        return self.ls1(self.attn(self.norm1(x)))
-
-    def mlp_branch(self, x):
-        return self.ls2(self.mlp(self.norm2(x)))
-
     def forward(self, x):
-        x = self.residual(x, self.attention_branch)
-        return self.residual(x, self.mlp_branch)
+        x = self.residual(x, lambda x: self.ls1(self.attn(self.norm1(x))))
+        return self.residual(x, lambda x: self.ls2(self.mlp(self.norm2(x))))
 
     def residual(self, x, branch):
         """x + branch(x), with stochastic depth in training: (B,N,D) -> (B,N,D).
@@ -282,7 +284,7 @@ class ViT(nn.Module):
         if registers:
             self.register_tokens = nn.Parameter(torch.randn(1, registers, dim) * 1e-6)
         if layerscale:
-            # all of DINOv2's files have this token; here masked patches are dropped instead
+            # DINOv2's files have both. Nothing here uses the token: masked patches are dropped.
             self.mask_token = nn.Parameter(torch.zeros(1, dim), requires_grad=False)
         # a dictionary, because the weights are called patch_embed.proj in DINOv2
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_chans, dim, patch_size, patch_size)})
@@ -290,20 +292,15 @@ class ViT(nn.Module):
         for _ in range(VITS[arch]["depth"]):
             self.blocks.append(ViTBlock(dim, VITS[arch]["heads"], layerscale, drop_path))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        draw_linear_layers(self)
 
-    def positions(self, h, w, table=None):
-        """The position embeddings of an image of h x w patches, CLS first: (1, 1+h*w, D).
+    def positions(self, table, h, w):
+        """Position embeddings of M x M patches, CLS first, for h x w: (1,1+M*M,D) -> (1,1+h*w,D).
 
-        table: (1, 1+M*M, D), by default the model's. It is resampled unless h = w = M, as DINOv2
-        does: its models without registers add 0.1 to h and w and do not antialias, those with
-        registers add nothing and antialias. [dinov2, interpolate_pos_encoding]
+        They are resampled unless h = w = M, as DINOv2 does: its models without registers add 0.1
+        to h and w and do not antialias, those with registers add nothing and antialias.
+        [dinov2, interpolate_pos_encoding]
         """
-        if table is None:
-            table = self.pos_embed
         M = math.isqrt(table.shape[1] - 1)
         if (h, w) == (M, M):
             return table
@@ -330,7 +327,7 @@ class ViT(nn.Module):
         if C != self.in_chans:
             raise ValueError(f"input has {C} channels, the model takes {self.in_chans}")
         h, w = check_grid(H, W, P)
-        table = self.positions(h, w)                                     # (1, 1+N, D)
+        table = self.positions(self.pos_embed, h, w)                     # (1, 1+N, D)
         x = x.reshape(B, C, h, P, w, P).permute(0, 2, 4, 1, 3, 5)        # (B, h, w, C, P, P)
         x = x.reshape(B, h * w, C * P * P)                               # (B, N, CPP)
         positions = table[:, 1:]                                         # (1, N, D)
@@ -340,12 +337,10 @@ class ViT(nn.Module):
         proj = self.patch_embed["proj"]
         patches = F.linear(x, proj.weight.flatten(1), proj.bias)         # (B, n, D)
         patches = patches + positions
-        cls = self.cls_token + table[:, :1]                              # (1, 1, D)
-        tokens = [cls.expand(B, -1, -1)]                                 # (B, 1, D)
+        first = self.cls_token + table[:, :1]                            # (1, 1, D)
         if self.registers:
-            tokens.append(self.register_tokens.expand(B, -1, -1))        # (B, R, D)
-        tokens.append(patches)
-        return torch.cat(tokens, 1)                                      # (B, 1+R+n, D)
+            first = torch.cat([first, self.register_tokens], 1)          # (1, 1+R, D)
+        return torch.cat([first.expand(B, -1, -1), patches], 1)          # (B, 1+R+n, D)
 
     def outputs(self, x, n, keep=None):
         """The outputs of the last n blocks, each after the final norm: [(B, 1+R+n, D), ...]."""
@@ -415,8 +410,10 @@ class PrototypeHead(nn.Module):
 
     forward returns the embeddings (n, 384) and prototypes() the matrix (out, 384). The caller
     multiplies them, since all n x out products may be too many to hold at once. Row k of the
-    matrix is g_k v_k / |v_k|, and g_k is trained from 1 on. The head that guesses pixels has the
-    same form: there a product is no score but the value of one pixel.
+    matrix is g_k v_k / |v_k|, and g_k is trained from 1 on.
+
+    SparseBranch also has such a head to guess pixels: it has one row for each value of a patch,
+    and the product with it is that value.
     """
 
     def __init__(self, dim, out, hidden, bottleneck=384):
@@ -424,11 +421,8 @@ class PrototypeHead(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(),
                                  nn.Linear(hidden, hidden), nn.GELU(),
                                  nn.Linear(hidden, bottleneck))
-        for layer in self.mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
-        self.weight_v = nn.Linear(bottleneck, out, bias=False).weight    # starts as a layer's does
+        draw_linear_layers(self.mlp)
+        self.weight_v = nn.Linear(bottleneck, out, bias=False).weight    # torch's own random start
         self.weight_g = nn.Parameter(torch.ones(out, 1))
 
     def forward(self, x):
@@ -484,7 +478,8 @@ class SparseBranch(nn.Module):
         tokens = net.embed(x, patches)                                   # (b, 1+R+n, D)
         for i, block in enumerate(net.blocks):
             if i == len(net.blocks) // 2 and guessed_patches is not None:
-                masked = self.mask_token + take(net.positions(h, w)[:, 1:], guessed_patches)
+                positions = net.positions(net.pos_embed, h, w)[:, 1:]    # (1, N, D)
+                masked = self.mask_token + take(positions, guessed_patches)    # (b, m, D)
                 tokens = torch.cat([tokens, masked.to(tokens.dtype)], 1)       # (b, 1+R+n+m, D)
             tokens = block(tokens)
         return net.norm(tokens)
@@ -503,13 +498,22 @@ def ema_update(teacher, student, momentum):
 
 # ----------------------------------------------------------------------------- reading a checkpoint
 
-# The first weights of a backbone, (D,C,k,k), and another tensor that every such backbone has.
+# What keys mean. First the layer that pixels enter, (D,C,k,k), and another tensor that every
+# backbone with such a layer has.
 INPUT_LAYERS = {"conv1.weight": "layer1.0.conv1.weight", "patch_embed.proj.weight": "pos_embed"}
 
-# Of several backbones in a file the one with such a word before its keys is what its authors
-# evaluate: an average (model_ema, state_dict_ema), the teacher in DINO, PerA and our runs, the
-# query or base encoder in MoCo v2 and v3. The first word that occurs decides.
-PUBLISHED = ("ema", "teacher", "encoder_q", "base_encoder")
+# Of several backbones in a file, the one with such a word in its keys is what its authors evaluate:
+# an average, the teacher in DINO, PerA and our runs, the query or base encoder in MoCo v2 and v3.
+PUBLISHED = {"ema", "model_ema", "state_dict_ema", "teacher", "encoder_q", "base_encoder"}
+
+# A network without its heads has keys that begin like this. A file that has one which the model
+# lacks holds another network, for example a deeper one, and the model would not compute what it
+# does.
+BODY = ("conv1", "bn1", "layer", "patch_embed", "blocks", "norm_pre", "reg")
+
+# Without these a network computes the same: the token of masked patches, which are dropped here,
+# and batch norm's counters.
+OPTIONAL = ("mask_token", "num_batches_tracked")
 
 # What torch.load was seen to raise for damaged files (bytes changed, cut off or added at random);
 # UnpicklingError also for files that want to run code.
@@ -521,39 +525,38 @@ class CheckpointError(ValueError):
     """A file cannot be used as a checkpoint; the message is one line that names it."""
 
 
+def require(condition, problem):
+    """Raises CheckpointError with the problem unless the condition holds."""
+    if not condition:
+        raise CheckpointError(problem)
+
+
 @dataclass
 class Weights:
-    """A backbone in a checkpoint file, as read_weights finds it."""
+    """A backbone in a checkpoint file, what its tensors say of it, and what else the file has."""
     tensors: dict           # {upstream key: tensor}
-    ignored: list           # all other keys of the file
-    prefix: str             # what stands before the backbone's keys, such as "teacher.backbone."
-    not_taken: list         # prefixes of the other backbones in the file
-
-    @property
-    def registers(self):
-        if "register_tokens" not in self.tensors:
-            return 0
-        return self.tensors["register_tokens"].shape[1]
-
-    @property
-    def layerscale(self):
-        return any(key.endswith("gamma") for key in self.tensors)
+    arch: str               # from here to layerscale what build wants to know
+    in_chans: int
+    patch_size: int
+    img_size: int
+    registers: int
+    layerscale: bool
+    prefix: str             # what stands before its keys, such as "teacher.backbone."
+    ignored: list           # the other keys of the file
 
 
-def flatten(tree, depth=4, prefix=""):
+def flatten(tree, prefix="", depth=4):
     """{dotted key: tensor} of nested dictionaries, at most `depth` deep.
 
     Four levels reach optimiser.state.0.exp_avg. A limit is needed because a dictionary may
     contain itself. Anything but a dictionary holds no tensors.
     """
     tensors = {}
-    if not isinstance(tree, dict):
-        return tensors
-    for key, value in tree.items():
-        if isinstance(value, torch.Tensor):
-            tensors[f"{prefix}{key}"] = value
-        elif depth > 1:
-            tensors |= flatten(value, depth - 1, f"{prefix}{key}.")
+    if isinstance(tree, torch.Tensor):
+        tensors[prefix.removesuffix(".")] = tree
+    elif isinstance(tree, dict) and depth > 0:
+        for key, value in tree.items():
+            tensors |= flatten(value, f"{prefix}{key}.", depth - 1)
     return tensors
 
 
@@ -572,9 +575,8 @@ def read_tensors(path):
         raise CheckpointError(f"{path}: {error.strerror}") from error
     except UNREADABLE as error:
         problem = "damaged, or not a PyTorch checkpoint"
-        code = re.search(r"GLOBAL (\S+)", str(error))      # torch's word for a function to call
-        if code:
-            problem = f"refused, it wants to run code ({code[1]})"
+        if "GLOBAL" in str(error):                 # torch's word for a function to call
+            problem = "refused, it wants to run code"
         raise CheckpointError(f"{path}: {problem}") from error
     return flatten(content)
 
@@ -596,25 +598,18 @@ def choose_backbone(backbones, in_chans):
     Of several such the one whose number of channels is nearest to in_chans (DeCUR's file has a
     backbone for radar and one for optical images), and of several of these the first.
     """
-    candidates = list(backbones)
-    for word in PUBLISHED:
-        published = [p for p in backbones if re.search(f"(?<![a-z]){word}(?![a-z])", p)]
-        if published:
-            candidates = published
-            break
-    return min(candidates, key=lambda prefix: abs(backbones[prefix] - in_chans))
+    published = [prefix for prefix in backbones if PUBLISHED.intersection(prefix.split("."))]
+    return min(published or backbones, key=lambda prefix: abs(backbones[prefix] - in_chans))
 
 
-def upstream_keys(tensors):
-    """A backbone's tensors under the keys of DINOv2 or torchvision."""
-    renamed = {}
-    for key, tensor in tensors.items():
-        # DINOv2 trains in chunks of blocks: blocks.CHUNK.BLOCK.name becomes blocks.BLOCK.name
-        key = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key)
-        if key == "reg_token":                                           # timm's name
-            key = "register_tokens"
-        renamed[key] = tensor
-    return renamed
+def upstream_key(key, tensor):
+    """A backbone's key as DINOv2 or torchvision have it."""
+    if key == "reg_token":                                               # timm's name
+        return "register_tokens"
+    if key == "mask_token" and tensor.dim() == 3:                        # MAE's, of another width
+        return "decoder.mask_token"
+    # DINOv2 trains in chunks of blocks: blocks.CHUNK.BLOCK.name becomes blocks.BLOCK.name
+    return re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key)
 
 
 def is_resnet(tensors):
@@ -625,57 +620,94 @@ def input_layer(tensors):
     return "conv1.weight" if is_resnet(tensors) else "patch_embed.proj.weight"
 
 
-def is_square(n):
-    return math.isqrt(n) ** 2 == n
+def count_blocks(tensors, name):
+    """How many blocks a layer has: the keys are NAME.0.x, NAME.1.x, ..."""
+    return len({key.split(".")[1] for key in tensors if key.startswith(f"{name}.")})
+
+
+def find_arch(path, tensors):
+    """The name in RESNETS or VITS of the network with these tensors; CheckpointError without one.
+
+    Heads cannot be counted: a ViT-S with 12 of them is taken for one with 6.
+    """
+    if is_resnet(tensors):
+        depths = tuple(count_blocks(tensors, f"layer{i}") for i in (1, 2, 3, 4))
+        shape = dict(depths=depths, bottleneck="layer1.0.conv3.weight" in tensors)
+    else:
+        width = len(tensors["patch_embed.proj.weight"])
+        shape = dict(width=width, depth=count_blocks(tensors, "blocks"))
+    for arch, fields in (RESNETS | VITS).items():
+        if shape.items() <= fields.items():                              # fields contain the shape
+            return arch
+    raise CheckpointError(f"{path}: none of {', '.join([*RESNETS, *VITS])} has {shape}")
+
+
+def check_tensors(path, tensors):
+    """Raises CheckpointError if a tensor's numbers are not in the file, or are no floats.
+
+    A tensor on the meta device has no numbers, and one that was expanded may turn 4 bytes into
+    4 TB. Integers are those of a quantised network, whose scale lies elsewhere.
+    """
+    for key, tensor in tensors.items():
+        dense = tensor.layout == torch.strided and not tensor.is_meta
+        require(dense and tensor.nbytes <= tensor.untyped_storage().nbytes(),
+                f"{path}: the numbers of {key} are not in the file")
+        require(tensor.is_floating_point() or not key.endswith(("weight", "bias")),
+                f"{path}: {key} is {tensor.dtype}")
+
+
+def read_tables(path, tensors):
+    """The sizes of a ViT's tables: patches along a side of its images, and registers.
+
+    Gives timm's table of positions the form (1, 1+M*M, D) of DINOv2's.
+    Raises CheckpointError if it is no such table.
+    """
+    table = tensors["pos_embed"]
+    registers = tensors.get("register_tokens", torch.empty(1, 0, 1))
+    problem = (f"{path}: pos_embed is {tuple(table.shape)}, register_tokens "
+               f"{tuple(registers.shape)}, not (1, 1+M*M, D) and (1, R, D)")
+    require(table.dim() == registers.dim() == 3 and len(table) == 1, problem)
+    count = table.shape[1]
+    side = math.isqrt(count)
+    if registers.shape[1] > 0 and count == side ** 2:
+        # timm's table has no row for CLS if there are registers: cls_token already contains it
+        tensors["pos_embed"] = F.pad(table, (0, 0, 1, 0))
+        count += 1
+    require(side > 0 and count == 1 + side ** 2, problem)
+    return side, registers.shape[1]
 
 
 def read_weights(path, in_chans=0):
     """Reads the backbone in a checkpoint file of any family, by keys and shapes -> Weights.
 
-    choose_backbone says which one of several is taken.
-    Raises CheckpointError as read_tensors does, and if the file has no ViT or ResNet.
+    choose_backbone says which one of several is taken, and in_chans matters for that alone.
+    Raises CheckpointError as read_tensors does, and if the file has no ViT or ResNet, or one of a
+    size that is not in VITS or RESNETS.
     """
     tensors = read_tensors(path)
     backbones = find_backbones(tensors)
-    if not backbones:
-        raise CheckpointError(f"{path}: no ViT or ResNet, has no 4-dimensional conv1.weight with a "
-                              f"layer1.0.conv1.weight or patch_embed.proj.weight with a pos_embed")
+    require(backbones, f"{path}: no ViT or ResNet, has no 4-dimensional conv1.weight with a "
+                       f"layer1.0.conv1.weight or patch_embed.proj.weight with a pos_embed")
     prefix = choose_backbone(backbones, in_chans)
     backbone = {}
     ignored = []
     for key, tensor in tensors.items():
         if key.startswith(prefix):
-            backbone[key.removeprefix(prefix)] = tensor
+            backbone[upstream_key(key.removeprefix(prefix), tensor)] = tensor
         else:
             ignored.append(key)
-    backbone = upstream_keys(backbone)
-    for key, tensor in backbone.items():
-        check_tensor(path, key, tensor)
-
-    # timm's table has no row for CLS if there are registers: cls_token already contains it
-    if "register_tokens" in backbone and is_square(backbone["pos_embed"].shape[1]):
-        backbone["pos_embed"] = F.pad(backbone["pos_embed"], (0, 0, 1, 0))
-    return Weights(backbone, ignored, prefix, [p for p in backbones if p != prefix])
-
-
-def check_tensor(path, key, tensor):
-    """Raises CheckpointError if a tensor's numbers are not in the file or it is no table.
-
-    A tensor on the meta device has no numbers, and one that was expanded may turn 4 bytes into
-    4 TB.
-    """
-    dense = tensor.layout == torch.strided and not tensor.is_meta
-    if not dense or tensor.nbytes > tensor.untyped_storage().nbytes():
-        raise CheckpointError(f"{path}: the numbers of {key} are not in the file")
-    if key in ("pos_embed", "register_tokens") and (tensor.dim() != 3 or tensor.numel() == 0):
-        raise CheckpointError(f"{path}: {key} is {tuple(tensor.shape)}, not 3-dimensional")
+    check_tensors(path, backbone)
+    _, channels, patch_size, _ = backbone[input_layer(backbone)].shape
+    side = 1
+    registers = 0
+    if not is_resnet(backbone):
+        side, registers = read_tables(path, backbone)
+    layerscale = any(key.endswith("gamma") for key in backbone)
+    return Weights(backbone, find_arch(path, backbone), channels, patch_size, side * patch_size,
+                   registers, layerscale, prefix, ignored)
 
 
 # ------------------------------------------------------------------- loading and saving a backbone
-
-# Keys of a network without its heads begin like this. A file that has one which the model lacks
-# holds another network, for example a deeper one, and the model would not compute what it does.
-BODY = ("conv1", "bn1", "layer", "patch_embed", "blocks", "norm_pre", "reg")
 
 # mean and standard deviation of red, green and blue in [0,1] that natural-image weights expect to
 # be taken away; "half" is that of the ViTs of the original ViT paper
@@ -685,50 +717,15 @@ NORMS = {
 }
 
 
-def count_blocks(tensors, name):
-    """How many blocks a layer has: the keys are NAME.0.x, NAME.1.x, ..."""
-    return len({key.split(".")[1] for key in tensors if key.startswith(f"{name}.")})
-
-
-def shape_of(tensors):
-    """What RESNETS or VITS say of a backbone, but for the heads, which no tensor tells."""
-    if is_resnet(tensors):
-        depths = tuple(count_blocks(tensors, f"layer{i}") for i in (1, 2, 3, 4))
-        return dict(depths=depths, bottleneck="layer1.0.conv3.weight" in tensors)
-    width = tensors["patch_embed.proj.weight"].shape[0]
-    return dict(width=width, depth=count_blocks(tensors, "blocks"))
-
-
-def arch_of(tensors):
-    """The name of the architecture that the tensors have, None if it is unknown."""
-    shape = shape_of(tensors).items()
-    for arch, fields in (RESNETS | VITS).items():
-        if shape <= fields.items():                                      # fields contain the shape
-            return arch
-    return None
-
-
 def build_from(path, in_chans=0, quiet=True):
     """Builds the backbone in a file, loads its weights and returns it in eval mode.
 
-    Architecture, channels, patch size, image size and registers are read off the tensors; a ViT-S
-    with 12 heads is taken for one with 6. in_chans only chooses between several backbones.
-    Raises CheckpointError as read_weights and load_pretrained do, and for a network of no known
-    size.
+    Everything is read off the tensors; in_chans only chooses between several backbones.
+    Raises CheckpointError as read_weights and load_pretrained do.
     """
     weights = read_weights(path, in_chans)
-    tensors = weights.tensors
-    arch = arch_of(tensors)
-    if arch is None:
-        raise CheckpointError(f"{path}: none of {', '.join([*RESNETS, *VITS])} has "
-                              f"{shape_of(tensors)}")
-    _, channels, patch_size, _ = tensors[input_layer(tensors)].shape
-    if arch in RESNETS:
-        model = build(arch, channels)
-    else:
-        side = max(1, math.isqrt(tensors["pos_embed"].shape[1] - 1))     # patches along a side
-        model = build(arch, channels, side * patch_size, patch_size, weights.registers,
-                      layerscale=weights.layerscale)
+    model = build(weights.arch, weights.in_chans, weights.img_size, weights.patch_size,
+                  weights.registers, layerscale=weights.layerscale)
     load_pretrained(model, path, quiet=quiet, weights=weights)
     return model.eval()
 
@@ -755,7 +752,7 @@ def fold_normalisation(tensors, norm):
     return tensors
 
 
-def adapt_input(weight, fresh, adapt, red_green_blue=()):
+def adapt_input(path, weight, fresh, adapt, red_green_blue=()):
     """A first layer for another number of channels: weight (D,c,k,k) -> like fresh (D,C,k,k).
 
     adapt="random" returns fresh, as SoftCon does.
@@ -763,8 +760,10 @@ def adapt_input(weight, fresh, adapt, red_green_blue=()):
     adapt="rgb" copies three channels to the positions red_green_blue and takes fresh elsewhere.
     Whatever adapt is, 12 and 13 bands of Sentinel-2 keep the bands they share, which are all but
     B10: the new layer gives what the file's would at B10 = 0.
-    Raises CheckpointError if adapt does not apply.
+    Raises CheckpointError if adapt does not apply, or the layers differ in more than that.
     """
+    require(weight[:, :1].shape == fresh[:, :1].shape,
+            f"{path}: the first layer is {tuple(weight.shape)}, the model's {tuple(fresh.shape)}")
     weight = weight.to(fresh)
     c = weight.shape[1]
     C = fresh.shape[1]
@@ -776,38 +775,11 @@ def adapt_input(weight, fresh, adapt, red_green_blue=()):
         return fresh
     if adapt == "mean":
         return weight.mean(1, keepdim=True).expand_as(fresh) * (c / C)
-    if adapt == "rgb" and c == len(red_green_blue) == 3:
-        adapted = fresh.clone()
-        adapted[:, list(red_green_blue)] = weight
-        return adapted
-    raise CheckpointError(f"adapt={adapt} does not lead from {c} to {C} channels")
-
-
-def convert(name, tensor, fresh, model, adapt, red_green_blue):
-    """Gives a tensor of the file the model's shape: returns (tensor, verdict).
-
-    fresh is the model's tensor of that name. Verdicts: "loaded" as it is, "adapted" to the number
-    of channels, "resampled" to the number of positions, or "fresh" if the model's stays.
-    Raises CheckpointError if there is no way.
-    """
-    shape = tensor.shape
-    wanted = fresh.shape
-    problem = (f"{name} is {tuple(shape)} {tensor.dtype}, "
-               f"the model's is {tuple(wanted)} {fresh.dtype}")
-    if tensor.is_floating_point() != fresh.is_floating_point():
-        raise CheckpointError(problem)
-    if shape == wanted:
-        return tensor, "loaded"
-    if name in INPUT_LAYERS and (shape[0], *shape[2:]) == (wanted[0], *wanted[2:]):
-        adapted = adapt_input(tensor, fresh, adapt, red_green_blue)
-        return adapted, "fresh" if adapted is fresh else "adapted"
-    if name == "pos_embed" and (shape[0], shape[2]) == (wanted[0], wanted[2]):
-        patches = shape[1] - 1
-        if patches > 0 and is_square(patches):
-            return model.positions(*model.grid, tensor), "resampled"
-    if name == "mask_token":                       # MAE's has its decoder's width; nothing uses it
-        return fresh, "fresh"
-    raise CheckpointError(problem)
+    require(c == len(red_green_blue) == 3,
+            f"{path}: adapt={adapt} does not lead from {c} to {C} channels")
+    adapted = fresh.clone()
+    adapted[:, list(red_green_blue)] = weight
+    return adapted
 
 
 @torch.no_grad()
@@ -819,97 +791,69 @@ def load_pretrained(model, path, adapt="random", red_green_blue=(), norm=None, q
     where the file has 3 channels and red_green_blue three positions, else "mean". norm is None,
     "imagenet" or "half", see fold_normalisation. weights is what read_weights(path) returned.
 
-    Returns {verdict: names} with the verdicts of convert, "ignored" for what is only in the file,
-    and "notes", lines of text for the user.
-    Raises CheckpointError that names the tensor if the file lacks one, has one that does not fit,
-    or has a block that the model lacks. Three may be absent: the mask token, counters of batches
-    and, if the file has none at all, LayerScale, which then is 1.
+    Returns {verdict: names}: "loaded", "resampled" to the number of positions, "adapted" to the
+    channels, "fresh" (the model's own stay), "ignored" (only the file has them).
+    Raises CheckpointError if the file holds another architecture, lacks a tensor, has one of
+    another shape, or if adapt or norm does not apply. It names the tensor.
     """
     if weights is None:
         weights = read_weights(path, model.in_chans)
-    tensors = weights.tensors
-    channels = tensors[input_layer(tensors)].shape[1]
+    arch = model.spec["arch"]
+    require(weights.arch == arch, f"{path}: holds a {weights.arch}, take --arch {weights.arch}; "
+                                  f"the model is a {arch}")
+    own = model.state_dict()
+    check_names(path, weights, own)
+    tensors = dict(weights.tensors)
+    channels = weights.in_chans
+    verdicts = {name: "loaded" if name in tensors else "fresh" for name in own}
     if adapt == "auto":
         adapt = "rgb" if channels == len(red_green_blue) == 3 else "mean"
-    target = model.state_dict()
-    missing = [name for name in target if name not in tensors]
-    extra = [name for name in tensors if name not in target]
-    problems = name_problems(weights, missing, extra)
-    if norm and channels != 3:
-        problems.append(f"has {channels} channels, the normalisation {norm} is for 3")
-    if problems:
-        refuse(path, problems, model, tensors)
-
     if norm:
+        require(channels == 3, f"{path}: has {channels} channels, normalisation {norm} is for 3")
         tensors = fold_normalisation(tensors, norm)
-    report = {"loaded": [], "resampled": [], "adapted": [], "fresh": list(missing),
-              "ignored": weights.ignored + extra}
-    for name, fresh in target.items():
-        if name in missing:
-            continue
-        try:
-            target[name], verdict = convert(name, tensors[name], fresh, model, adapt,
-                                            red_green_blue)
-            report[verdict].append(name)
-        except CheckpointError as error:
-            problems.append(str(error))
-    if problems:
-        refuse(path, problems, model, tensors)
-    model.load_state_dict(target)
-    keeps_rgb = channels == 3 and (model.in_chans == 3 or adapt == "rgb")
-    report["notes"] = notes(weights, keeps_rgb and not norm)
+    if channels != model.in_chans:
+        layer = input_layer(tensors)
+        tensors[layer] = adapt_input(path, tensors[layer], own[layer], adapt, red_green_blue)
+        verdicts[layer] = "fresh" if tensors[layer] is own[layer] else "adapted"
+    if arch in VITS:
+        table = tensors["pos_embed"]
+        tensors["pos_embed"] = model.positions(table, *model.grid)
+        verdicts["pos_embed"] = "loaded" if tensors["pos_embed"] is table else "resampled"
+    try:
+        model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:                      # its last line names a tensor's two shapes
+        raise CheckpointError(f"{path}: {str(error).splitlines()[-1].strip()}") from error
+    report = defaultdict(list)
+    for name, verdict in verdicts.items():
+        report[verdict].append(name)
+    report["ignored"] = weights.ignored + [name for name in tensors if name not in own]
     if not quiet:
-        print_report(model, path, report)
+        print_report(model, path, weights, report)
+        if channels == 3 and not norm and (model.in_chans == 3 or adapt == "rgb"):
+            print("  natural-image weights expect (x - mean) / std: --init-norm imagenet|half "
+                  "folds it in")
     return report
 
 
-def name_problems(weights, missing, extra):
-    """What names say against loading: those that the file lacks, those that the model lacks."""
-    optional = ("mask_token", "num_batches_tracked")
-    if not weights.layerscale:
-        optional += ("gamma",)
-    problems = [f"has no tensor {name}" for name in missing if not name.endswith(optional)]
-    problems += [f"has {name}, which the model lacks" for name in extra if name.startswith(BODY)]
-    return problems
+def check_names(path, weights, own):
+    """Raises CheckpointError if a file lacks a tensor of the model's own, or the model a block.
+
+    A file may lack what OPTIONAL names and, if it has none at all, LayerScale, which then is 1.
+    """
+    optional = OPTIONAL if weights.layerscale else (*OPTIONAL, "gamma")
+    for name in own:
+        require(name in weights.tensors or name.endswith(optional), f"{path}: has no tensor {name}")
+    for name in weights.tensors:
+        require(name in own or not name.startswith(BODY),
+                f"{path}: has {name}, which the model lacks")
 
 
-def refuse(path, problems, model, tensors):
-    """Raises CheckpointError with the first problems, and with the cause if it is the network."""
-    arch = arch_of(tensors)
-    if arch and arch != model.spec["arch"]:
-        problems = [f"holds a {arch}, take --arch {arch}; the model is a {model.spec['arch']}",
-                    *problems]
-    raise CheckpointError(f"{path}: {'; '.join(problems[:3])}")
-
-
-def notes(weights, expects_normalised):
-    """What the user should know of a file that loads, in lines."""
-    lines = []
-    if weights.not_taken:
-        lines.append(f"took {weights.prefix}*; the file also has "
-                     f"{', '.join(f'{prefix}*' for prefix in weights.not_taken)}")
-    if expects_normalised:
-        lines.append("natural-image weights expect (x - mean) / std; --init-norm imagenet|half "
-                     "folds it in")
-    return lines
-
-
-def print_report(model, path, report):
-    """Says what model a file became and how many tensors came to each verdict."""
+def print_report(model, path, weights, report):
+    """Says what model a file became, and of each verdict how many tensors and the first three."""
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{path}: {model.spec}, {parameters:,} parameters")
-    for verdict in ("loaded", "resampled", "adapted", "fresh", "ignored"):
-        print(f"  {len(report[verdict])} {verdict}: {shorten(report[verdict])}")
-    for line in report["notes"]:
-        print(f"  {line}")
-
-
-def shorten(names):
-    """Up to three names in full, more of them counted by their first word: "blocks.* (168)"."""
-    if len(names) <= 3:
-        return ", ".join(names)
-    counts = Counter(name.split(".")[0] for name in names)
-    return ", ".join(f"{word}.* ({count})" for word, count in counts.items())
+    print(f"{path}: {weights.prefix}* is {model.spec}, {parameters:,} parameters")
+    for verdict, names in report.items():
+        print(f"  {len(names)} {verdict}: {', '.join(names[:3])}")
 
 
 def export_backbone(model, timm=False):

@@ -61,13 +61,12 @@ def soft_by_loop(q, k, yq, yk, tau):
     return total / len(q)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_label_similarity_is_shared_classes_over_the_root_of_the_sizes(seed):
-    _, _, yq, yk = example(seed)
-    s = losses.label_similarity(yq, yk)
-    for i in range(N):
-        for j in range(M):
-            assert abs(float(s[i, j]) - similarity(yq[i], yk[j])) < 1e-6
+def test_label_similarity_is_shared_classes_over_the_root_of_the_sizes():
+    for seed in range(3):
+        _, _, yq, yk = example(seed)
+        s = losses.label_similarity(yq, yk)
+        want = [[similarity(a, b) for b in yk] for a in yq]
+        assert torch.allclose(s, torch.tensor(want), atol=1e-6)
 
 
 def test_single_labels_reduce_label_similarity_to_class_equality():
@@ -77,31 +76,27 @@ def test_single_labels_reduce_label_similarity_to_class_equality():
     assert torch.equal(losses.label_similarity(one_hot[a], one_hot[b]), (a[:, None] == b).float())
 
 
-@pytest.mark.parametrize("offset", [0, 3])
-@pytest.mark.parametrize("tau", [0.1, 0.2])
+@pytest.mark.parametrize("tau, offset", [(0.1, 0), (0.2, 3)])
 def test_info_nce_equals_a_double_loop(tau, offset):
     q, k, _, _ = example()
     want = info_nce_by_loop(q, k, tau, offset)
     assert abs(float(losses.info_nce(q, k, tau, offset)) - want) < 1e-12
 
 
-@pytest.mark.parametrize("keys", [2, 11, 256])
-def test_constant_features_give_info_nce_the_log_of_the_number_of_keys(keys):
-    value = losses.info_nce(torch.ones(2, D), torch.ones(keys, D), 0.2)
-    assert abs(float(value) - math.log(keys)) < 1e-5
-
-
-def test_one_key_is_refused():
+def test_constant_features_give_info_nce_the_log_of_the_number_of_keys_and_one_key_is_refused():
+    for keys in (2, 11, 256):
+        value = losses.info_nce(torch.ones(2, D), torch.ones(keys, D), 0.2)
+        assert abs(float(value) - math.log(keys)) < 1e-5
     with pytest.raises(ValueError, match="at least 2"):
         losses.info_nce(torch.ones(1, D), torch.ones(1, D), 0.2)
 
 
-@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("tau", [0.1, 0.2, 1.0])
-def test_the_soft_term_equals_a_double_loop(tau, seed):
-    q, k, yq, yk = example(seed)
-    value = float(losses.soft_contrastive(q, k, yq, yk, tau))
-    assert abs(value - soft_by_loop(q, k, yq, yk, tau)) < 1e-6             # labels are in float32
+def test_the_soft_term_equals_a_double_loop(tau):
+    for seed in range(3):
+        q, k, yq, yk = example(seed)
+        value = float(losses.soft_contrastive(q, k, yq, yk, tau))
+        assert abs(value - soft_by_loop(q, k, yq, yk, tau)) < 1e-6         # labels are in float32
 
 
 def test_unlabelled_rows_and_columns_add_nothing_to_the_soft_term_and_stay_in_info_nce():
@@ -126,15 +121,13 @@ def test_without_any_label_the_soft_term_is_zero_and_has_a_zero_gradient():
         assert not gradient.any()
 
 
-@pytest.mark.parametrize("labelled", [range(M), [5], []])
-def test_the_mean_over_the_ranks_is_the_soft_term_of_all_however_labels_are_spread(labelled):
-    q, k, yq, yk = example(n=M)
-    for i in range(M):
-        if i not in labelled:
-            yq[i] = 0
-    whole = losses.soft_contrastive(q, k, yq, yk)
-    single = [losses.soft_contrastive(q[i:i + 1], k, yq[i:i + 1], yk) for i in range(M)]
-    assert torch.allclose(torch.stack(single).mean(), whole, atol=1e-12)
+def test_the_mean_over_the_ranks_is_the_soft_term_of_all_however_labels_are_spread():
+    for labelled in (range(M), [5], []):
+        q, k, yq, yk = example(n=M)
+        yq[[i for i in range(M) if i not in labelled]] = 0
+        single = [losses.soft_contrastive(q[i:i + 1], k, yq[i:i + 1], yk) for i in range(M)]
+        whole = losses.soft_contrastive(q, k, yq, yk)
+        assert torch.allclose(torch.stack(single).mean(), whole, atol=1e-12)
 
 
 def test_softcons_loss_is_info_nce_plus_weight_times_the_soft_term_at_its_own_temperature():
@@ -158,30 +151,24 @@ def test_on_one_rank_gather_gives_the_rows_themselves_without_a_gradient():
 
 
 @pytest.mark.parametrize("tau_student", [0.1, 0.3])
-def test_dino_loss_and_centre_follow_the_formulas_over_several_steps(tau_student):
+def test_dino_loss_and_centre_follow_the_formulas_and_the_teachers_scores_get_no_gradient(
+        tau_student):
     centre = losses.Centre(7).double()
     c = np.zeros(7)
     for step, tau in enumerate((0.03, 0.04, 0.05)):
-        s = random(5, 7, seed=step)
-        t = random(5, 7, seed=step + 10)
-        want = 0.0
-        for i in range(5):
-            p_t = np.exp((t[i].numpy() - c) / tau)
-            p_s = np.exp(s[i].numpy() / tau_student)
-            want -= (p_t / p_t.sum() * np.log(p_s / p_s.sum())).sum() / 5
+        s = random(5, 7, seed=step).requires_grad_()
+        t = random(5, 7, seed=step + 10).requires_grad_()
         value = losses.dino_loss(s, t, centre.value, tau, tau_student)
-        assert abs(float(value) - want) < 1e-9
+        value.backward()
+        assert s.grad.any() and t.grad is None
+        p_t = np.exp((t.detach().numpy() - c) / tau)
+        p_s = np.exp(s.detach().numpy() / tau_student)
+        p_t /= p_t.sum(1, keepdims=True)
+        p_s /= p_s.sum(1, keepdims=True)
+        assert abs(float(value.detach()) + (p_t * np.log(p_s)).sum() / 5) < 1e-9
         centre.update(t)
-        c = 0.9 * c + 0.1 * t.mean(0).numpy()
+        c = 0.9 * c + 0.1 * t.detach().numpy().mean(0)
     assert np.allclose(centre.value[0].numpy(), c, atol=1e-12)
-
-
-def test_the_teachers_scores_get_no_gradient():
-    s = random(5, 7).requires_grad_()
-    t = random(5, 7, seed=1).requires_grad_()
-    losses.dino_loss(s, t, torch.zeros(1, 7), 0.04).backward()
-    assert s.grad.any()
-    assert t.grad is None
 
 
 def test_koleo_is_the_log_distance_to_the_nearest_other_row_on_the_sphere():
@@ -195,18 +182,18 @@ def test_koleo_is_the_log_distance_to_the_nearest_other_row_on_the_sphere():
     assert torch.allclose(losses.koleo(x * torch.arange(1, 7)[:, None]), losses.koleo(x))
 
 
-def test_koleo_never_chooses_a_row_itself_even_if_all_cosines_are_negative():
-    angles = torch.tensor([0, 2, 4]).double() * math.pi / 3             # an equilateral triangle
+def test_koleo_never_chooses_a_row_itself_and_one_row_is_refused():
+    angles = torch.tensor([0, 2, 4]).double() * math.pi / 3             # all cosines are negative
     triangle = torch.stack([angles.cos(), angles.sin()], 1)
     assert abs(float(losses.koleo(triangle)) + math.log(math.sqrt(3))) < 1e-6
+    with pytest.raises(ValueError, match="at least 2"):
+        losses.koleo(triangle[:1])
 
 
-def test_koleo_of_equal_rows_has_a_finite_gradient_and_one_row_is_refused():
+def test_koleo_of_equal_rows_has_a_finite_gradient():
     same = torch.ones(3, 4, requires_grad=True)
     losses.koleo(same).backward()
     assert torch.isfinite(same.grad).all()
-    with pytest.raises(ValueError, match="at least 2"):
-        losses.koleo(same[:1])
 
 
 def test_pixel_loss_is_the_squared_error_summed_over_a_16_by_16_rgb_patch():
@@ -234,64 +221,51 @@ def test_peras_losses_add_up_crop_by_crop_with_the_gradients_of_the_whole(n_crop
     prototypes_t = random(20, 8, seed=3)
     centre = losses.Centre(20).double()
     centre.value = random(1, 20, seed=4)
-    before = centre.value.clone()
-
-    dino, spread = losses.pera_loss(student, teacher, (prototypes, prototypes_t), centre.value,
-                                    0.04, n_crops, n_global, 0.3)
-    centre.update(random(9, 20))                              # must not reach the backward pass
-    got = torch.autograd.grad(dino + 0.1 * spread, (student, prototypes, teacher),
-                              allow_unused=True)
 
     s = student @ prototypes.T
-    want_dino = losses.dino_loss(s, teacher @ prototypes_t.T, before, 0.04, 0.3)
-    want_spread = sum(losses.koleo(s[B * i:B * (i + 1)]) for i in range(n_global))
-    want = torch.autograd.grad(want_dino + 0.1 * want_spread, (student, prototypes))
-    assert torch.allclose(dino, want_dino, atol=1e-12)
-    assert torch.allclose(spread, want_spread, atol=1e-12)
-    assert torch.allclose(got[0], want[0], atol=1e-12)
-    assert torch.allclose(got[1], want[1], atol=1e-12)
-    assert got[2] is None or not got[2].any()
+    dino = losses.dino_loss(s, teacher @ prototypes_t.T, centre.value, 0.04, 0.3)
+    koleo = sum(losses.koleo(s[B * i:B * (i + 1)]) for i in range(n_global))
+    want = torch.autograd.grad(dino + 0.1 * koleo, (student, prototypes))
+
+    found = losses.pera_loss(student, teacher, (prototypes, prototypes_t), centre.value, 0.04,
+                             n_crops, n_global, 0.3)
+    centre.update(random(9, 20))                              # must not reach the backward pass
+    (found[0] + 0.1 * found[1]).backward()
+    for a, b in zip((*found, student.grad, prototypes.grad), (dino, koleo, *want), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+    assert teacher.grad is None or not teacher.grad.any()
 
 
 def test_inside_autocast_every_loss_and_gradient_is_that_of_float32():
-    generator = torch.Generator().manual_seed(3)
-    near = torch.randn(1, 8, generator=generator)           # rows that bfloat16 cannot tell apart
-    W = torch.randn(32, 8, generator=generator)
-    k = near + 0.02 * torch.randn(12, 8, generator=generator)
-    y = (torch.rand(12, 5, generator=generator) < 0.4).float()
+    near = random(1, 8)                                     # rows that bfloat16 cannot tell apart
+    q = (near + 0.02 * random(12, 8, seed=4)).float().requires_grad_()
+    k = (near + 0.02 * random(12, 8, seed=5)).float()
+    W = random(32, 8, seed=6).float()
+    _, _, y, _ = example(n=12)
     found = []
     for enabled in (False, True):
-        q = (near + 0.02 * torch.randn(12, 8, generator=torch.Generator().manual_seed(4)))
-        q.requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            soft_contrast, _, _ = losses.softcon_loss(q, k, y, y)
+            loss, _, _ = losses.softcon_loss(q, k, y, y)
             dino, koleo = losses.pera_loss(q, k, [W, W], torch.zeros(1, 32), 0.04, 2, 1)
-        (soft_contrast + dino + koleo).backward()
-        found.append([soft_contrast.detach(), dino.detach(), koleo.detach(), q.grad])
-    for outside, inside in zip(*found):
-        assert torch.equal(outside, inside)
+        gradient, = torch.autograd.grad(loss + dino + koleo, q)
+        found.append(torch.stack([loss, dino, koleo, *gradient.flatten()]))
+    assert torch.equal(*found)
 
 
 # -------------------------------------------------------------------------------------- masks
 
 
-@pytest.mark.parametrize("n, counts", [(784, (157, 157, 470)), (256, (51, 51, 154)),
-                                       (64, (13, 13, 38)), (36, (7, 7, 22)), (49, (10, 10, 29)),
-                                       (5, (1, 1, 3))])
-def test_peras_three_sets_are_disjoint_sorted_and_of_the_released_sizes(n, counts):
-    sets = losses.disjoint_masks(50, n, generator=seeded())
+@pytest.mark.parametrize("n, counts, shares", [
+    (784, (157, 157, 470), ()), (256, (51, 51, 154), ()), (64, (13, 13, 38), ()),
+    (36, (7, 7, 22), ()), (49, (10, 10, 29), ()), (5, (1, 1, 3), ()),
+    (100, (10, 30, 40), (0.1, 0.3, 0.4))])                               # 20 are left to nobody
+def test_peras_three_sets_are_disjoint_sorted_and_of_the_released_sizes(n, counts, shares):
+    sets = losses.disjoint_masks(50, n, *shares, generator=seeded())
     assert tuple(patches.shape[1] for patches in sets) == counts
+    assert all((patches.diff(dim=1) > 0).all() for patches in sets)
     for row in torch.cat(sets, 1):
-        assert row.sort().values.tolist() == list(range(n))
-    for patches in sets:
-        assert (patches.diff(dim=1) > 0).all()
-
-
-def test_shares_below_one_leave_patches_to_nobody():
-    sets = losses.disjoint_masks(3, 100, student=0.1, guessed=0.3, teacher=0.4)
-    assert [patches.shape[1] for patches in sets] == [10, 30, 40]
-    for row in torch.cat(sets, 1):
-        assert row.unique().numel() == 80
+        assert row.unique().numel() == sum(counts)
+        assert 0 <= row.min() and row.max() < n
 
 
 def test_masks_are_uniform_over_positions_and_follow_the_seed_alone():
@@ -306,11 +280,15 @@ def test_masks_are_uniform_over_positions_and_follow_the_seed_alone():
     assert not torch.equal(sets[0], losses.disjoint_masks(20000, 36, generator=seeded(1))[0])
 
 
-@pytest.mark.parametrize("n, shares", [(36, (0.5, 0.3, 0.3)), (4, (0.1, 0.3, 0.6)),
-                                       (36, (0.2, 0.0, 0.8)), (36, (0.4, 0.6, 0.0))])
-def test_shares_that_cannot_be_are_named(n, shares):
-    with pytest.raises(ValueError, match=f"mask ratios {shares[0]} {shares[1]} .* of {n} patches"):
-        losses.disjoint_masks(1, n, *shares)
+@pytest.mark.parametrize("draw, message", [
+    (lambda: losses.disjoint_masks(1, 36, 0.5, 0.3, 0.3), "mask ratios 0.5 0.3 0.3 of 36 patches"),
+    (lambda: losses.disjoint_masks(1, 4, 0.1, 0.3, 0.6), "mask ratios 0.1 0.3 0.6 of 4 patches"),
+    (lambda: losses.disjoint_masks(1, 36, 0.2, 0.0, 0.8), "mask ratios 0.2 0.0 0.8 of 36 patches"),
+    (lambda: losses.disjoint_masks(1, 36, 0.4, 0.6, 0.0), "mask ratios 0.4 0.6 0.0 of 36 patches"),
+    (lambda: losses.block_mask(2, (4, 4), 1.0), "mask ratio 1.0 leaves no patch of a 4 x 4 grid")])
+def test_shares_that_cannot_be_are_named(draw, message):
+    with pytest.raises(ValueError, match=message):
+        draw()
 
 
 @pytest.mark.parametrize("grid", [(16, 16), (7, 5), (2, 3)])
@@ -322,8 +300,7 @@ def test_block_mask_leaves_the_exact_number_sorted_distinct_and_reproducible(gri
     assert patches.min() >= 0 and patches.max() < n
     assert (patches.diff(dim=1) > 0).all()
     assert torch.equal(patches, losses.block_mask(50, grid, ratio, seeded(3)))
-    if ratio > 0:
-        assert (patches != patches[0]).any()
+    assert (patches != patches[0]).any() == (ratio > 0)
 
 
 def test_block_mask_covers_with_one_drawn_rectangle_after_another_and_cuts_the_last():
@@ -349,22 +326,12 @@ def test_blocks_are_of_either_direction_and_every_place_gets_its_turn():
     assert mask.mean(0).min() > 0.05
 
 
-def test_block_mask_refuses_to_mask_everything():
-    with pytest.raises(ValueError, match="mask ratio 1.0"):
-        losses.block_mask(2, (4, 4), 1.0)
-
-
 def test_blank_patches_greys_all_patches_but_the_given_ones():
     x = torch.rand(2, 3, 4, 6, generator=seeded())
     y = losses.blank_patches(x, torch.tensor([[0, 4], [1, 2]]), 2)
-    given = torch.tensor([[[1, 0, 0], [0, 1, 0]], [[0, 1, 1], [0, 0, 0]]]).bool()
-    for b in range(2):
-        for row in range(2):
-            for column in range(3):
-                area = (b, slice(None), slice(2 * row, 2 * row + 2),
-                        slice(2 * column, 2 * column + 2))
-                assert torch.equal(y[area], x[area]) == bool(given[b, row, column])
-                assert (y[area] == 0.5).all() != bool(given[b, row, column])
+    given = torch.tensor([[[1, 0, 0], [0, 1, 0]], [[0, 1, 1], [0, 0, 0]]])
+    given = given.kron(torch.ones(1, 2, 2)).bool()[:, None]                        # (2,1,4,6)
+    assert torch.equal(y, torch.where(given, x, torch.tensor(0.5)))
 
 
 # ------------------------------------------------------------------------------- what the log says
@@ -381,19 +348,15 @@ def collapse_by_numpy(x):
     return std, math.exp(-(p * np.log(p)).sum())
 
 
-def test_feature_std_and_effective_rank_equal_independent_formulas_of_centred_features():
+def test_feature_std_and_effective_rank_equal_independent_formulas_and_are_0_and_1_if_constant():
     x = random(64, 8) * torch.arange(1, 9)
     for features in (x, x + 5, x + torch.arange(8)):                       # their means differ
         std, rank = losses.collapse(features.float())
         want_std, want_rank = collapse_by_numpy(features)
         assert abs(std - want_std) < 1e-4
         assert abs(rank - want_rank) < 1e-3
-
-
-def test_constant_features_have_no_deviation_and_rank_one():
     std, rank = losses.collapse(torch.ones(64, 32))
-    assert std < 1e-6
-    assert rank < 1.01
+    assert std < 1e-6 and rank < 1.01
 
 
 def test_soft_share_is_the_part_of_the_soft_term_in_the_sum_of_gradient_norms():
