@@ -10,15 +10,15 @@ them, scales them, joins their labels and meets their bad files; everything else
 A scene is a place with one or more images, its seasons.  These are the archives:
 
     read_ssl4eo        root/{s1,s2c,s2a}/{0000000}/{product}/{band}.tif           [1], v1.0
-    read_ssl4eo_zarr   root/{S1GRD,S2L1C,S2L2A,S2RGB}/*.zarr.zip                  [1], v1.1
+                       root/{S1GRD,S2L1C,S2L2A,S2RGB}/*.zarr.zip                  [1], v1.1
     read_bigearthnet   root/BigEarthNet-{...}/{patch}/{patch}_{band}.tif          [2], v1 and v2
     read_folder        TIFF, PNG and JPEG files, in class folders or not
     make_toy           writes an artificial SSL4EO-S12 v1.0 tree with labels
 
 All sensors are scaled in one way: x' = (x - mean) / (4 std) + 1/2, clipped to [0,1], so that
 mean - 2 std becomes 0 and mean + 2 std becomes 1 [SoftCon README, "Data normalization"].  Packs
-hold x' as uint8, 0 to 255; networks get it as float, 0 to 1.  RGB images are uint8 already and
-stay as they are.
+hold x' as uint8, 0 to 255; networks get it as float, 0 to 1.  Pictures have mean 127.5 and std
+63.75, so that their 0 to 255 stay as they are.
 
 A file holds its bands where the sensor's `channels` says.  Nothing guesses another order from the
 names of folders: a wrong one would train without a word.
@@ -31,7 +31,6 @@ import csv
 import dataclasses
 import json
 import logging
-import multiprocessing
 import os
 import re
 import shutil
@@ -59,8 +58,8 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 # ---------------------------------------------------------------------------------------- errors
 
-# What tifffile, imagecodecs, zarr, csv and json raise for files that are cut off, damaged or
-# something else.  Codecs raise RuntimeErrors of their own.
+# What tifffile, imagecodecs, zarr, pyarrow, csv and json raise for files that are cut off, damaged
+# or something else.  Codecs raise RuntimeErrors of their own.
 BAD_FILE = (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, AttributeError,
             EOFError, struct.error, zlib.error, csv.Error, zipfile.BadZipFile,
             tifffile.TiffFileError)
@@ -80,8 +79,8 @@ def require(condition, problem):
 def reading(path, problem="unreadable"):
     """Turn what a library raises about a file into an InputError of one line that names the file.
 
-    An InputError gets the name as well.  Other OSErrors than that of a missing file, MemoryError
-    and NameError are no fault of the file and go on.
+    An InputError gets the name as well, and so does an error of the disk, which is no fault of the
+    file and stays an OSError.  MemoryError and NameError go on as they are.
     """
     try:
         yield
@@ -89,6 +88,11 @@ def reading(path, problem="unreadable"):
         raise InputError(f"{path}: {error}") from error
     except FileNotFoundError as error:
         raise InputError(f"{path}: missing") from error
+    except ImportError as error:
+        raise InputError(f"{path}: needs a package: pip install {error.name}") from error
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     except BAD_FILE as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{path}: {problem} ({type(error).__name__}: {reason})") from error
@@ -119,11 +123,11 @@ class Sensor:
     bands: list       # names of the bands
     kind: str         # "optical": reflectance; "radar": decibels; "rgb": display values, 0 to 255
     dtype: str        # type of the pixels in the files, as numpy calls it
-    mean: list = ()   # in the sensor's units; empty: pixels are display values
-    std: list = ()
-    ratios: list = ()            # side of a pixel, in pixels of the finest band
-    red_green_blue: list = ()    # positions of these bands; by their names, empty if there are none
-    channels: list = ()          # where in a file each band lies; 0, 1, 2, ...
+    mean: list = field(default_factory=list)             # in the sensor's units
+    std: list = field(default_factory=list)
+    ratios: list = field(default_factory=list)           # side of a pixel, in those of the finest
+    red_green_blue: list = field(default_factory=list)   # positions of these bands, or empty
+    channels: list = field(default_factory=list)         # where in a file each lies: 0, 1, 2, ...
     scale: float = 1.0           # units = pixels * scale + offset
     offset: float = 0.0
     decibels: bool = False       # pixels are linear power: reading turns the units into decibels
@@ -131,26 +135,24 @@ class Sensor:
 
     def __post_init__(self):
         C = len(self.bands)
-        self.mean = [*self.mean]
-        self.std = [*self.std]
-        self.ratios = [*self.ratios] or [1] * C
-        self.red_green_blue = [*self.red_green_blue] or find_red_green_blue(self.bands)
-        self.channels = [*self.channels] or [*range(C)]
+        if self.kind == "rgb":                 # to_uint8 then leaves 0 to 255 as they are
+            self.mean = self.mean or [127.5] * C
+            self.std = self.std or [63.75] * C
+        self.ratios = self.ratios or [1] * C
+        self.red_green_blue = self.red_green_blue or find_red_green_blue(self.bands)
+        self.channels = self.channels or [*range(C)]
 
         require(C > 0 and len(set(self.bands)) == C, f"bands {self.bands}: none, or a name twice")
         kinds = ("optical", "radar", "rgb")
         require(self.kind in kinds, f"kind {self.kind!r}: not one of {', '.join(kinds)}")
         require(np.dtype(self.dtype).kind in "iuf", f"dtype {self.dtype!r}: neither int nor float")
-        lists = ["ratios", "channels"]
-        if self.kind != "rgb" or self.mean or self.std:
-            lists += ["mean", "std"]
-        for name in lists:
+        for name in ("mean", "std", "ratios", "channels"):
             values = getattr(self, name)
             require(len(values) == C, f"{name}: {len(values)} numbers for {C} bands")
             require(np.isfinite(values).all(), f"{name} {values}: not finite")
-        require(all(std > 0 for std in self.std), f"std {self.std}: not above 0")
+        require(min(self.std) > 0, f"std {self.std}: not above 0")
         require(min(self.ratios) == 1, f"ratios {self.ratios}: the finest band has 1")
-        require(len(set(self.channels)) == C and min(self.channels) >= 0,
+        require(min(self.channels) >= 0 and len(set(self.channels)) == C,
                 f"channels {self.channels}: one twice, or below 0")
         require(len(self.red_green_blue) in (0, 3) and set(self.red_green_blue) <= {*range(C)},
                 f"red_green_blue {self.red_green_blue}: not three positions of {C} bands")
@@ -198,7 +200,7 @@ SENSORS = {
 # networks are trained with, the other EuroSAT's own [SSL4EO-S12 eurosat_dataset.py].
 SENSORS["eurosat"] = replace(
     SENSORS["s2c"], name="eurosat", ratios=[1] * 13,
-    channels=[0, 1, 2, 3, 4, 5, 6, 7, 12, 8, 9, 10, 11])
+    channels=[*range(8), 12, *range(8, 12)])
 SENSORS["eurosat-own"] = replace(
     SENSORS["eurosat"], name="eurosat-own",
     mean=[1353.73, 1117.20, 1041.88, 946.55, 1199.19, 2003.01, 2374.01, 2301.22, 2599.78, 732.18,
@@ -211,10 +213,10 @@ def find_sensor(name):
     """The sensor of that name, or the one in that JSON file.  InputError: there is none."""
     if name.endswith(".json"):
         fields = read_json(name)
-        with reading(name, "no sensor"):
+        with reading(name):
             return make_sensor(fields, Path(name).stem)
-    require(name in SENSORS, f"--modality {name}: unknown, take one of {', '.join(SENSORS)}, or a "
-                             f"JSON file")
+    require(name in SENSORS,
+            f"--modality {name}: unknown, take one of {', '.join(SENSORS)}, or a JSON file")
     return SENSORS[name]
 
 
@@ -224,43 +226,29 @@ def make_sensor(fields, name="own"):
     bands, kind and dtype must be there, mean and std too unless the pixels are display values.
     InputError: a field is unknown, missing, or does not agree with the others.
     """
-    try:
+    with reading(f"sensor {name}", "unsuitable"):
         return Sensor(**{"name": name} | fields)
-    except TypeError as error:                 # an unknown or missing field, text for a number
-        raise InputError(f"sensor {name}: {error}") from error
 
 
 # --------------------------------------------------------------------------------------- scaling
 
 
-def is_missing(x, sensor):
-    """bool as x, pixels as stored: those that say that nothing was measured."""
-    if sensor.nodata is not None and np.isnan(sensor.nodata):
-        return np.isnan(x)
-    return x == sensor.nodata                            # no pixel equals None
-
-
-def require_finite(x, sensor):
-    """InputError: pixels as stored are NaN or infinite, and that does not say nodata."""
-    finite = np.isfinite(x)
-    require(finite.all() or (finite | is_missing(x, sensor)).all(),
-            "NaN or infinite pixels; if nothing was measured there, give the sensor a nodata")
-
-
 def to_units(x, sensor):
-    """Pixels as stored, any shape -> the sensor's units, NaN where nothing was measured.
+    """Pixels as stored, any shape -> float32 in the sensor's units, NaN: nothing was measured.
 
-    Most sensors store their units, so that most pixels come back as they are.
+    InputError: pixels are NaN or infinite, and that does not say nodata.
     """
-    units = x
-    if sensor.scale != 1 or sensor.offset != 0:
-        units = np.float32(x) * np.float32(sensor.scale) + np.float32(sensor.offset)
+    missing = x == sensor.nodata                                     # no pixel equals None
+    if sensor.nodata is not None and np.isnan(sensor.nodata):
+        missing = np.isnan(x)
+    require((np.isfinite(x) | missing).all(),
+            "NaN or infinite pixels; if nothing was measured there, give the sensor a nodata")
+    nan = np.float32("nan")
+    units = np.float32(x) * np.float32(sensor.scale) + np.float32(sensor.offset)
+    units = np.where(missing, nan, units)
     if sensor.decibels:
-        power = np.array(units, np.float32)
-        power[power <= 0] = np.nan                       # no power has no logarithm
+        power = np.where(units > 0, units, nan)                      # no power has no logarithm
         units = 10 * np.log10(power)
-    if sensor.nodata is not None:
-        units = np.where(is_missing(x, sensor), np.float32("nan"), units)
     return units
 
 
@@ -268,18 +256,13 @@ def to_uint8(x, sensor):
     """(C,H,W) in the sensor's units -> uint8 (C,H,W): mean -+ 2 std become 0 and 255.
 
     Values beyond saturate.  (A plain cast would wrap: reflectance 12000 as x/10000*255 gives 50.)
-    NaN, a pixel without a measurement, becomes the mean.  A sensor without a mean has display
-    values, which are only rounded.
+    NaN, a pixel without a measurement, becomes the mean.
     """
-    x = np.array(x, np.float32)                                      # a copy
-    if sensor.mean:
-        mean = np.float32(sensor.mean)[:, None, None]                # (C,1,1)
-        std = np.float32(sensor.std)[:, None, None]                  # (C,1,1)
-        x -= mean - 2 * std
-        x *= 255 / (4 * std)
-    x += 0.5                                                         # the cast rounds down
-    x[np.isnan(x)] = 127.5
-    return np.clip(x, 0, 255, out=x).astype(np.uint8)
+    mean = np.float32(sensor.mean)[:, None, None]                    # (C,1,1)
+    std = np.float32(sensor.std)[:, None, None]                      # (C,1,1)
+    x = (np.float32(x) - (mean - 2 * std)) * (255 / (4 * std))
+    x = np.nan_to_num(x + 0.5, nan=127.5)                            # the cast rounds down
+    return x.clip(0, 255).astype(np.uint8)
 
 
 def to_input(x, sensor):
@@ -290,22 +273,22 @@ def to_input(x, sensor):
     bands, or NaN.
     """
     x = np.asarray(x)
-    bands = len(sensor.bands)
-    require(x.ndim == 3 and len(x) == bands,
-            f"array of shape {x.shape}: {sensor.name} takes ({bands}, height, width), in the order "
+    C = len(sensor.bands)
+    require(x.ndim == 3 and len(x) == C,
+            f"array of shape {x.shape}: {sensor.name} takes ({C}, height, width), in the order "
             f"{' '.join(sensor.bands)}")
-    require_finite(x, sensor)
-    return torch.from_numpy(to_uint8(to_units(x, sensor), sensor)).float()[None] / 255
+    levels = to_uint8(to_units(x, sensor), sensor)
+    return torch.from_numpy(levels).float()[None] / 255
 
 
 def resize(x, size):
-    """(H,W) or (C,H,W) -> the same with size x size pixels, bilinear, pixel centres aligned."""
-    if x.shape[-2:] == (size, size):
+    """(C,H,W) -> (C,size,size), bilinear, pixel centres aligned; what shrinks is antialiased."""
+    if x.shape[1:] == (size, size):
         return x
-    image = torch.from_numpy(np.ascontiguousarray(x, np.float32)).reshape(1, -1, *x.shape[-2:])
-    shrinks = size < x.shape[-1]
-    image = F.interpolate(image, (size, size), mode="bilinear", antialias=shrinks)   # (1,C,.,.)
-    return image.numpy().reshape(*x.shape[:-2], size, size)
+    image = torch.from_numpy(np.ascontiguousarray(x, np.float32))[None]
+    shrinks = size < x.shape[2]
+    image = F.interpolate(image, (size, size), mode="bilinear", antialias=shrinks)
+    return image[0].numpy()
 
 
 # ----------------------------------------------------------------------------------- image files
@@ -317,24 +300,21 @@ PICTURES = (".png", ".jpg", ".jpeg")
 def read_tiff(path, bands=1):
     """A TIFF -> (C,H,W) as stored.  InputError: missing, cut off, no TIFF, or colours in disguise.
 
-    The bands are the channels of its only page, or each has a page.  Smaller copies and masks in
-    the file are passed over; of bands + 1 channels one of opacity is left out.
+    Its channels are those of all its pages.  Smaller copies and masks in the file are passed over;
+    of bands + 1 channels one of opacity is left out.
     """
     with reading(path), open(path, "rb") as file, tifffile.TiffFile(file) as tiff:
         pages = [page for page in tiff.pages if not (page.is_reduced or page.is_mask)]
-        require(len(pages) in (1, bands), f"{len(pages)} pages, not one, or one for each band")
         page = pages[0]
         for kind in ("PALETTE", "MINISWHITE"):
             require(page.photometric != tifffile.PHOTOMETRIC[kind],
                     f"its pixels are of the kind {kind}; save it as grey or RGB")
         x = np.stack([page.asarray() for page in pages])             # (pages,H,W) or with channels
-        if x.ndim == 4:
-            require(len(pages) == 1, "several pages of several channels")
-            x = x[0]
-            if page.planarconfig != tifffile.PLANARCONFIG.SEPARATE:
-                x = x.transpose(2, 0, 1)
-        opacity = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
-        if len(x) == bands + 1 and page.extrasamples and page.extrasamples[-1] in opacity:
+        if page.axes == "YXS":
+            x = np.moveaxis(x, 3, 1)                                 # (pages,channels,H,W)
+        x = x.reshape(-1, *x.shape[-2:])                             # (C,H,W)
+        opacity = {tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA}
+        if len(x) == bands + 1 and opacity & {*page.extrasamples[-1:]}:
             x = x[:bands]
         return x.astype(x.dtype.newbyteorder("="), copy=False)       # the machine's byte order
 
@@ -358,9 +338,8 @@ def read_picture(path, bands=3):
 
 def read_pixels(path, bands):
     """A TIFF, PNG or JPEG that should have so many bands -> (C,H,W) as stored."""
-    if path.lower().endswith(TIFF):
-        return read_tiff(path, bands)
-    return read_picture(path, bands)
+    read = read_tiff if path.lower().endswith(TIFF) else read_picture
+    return read(path, bands)
 
 
 def read_file(path, sensor, channels):
@@ -373,29 +352,25 @@ def read_file(path, sensor, channels):
     x = read_pixels(path, C)
     if sensor.kind == "rgb" and len(x) == 1:
         x = np.repeat(x, C, axis=0)
-    fits = len(x) > max(channels)
-    if max(channels) == C - 1:
-        fits = len(x) == C
-    require(fits and x.dtype == sensor.dtype,
-            f"{path}: {x.dtype} {x.shape}, expected {C} bands of {sensor.dtype}, channels "
-            f"{' '.join(map(str, channels))}")
+    needed = max(channels) + 1
     with reading(path):
-        require_finite(x, sensor)
-    if channels != [*range(C)]:
-        x = x[channels]
-    return to_units(x, sensor)
+        require(x.dtype == sensor.dtype and (len(x) == needed or len(x) > needed > C),
+                f"{x.dtype} {x.shape}, expected {C} bands of {sensor.dtype}, channels "
+                f"{' '.join(map(str, channels))}")
+        return to_units(x[channels], sensor)
 
 
-def read_bands(paths, sensor):
-    """A TIFF for each band -> (C,S,S) in the sensor's units, all on the grid of the finest.
+def read_bands(prefix, sensor):
+    """prefix + band + .tif for each band -> (C,S,S) in the sensor's units, all as the finest.
 
     InputError names each bad file.
     """
-    bands = []
+    paths = [f"{prefix}{band}.tif" for band in sensor.bands]
+    bands = []                                                       # (1,H,W) each
     problems = []
     for path in paths:
         try:
-            bands.append(read_file(path, sensor, [0])[0])
+            bands.append(read_file(path, sensor, [0]))
         except InputError as error:
             problems.append(str(error))
     require(not problems, "; ".join(problems))
@@ -403,9 +378,9 @@ def read_bands(paths, sensor):
     for path, x, ratio in zip(paths, bands, sensor.ratios):
         side = size // ratio
         # some files of SSL4EO-S12 are a few pixels off
-        require(max(abs(length - side) for length in x.shape) <= size // 40,
-                f"{path}: {x.shape} pixels, expected {side} x {side}")
-    return np.stack([resize(x, size) for x in bands])
+        require(max(abs(length - side) for length in x.shape[1:]) <= size // 40,
+                f"{path}: {x.shape[1:]} pixels, expected {side} x {side}")
+    return np.concatenate([resize(x, size) for x in bands])
 
 
 # -------------------------------------------------------------------------------------- archives
@@ -434,23 +409,19 @@ class Archive:
 def open_archive(root, sensor, labels=None):
     """The archive in `root`, by the reader for what lies there.
 
-    labels: the json of SSL4EO-S12-ML for SSL4EO-S12 (None: the one in root, if any); for folders of
+    labels: for SSL4EO-S12 the json of SSL4EO-S12-ML (None: the one in root, if any); for folders of
     images a table, see labels_from_table, or "classes", the folders; None: they are unlabelled.
-    BigEarthNet brings its own.  InputError: nothing there that fits the sensor.
+    BigEarthNet brings its own.  InputError: nothing there that suits the sensor.
     """
     folders = set(subfolders(root))
     require(not os.path.exists(f"{root}/images.npy"), f"{root}: is a pack already")
     if folders & set().union(*BEN_FOLDERS.values()):
-        require(labels in (None, "classes"), f"--labels {labels}: BigEarthNet brings its own")
+        require(not labels, f"--labels {labels}: BigEarthNet brings its own")
         return read_bigearthnet(root, sensor)
-    zips = find_zips(root, sensor)
-    if not zips and not folders & {"s1", "s2c", "s2a"}:
-        return read_folder(root, sensor, labels)
-    require(labels != "classes", f"--labels classes: {root} holds products of SSL4EO-S12")
-    if not labels and os.path.exists(f"{root}/ssl4eo_multilabel.json"):
-        labels = f"{root}/ssl4eo_multilabel.json"
-    reader = read_ssl4eo_zarr if zips else read_ssl4eo
-    return reader(root, sensor, labels)
+    if folders & {"s1", "s2c", "s2a"} or find_zips(root, sensor):
+        require(labels != "classes", f"--labels classes: {root} holds products of SSL4EO-S12")
+        return read_ssl4eo(root, sensor, labels)
+    return read_folder(root, sensor, labels)
 
 
 def subfolders(folder):
@@ -466,9 +437,63 @@ CLASSES = ("water", "trees", "grass", "flooded vegetation", "crops", "shrub & sc
            "bare", "snow & ice")
 
 
-def read_ssl4eo(root, sensor, labels=None):
-    """An SSL4EO-S12 v1.0 tree [1]; sensor s1, s2c or s2a; labels: SSL4EO-S12-ML's json."""
-    return join_labels(root, sensor, labels, list_tree)
+def read_ssl4eo(root, sensor, path=None):
+    """SSL4EO-S12 [1], v1.0 or v1.1 as it is downloaded; sensor s1, s2c, s2a, of v1.1 rgb too.
+
+    path: SSL4EO-S12-ML's json, which names S2 products; None: root/ssl4eo_multilabel.json if it is
+    there.  A scene or product that it leaves out, or gives an empty list, is unlabelled.
+    """
+    list_products = list_tree
+    if find_zips(root, sensor):
+        list_products = list_zips
+        if sensor == SENSORS[sensor.name]:     # one from a JSON file says itself what files hold
+            sensor = ZIP_SENSORS[sensor.name]
+    if not path and os.path.exists(f"{root}/ssl4eo_multilabel.json"):
+        path = f"{root}/ssl4eo_multilabel.json"
+    archive = Archive([], sensor)
+    scenes = list_products(root, sensor)
+    table = read_labels(path) if path else {}
+    named = {}                                 # {scene: {product: ...}} of the modality in the json
+    if any(table.get(scene, {}).keys() - products.keys() for scene, products in scenes.items()):
+        named = other_s2(root, sensor, list_products)
+    by_order = 0
+    for scene, products in scenes.items():
+        labels = table.get(scene, {})
+        sources = label_sources(labels, products, named.get(scene, ()))
+        for product, source in zip(products, sources):
+            classes = labels.get(source, ())
+            by_order += len(classes) > 0 and source != product
+            archive.images.append(Image(scene, f"{scene}/{product}", products[product], classes))
+    if path:
+        labelled = sum(len(image.labels) > 0 for image in archive.images)
+        require(labelled, f"{path}: labels none of the products here")
+        archive.classes = CLASSES
+        archive.labels_from = f"{Path(path).name} (SSL4EO-S12-ML)"
+        archive.notes.append(f"{labelled} images have labels from {path}, {by_order} of them by "
+                             f"place and order of time")
+    return archive
+
+
+def label_sources(labels, products, named):
+    """Names of the products whose labels the products of a scene take, one by one.
+
+    labels: {product: classes} of the scene.  They go to the products that they name.  If these are
+    not here, because the archive is radar or another level of S2, they go by order of time to as
+    many products, among which `named`, those of the other modality, tell the places of all.
+    """
+    for names in (products, named, sorted(labels, key=date)):
+        if labels.keys() <= {*names} and len(names) == len(products):
+            return names
+    return products
+
+
+def other_s2(root, sensor, list_products):
+    """As list_products gives, of another S2 modality beside the sensor's; {}: there is none."""
+    for name in ("s2c", "s2a"):
+        if name != sensor.name:
+            with suppress(InputError):
+                return list_products(root, SENSORS[name])
+    return {}
 
 
 def list_tree(root, sensor):
@@ -478,7 +503,7 @@ def list_tree(root, sensor):
     for scene in subfolders(tree):
         products = sorted(subfolders(f"{tree}/{scene}"), key=date)
         require(products, f"{tree}/{scene}: scene without a product")
-        scenes[scene] = {product: partial(read_product, f"{tree}/{scene}/{product}", sensor)
+        scenes[scene] = {product: partial(read_bands, f"{tree}/{scene}/{product}/", sensor)
                          for product in products}
     require(scenes, f"{tree}: no scenes")
     return scenes
@@ -489,58 +514,6 @@ def date(product):
     found = re.search(r"\d{8}T\d{6}", product)
     require(found, f"product name {product!r} has no date such as 20200604T054639")
     return found[0]
-
-
-def read_product(folder, sensor):
-    """A folder with a TIFF for each band -> (C,S,S) in the sensor's units."""
-    return read_bands([f"{folder}/{band}.tif" for band in sensor.bands], sensor)
-
-
-def join_labels(root, sensor, path, list_products):
-    """The archive of all products that list_products(root, sensor) finds, with their labels.
-
-    path: SSL4EO-S12-ML's json, which names S2 products, or None.
-
-    Labels go to the products that they name.  If these are not here, because the archive is radar
-    or another level of S2, they go by order of time to as many products of the same scene.  A scene
-    or product that the json leaves out, or gives an empty list, is unlabelled.
-    """
-    archive = Archive([], sensor)
-    scenes = list_products(root, sensor)
-    table = read_labels(path) if path else {}
-    named = None                               # {scene: {product: ...}} of the modality in the json
-    labelled = 0
-    by_order = 0
-    for scene, products in scenes.items():
-        labels = table.get(scene, {})
-        sources = [*products]                  # whose labels the products take, one by one
-        if not labels.keys() <= products.keys():
-            if named is None:
-                named = other_s2(root, sensor, list_products)
-            for names in (named.get(scene, ()), sorted(labels, key=date)):
-                if labels.keys() <= {*names} and len(names) == len(products):
-                    sources = [*names]
-        for product, source in zip(products, sources):
-            classes = labels.get(source, ())
-            labelled += len(classes) > 0
-            by_order += len(classes) > 0 and source != product
-            archive.images.append(Image(scene, f"{scene}/{product}", products[product], classes))
-    if path:
-        require(labelled, f"{path}: labels none of the products here")
-        archive.classes = CLASSES
-        archive.labels_from = f"{Path(path).name} (SSL4EO-S12-ML)"
-        archive.notes.append(f"{labelled} images have labels from {path}, {by_order} of them by "
-                             f"place and order of time")
-    return archive
-
-
-def other_s2(root, sensor, list_products):
-    """As list_products gives, of another S2 modality beside the sensor's; {}: there is none."""
-    for name in ("s2c", "s2a"):
-        if name != sensor.name:
-            with suppress(InputError):
-                return list_products(root, SENSORS[name])
-    return {}
 
 
 def read_labels(path):
@@ -581,22 +554,12 @@ ZIP_SENSORS = {
 }
 
 
-def read_ssl4eo_zarr(root, sensor, labels=None):
-    """SSL4EO-S12 v1.1 as it is downloaded: zips of zarr arrays, 64 places of four seasons each.
-
-    labels: SSL4EO-S12-ML's json.  A sensor from a JSON file says itself what the files hold.
-    """
-    if sensor == SENSORS[sensor.name]:
-        sensor = ZIP_SENSORS[sensor.name]
-    return join_labels(root, sensor, labels, list_zips)
-
-
 def find_zips(root, sensor):
     """Paths of the sensor's zips in root, root/train and root/val, sorted."""
     paths = []
     if sensor.name in ZIP_FOLDERS:
-        for part in (".", "train", "val"):
-            paths += sorted(Path(root, part, ZIP_FOLDERS[sensor.name]).glob("*.zarr.zip"))
+        for folder in (".", "train", "val"):
+            paths += sorted(Path(root, folder, ZIP_FOLDERS[sensor.name]).glob("*.zarr.zip"))
     return [str(path) for path in paths]
 
 
@@ -615,34 +578,24 @@ def list_zips(root, sensor):
             require(plain == [band.upper() for band in sensor.bands],
                     f"bands {' '.join(bands)}, {sensor.name} has {' '.join(sensor.bands)}")
         for i, (place, names) in enumerate(zip(places, products)):
-            scenes[place] = {}
-            for product in sorted(names, key=date):
-                season = names.index(product)
-                scenes[place][product] = partial(read_zip_image, path, i, season, chunk, sensor)
+            scenes[place] = {
+                name: partial(read_zip_image, path, i, names.index(name), chunk, sensor)
+                for name in sorted(names, key=date)}
     require(scenes, f"{root}: no zips of {sensor.name}")
     return scenes
 
 
 def open_zip(path):
-    """The zarr group in a zip."""
-    try:
-        import zarr
-    except ImportError as error:
-        raise InputError("needs the package zarr: pip install zarr") from error
+    """The zarr group in a zip: SSL4EO-S12 v1.1 has 64 places of four seasons in each."""
+    import zarr
     return zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r")
-
-
-@lru_cache(maxsize=2)
-def open_bands(path, process):
-    """The array of images in a zip.  No process may share the open file of another."""
-    return open_zip(path)["bands"]
 
 
 # Where a chunk holds many places, images that are read in order decode it once for each season.
 @lru_cache(maxsize=4)
 def read_chunk(path, start, stop, season):
     """(places,C,H,W) as stored."""
-    return np.asarray(open_bands(path, os.getpid())[start:stop, season])
+    return np.asarray(open_zip(path)["bands"][start:stop, season])
 
 
 def read_zip_image(path, place, season, chunk, sensor):
@@ -651,8 +604,7 @@ def read_zip_image(path, place, season, chunk, sensor):
     with reading(f"{path}: place {place}, season {season}"):
         x = read_chunk(path, start, start + chunk, season)[place - start, sensor.channels]
         require(x.dtype == sensor.dtype, f"{x.dtype} pixels, {sensor.name} has {sensor.dtype}")
-        require_finite(x, sensor)
-    return to_units(x, sensor)
+        return to_units(x, sensor)
 
 
 # ---------------------------------------------------------------------------------- BigEarthNet
@@ -663,7 +615,6 @@ BEN_FOLDERS = {
     "s2a": {"BigEarthNet-v1.0", "BigEarthNet-S2", "S2"},
     "s2c": {"BigEarthNet-v1.0", "BigEarthNet-S2", "S2"},
 }
-BEN_SPLITS = {"train": "train", "validation": "val", "test": "test"}
 
 # the 19 classes, which v2's labels name, and the CORINE labels of v1 that belong to each
 BEN_CLASSES = {
@@ -697,7 +648,7 @@ def read_bigearthnet(root, sensor):
 
     S2 patches are L2A and scaled with the statistics of s2a, as the first author of SoftCon does
     [Copernicus-Bench].  v1 has a json of labels in each patch; v2 has labels and official splits in
-    root/metadata.parquet (which pandas or pyarrow reads) or the same table as metadata.csv.
+    root/metadata.parquet, which leaves out patches of snow and cloud.
     """
     found = [name for name in subfolders(root) if name in BEN_FOLDERS.get(sensor.name, ())]
     require(found, f"{root}: no BigEarthNet folder for modality {sensor.name}")
@@ -705,81 +656,60 @@ def read_bigearthnet(root, sensor):
     on_disk = sensor
     if sensor.name == "s2c":
         on_disk = SENSORS["s2a"]
-        b10 = sensor.bands.index("B10")
-        archive.sensor = replace(             # 0 is mean - 2 std of B10, so that the pack has 0
-            sensor,
-            mean=[*on_disk.mean[:b10], 2.0, *on_disk.mean[b10:]],
-            std=[*on_disk.std[:b10], 1.0, *on_disk.std[b10:]])
+        b10 = sensor.bands.index("B10")        # 0 is its mean - 2 std, so that the pack has 0
+        mean = np.insert(on_disk.mean, b10, 2.0)
+        std = np.insert(on_disk.std, b10, 1.0)
+        archive.sensor = replace(sensor, mean=mean.tolist(), std=std.tolist())
         archive.notes.append("B10 is 0 everywhere, since level L2A has none")
+    files = [re.sub(r"^B(\d)$", r"B0\1", band) for band in on_disk.bands]        # B1 is B01
+    on_disk = replace(on_disk, bands=files)
 
+    table = f"{root}/metadata.parquet"
+    v2 = os.path.exists(table)
+    paths = Path(root, found[0]).glob("S*/S*" if v2 else "S*")       # tile/patch
+    patches = {path.name: path for path in paths}
+    if v2:
+        known = read_metadata(table, "s1_name" if sensor.name == "s1" else "patch_id")
+    else:
+        known = {name: read_patch_labels(path, table) for name, path in patches.items()}
     class_of = {}                              # {label of v1 or v2: class}
     for name, corine in BEN_CLASSES.items():
         class_of |= dict.fromkeys([name, *corine], name)
-    table = read_metadata(root, "s1_name" if sensor.name == "s1" else "patch_id")
-    pattern = "S*/S*" if table else "S*"                             # v2: tile/patch
-    for path in sorted(Path(root, found[0]).glob(pattern), key=lambda path: path.name):
-        if not table:
-            json_file = path / f"{path.name}_labels_metadata.json"
-            require(json_file.exists(), f"{json_file}: missing, and {root}/metadata.parquet of v2")
-            labels = read_json(json_file).get("labels", [])
-            split = ""
-        elif path.name in table:
-            labels, split = table[path.name]
-        else:                                  # v2's table leaves out patches of snow and cloud
-            continue
+    for name in sorted(patches.keys() & known.keys()):
+        labels, split = known[name]
         classes = {class_of[label] for label in labels if label in class_of}
-        read = partial(read_patch, str(path), on_disk, archive.sensor)
-        archive.images.append(Image(path.name, path.name, read, tuple(sorted(classes)), split))
+        read = partial(read_patch, f"{patches[name]}/{name}_", on_disk, archive.sensor)
+        archive.images.append(Image(name, name, read, tuple(sorted(classes)), split))
     require(archive.images, f"{root}/{found[0]}: no patches")
-    if table:
-        archive.notes.append(f"{len(archive.images)} of the {len(table)} patches of the table are "
-                             f"here")
     return archive
 
 
-def read_metadata(root, column):
-    """v2's table -> {name of a patch, from `column`: (labels, split)}; {}: there is no table."""
+def read_patch_labels(patch, table):
+    """(labels, split) of a patch of v1, a Path; `table` is what v2 has instead."""
+    path = patch / f"{patch.name}_labels_metadata.json"
+    require(path.exists(), f"{path}: missing, and {table} of v2")
+    return read_json(path).get("labels", []), ""
+
+
+def read_metadata(path, column):
+    """v2's table -> {name of a patch, from `column`: (labels, split)}."""
     columns = [column, "labels", "split"]
-    rows = []
-    if os.path.exists(f"{root}/metadata.csv"):
-        rows = csv.DictReader(read_text(f"{root}/metadata.csv").splitlines())
-    elif os.path.exists(f"{root}/metadata.parquet"):
-        rows = read_parquet(f"{root}/metadata.parquet", columns)
-    table = {}
-    with reading(f"{root}/metadata", f"no table with the columns {', '.join(columns)}"):
-        for row in rows:
-            labels = row["labels"]
-            if isinstance(labels, str):
-                labels = labels.split(";")
-            table[row[column]] = (labels, BEN_SPLITS.get(row["split"], ""))
-    return table
-
-
-def read_parquet(path, columns):
-    """Some columns of a table: [{column: value}, ...]."""
-    with suppress(ImportError), reading(path):
+    with reading(path, f"no table with the columns {', '.join(columns)}"):
         import pyarrow.parquet
-        return pyarrow.parquet.read_table(path, columns=columns).to_pylist()
-    with suppress(ImportError), reading(path):
-        import pandas
-        return pandas.read_parquet(path, columns=columns).to_dict("records")
-    raise InputError(f"{path}: needs the package pyarrow, or pandas with fastparquet: pip install "
-                     f"pyarrow")
+        rows = pyarrow.parquet.read_table(path, columns=columns).to_pylist()
+        return {row[column]: (row["labels"], row["split"].replace("validation", "val"))
+                for row in rows}
 
 
-def read_patch(folder, on_disk, sensor):
+def read_patch(prefix, on_disk, sensor):
     """A patch -> (C,120,120) in the sensor's units; B10, which L2A does not have, is 0."""
-    name = os.path.basename(folder)
-    files = [re.sub(r"^B(\d)$", r"B0\1", band) for band in on_disk.bands]        # B1 is B01
-    x = read_bands([f"{folder}/{name}_{band}.tif" for band in files], on_disk)
+    x = read_bands(prefix, on_disk)
     if len(x) < len(sensor.bands):
         x = np.insert(x, sensor.bands.index("B10"), 0, axis=0)
     return x
 
 
 # -------------------------------------------------------------------------------- image folders
-
-MASKS = {"mask", "masks", "label", "labels", "gt", "annotation", "annotations"}
 
 
 def read_folder(root, sensor, labels=None):
@@ -790,33 +720,33 @@ def read_folder(root, sensor, labels=None):
     """
     archive = Archive([], sensor)
     names = find_images(root, sensor)
-    folders = sorted({name.rpartition("/")[0].partition("/")[0] for name in names})      # the first
+    first = {name: name.rpartition("/")[0].partition("/")[0] for name in names}      # folder or ""
+    folders = sorted(set(first.values()))
     found = {}                                           # {image: its classes}
     if labels == "classes":
         require("" not in folders and len(folders) > 1,
                 f"--labels classes: {root} has no folders of classes, or images beside them")
         archive.classes = tuple(folders)
         archive.labels_from = "the names of the folders"
-        found = {name: (name.partition("/")[0],) for name in names}
+        found = {name: (folder,) for name, folder in first.items()}
     elif labels:
         archive.classes, found = labels_from_table(labels, root, names)
         archive.labels_from = Path(labels).name
     elif 1 < len(folders) <= 30:
         archive.notes.append(f"no labels; --labels classes takes the folders: {', '.join(folders)}")
 
-    scenes = {}                                          # {scene: its image}
-    masks = set()
+    image_of = {}                                        # {scene: its image}
     for name in names:
         scene = os.path.splitext(name)[0]
-        require(scene not in scenes, f"{root}: {scenes.get(scene)} and {name} have one name; if "
-                                     f"these are masks, move them elsewhere")
-        scenes[scene] = name
-        masks |= MASKS & {part.lower() for part in name.split("/")[:-1]}
+        require(scene not in image_of, f"{root}: {image_of.get(scene)} and {name} have one name; "
+                                       f"if these are masks, move them elsewhere")
+        image_of[scene] = name
         read = partial(read_file, f"{root}/{name}", sensor, sensor.channels)
         archive.images.append(Image(scene, name, read, found.get(name, ())))
+    masks = [folder for folder in folders if folder.lower() in ("mask", "masks", "labels", "gt")]
     if masks:
-        archive.notes.append(f"folders called {', '.join(sorted(masks))} are packed as images; if "
-                             f"they hold masks, move them elsewhere")
+        archive.notes.append(f"the files in {', '.join(masks)} are packed as images; if they are "
+                             f"masks, move them elsewhere")
     return archive
 
 
@@ -856,9 +786,8 @@ def labels_from_table(path, root, names):
     for row in rows:
         name, *cells = [cell.strip() for cell in row]
         images = meant.get(name, [])
-        require(images, f"{path}: {name}: no such image in {root}")
-        require(len(images) == 1, f"{path}: {name}: {len(images)} images have that name, write "
-                                  f"folder/{name}")
+        require(len(images) == 1, f"{path}: {name}: the name of {len(images)} images in {root}, "
+                                  f"write folder/image")
         require(images[0] not in found, f"{path}: {name}: its image has another row")
         require(len(cells) == len(classes) and set(cells) <= {"0", "1"},
                 f"{path}: {name}: its labels are not {len(classes)} times 0 or 1")
@@ -871,54 +800,59 @@ def labels_from_table(path, root, names):
 HEADER = ["scene", "image", "split", "labels"]           # of images.csv
 
 
+@contextmanager
+def whole_folder(path):
+    """Give a folder to write into, which becomes `path` when all is written, and goes if not."""
+    folder = f"{os.path.normpath(path)}.part{os.getpid()}"
+    os.makedirs(folder)
+    try:
+        yield folder
+        os.rename(folder, path)
+    except OSError as error:
+        if error.filename:                     # of an image: see reading
+            raise
+        raise InputError(f"{folder}: not written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def pack(archive, out, size=0, skip_bad=False, workers=os.cpu_count()):
     """Read, scale and write all images of an archive into the pack `out`, a new folder.
 
     size: side in pixels, to which the central square of each image is resized; 0: the side that
-    most images have.  skip_bad: leave out the images that cannot be read, and name them.  `out`
-    appears when it is whole.  InputError: bad images, after all are listed; a full disk.
+    most images have.  skip_bad: leave out the images that cannot be read, and name them.
+    InputError: bad images, after all are listed; a full disk.
     """
     require(not os.path.exists(out), f"{out}: exists; pack never overwrites")
     require(";" not in "".join(archive.classes), "a name of a class has a semicolon in it")
     size = size or usual_size(archive.images)
-    part = f"{os.path.normpath(out)}.part{os.getpid()}"
-    os.makedirs(part)
-    try:
-        images, left_out, notes = write_images(f"{part}/images.npy", archive, size, workers)
+    with whole_folder(out) as folder:
+        images, left_out, notes = write_images(f"{folder}/images.npy", archive, size, workers)
+        notes = archive.notes + notes
         bad = f"{len(left_out)} of {len(archive.images)} images cannot be read"
         require(skip_bad or not left_out, f"{bad}, see above; --skip-bad leaves them out")
         require(images, f"{bad}: nothing to pack")
         if left_out:
             notes.append(f"{bad} and are left out: {', '.join([*left_out][:5])}")
-        with open(f"{part}/images.csv", "w", newline="", encoding="utf-8") as file:
+        with open(f"{folder}/images.csv", "w", newline="", encoding="utf-8") as file:
             table = csv.writer(file, lineterminator="\n")
             table.writerow(HEADER)
             for image in images:
                 table.writerow([image.scene, image.name, image.split, ";".join(image.labels)])
         index = {"sensor": dataclasses.asdict(archive.sensor), "classes": archive.classes,
-                 "labels_from": archive.labels_from, "notes": archive.notes + notes,
-                 "left_out": left_out}
-        Path(part, "pack.json").write_text(json.dumps(index, indent=1))
-        os.rename(part, out)
-    except OSError as error:
-        if error.filename:                     # of an image: see pack_image
-            raise
-        raise InputError(f"{part}: not written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    for note in archive.notes + notes:
-        print(note)
+                 "labels_from": archive.labels_from, "notes": notes, "left_out": left_out}
+        Path(folder, "pack.json").write_text(json.dumps(index, indent=1))
     scenes = {image.scene for image in images}
     labelled = sum(len(image.labels) > 0 for image in images)
-    print(f"{out}: {len(images)} images of {len(scenes)} scenes, {labelled} labelled, {size} x "
-          f"{size} pixels, {len(archive.sensor.bands)} bands")
+    print(*notes, f"{out}: {len(images)} images of {len(scenes)} scenes, {labelled} labelled, "
+                  f"{size} x {size} pixels, {len(archive.sensor.bands)} bands", sep="\n")
 
 
 def usual_size(images):
     """The side that most images have, of up to 64 that are spread over the list."""
     sides = Counter()
     problem = ""
-    for image in images[::-(-len(images) // 64)]:
+    for image in images[::len(images) // 64 + 1]:
         try:
             sides[min(image.read().shape[1:])] += 1
         except InputError as error:                      # the others are named when packed
@@ -969,11 +903,10 @@ def pack_image(image, sensor, size):
         x = image.read()
     except InputError as error:
         return None, False, str(error)
-    except OSError as error:                             # of the disk, and no fault of the file
-        reason = error.strerror or str(error)
-        raise OSError(error.errno, reason, error.filename or image.name) from error
-    side = min(x.shape[1:])
-    top, left = [(length - side) // 2 for length in x.shape[1:]]
+    H, W = x.shape[1:]
+    side = min(H, W)
+    top = (H - side) // 2
+    left = (W - side) // 2
     square = resize(x[:, top:top + side, left:left + side], size)
     return to_uint8(square, sensor), x.shape[1:] != (size, size), ""
 
@@ -983,10 +916,9 @@ def in_parallel(job, items, workers, title):
     if workers <= 1:
         yield from map(job, tqdm(items, title))
         return
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     wave = 128 * workers                       # at most so many results wait for who fetches them
-    with (ProcessPoolExecutor(workers, multiprocessing.get_context(method), torch.set_num_threads,
-                              (1,)) as pool, tqdm(total=len(items), desc=title) as bar):
+    with (ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+          tqdm(total=len(items), desc=title) as bar):
         for start in range(0, len(items), wave):
             for result in pool.map(job, items[start:start + wave], chunksize=16):
                 bar.update()
@@ -998,47 +930,68 @@ def suspicious_bands(x, sensor):
     suspicious = []
     for band, pixels in zip(sensor.bands, x.swapaxes(0, 1)):         # (n,H,W)
         shares = np.bincount(pixels.ravel(), minlength=256) / pixels.size
-        clipped = shares[0] + shares[255]
-        if clipped > 0.5:
-            suspicious.append(f"{band} {clipped:.0%} clipped")
-        elif shares.max() > 0.5:
-            suspicious.append(f"{band} {shares.max():.0%} of one value")
+        share = max(shares[0] + shares[255], shares.max())
+        if share > 0.5:
+            suspicious.append(f"{band} {share:.0%}")
     if not suspicious:
         return []
-    return [f"suspicious bands: {', '.join(suspicious)}; usual causes: another order of bands, "
-            f"another unit (reflectance 0 to 1, linear power), another level or offset of "
-            f"Sentinel-2, pixels without data; `python data.py stats` measures each band"]
+    return [f"suspicious bands, clipped or of one value: {', '.join(suspicious)}; usual causes: "
+            f"another order of bands, another unit (reflectance 0 to 1, linear power), another "
+            f"level or offset of Sentinel-2, pixels without data; `python data.py stats` measures "
+            f"each band"]
 
 
 # ---------------------------------------------------------------------------------- packs, opened
 
 
-@dataclass
 class Pack:
     """A pack, opened: n images of m scenes, L classes.
 
-    Besides the fields it has `size`, the side of the images in pixels, `checksum` of the names of
-    the scenes, and `one_label`: there are labels, and no image has more than one class.
+    InputError: it is none, or its files do not agree.
     """
-    path: str
-    images: np.memmap      # (n,C,H,W) uint8, read only
-    names: list            # [n] of the images
-    split: np.ndarray      # (n,) "train", "val", "test" or ""
-    labels: np.ndarray     # (n,L) uint8, multi-hot; all 0: unlabelled
-    classes: list          # [L] names
-    sensor: Sensor
-    scenes: list           # [m] names, in order of their first images
-    rows: list             # [m] int arrays: rows[i] are the images of scene i
-    labels_from: str       # where the labels come from, in words
-    notes: list            # lines for the user: what was left out, clipped bands, ...
 
-    def __post_init__(self):
-        self.size = self.images.shape[-1]
-        text = "\n".join(self.scenes)
+    def __init__(self, path):
+        for name in ("images.npy", "images.csv", "pack.json"):
+            require(os.path.exists(f"{path}/{name}"),
+                    f"{path}: no pack, there is no {name}; `python data.py pack {path} NEW_FOLDER "
+                    f"--modality s1|s2c|s2a|rgb|SENSOR.json` makes one of an archive or of images")
+        index = read_json(f"{path}/pack.json")
+        sensor = index.get("sensor", index)              # a name, a dict, or a sensor's file alone
+        with reading(f"{path}/pack.json"):
+            sensor = find_sensor(sensor) if isinstance(sensor, str) else make_sensor(sensor)
+        C = len(sensor.bands)
+        with reading(f"{path}/images.npy"):
+            images = np.load(f"{path}/images.npy", mmap_mode="r")
+            n = len(images)
+            side = images.shape[-1]
+        require(images.dtype == np.uint8 and images.shape == (n, C, side, side)
+                and images.flags.c_contiguous,
+                f"{path}/images.npy: {images.dtype} {images.shape}, expected uint8 (n, {C}, side, "
+                f"side) for the {C} bands of {sensor.name}")
+        scene_of, names, split, labels = read_images_csv(f"{path}/images.csv")
+        require(len(names) == n, f"{path}: {n} images in images.npy, {len(names)} in images.csv")
+        rows = {}
+        for row, scene in enumerate(scene_of):
+            rows.setdefault(scene, []).append(row)
+        mentioned = {*";".join({*labels}).split(";")} - {""}
+
+        self.path = path
+        self.sensor = sensor
+        self.images = images                             # (n,C,H,W) uint8, read only
+        self.size = side                                 # in pixels
+        self.names = names                               # [n] of the images
+        self.split = np.array(split)                     # (n,) "train", "val", "test" or ""
+        self.scenes = [*rows]                            # [m] names, in order of first images
+        self.rows = [np.array(members) for members in rows.values()]         # [m]: rows of scene i
+        text = "\n".join(rows)
         self.checksum = f"{zlib.crc32(text.encode()):08x}"           # packs of one archive agree
-        classes = self.labels.sum(1)                                 # of each image
-        self.one_label = bool(classes.max(initial=0) == 1)
-        self.file = open(f"{self.path}/images.npy", "rb", buffering=0)
+        self.classes = index.get("classes", sorted(mentioned))       # [L] names
+        self.labels = multi_hot(labels, self.classes, path)          # (n,L) uint8; 0: unlabelled
+        most = self.labels.sum(1).max(initial=0)
+        self.one_label = bool(most == 1)                 # there are labels, one an image
+        self.labels_from = index.get("labels_from", "")  # in words
+        self.notes = index.get("notes", [])              # lines for the user
+        self.file = open(f"{path}/images.npy", "rb", buffering=0)
 
     def read(self, rows, out):
         """Copy the images `rows`, k numbers, into out (k,C,H,W), a contiguous uint8 array.
@@ -1057,59 +1010,31 @@ class Pack:
 
 
 def open_pack(path):
-    """Open the pack in a folder.  InputError: it is none, or its files do not agree."""
-    require(os.path.isdir(path), f"{path}: no such folder")
-    for name in ("images.npy", "images.csv", "pack.json"):
-        require(os.path.exists(f"{path}/{name}"),
-                f"{path}: no pack, it has no {name}; `python data.py pack {path} NEW_FOLDER "
-                f"--modality s1|s2c|s2a|rgb|SENSOR.json` makes one of an archive or of images")
-    index = read_json(f"{path}/pack.json")
-    sensor = index.get("sensor", index)                  # a name, a dict, or a sensor's file alone
-    with reading(f"{path}/pack.json"):
-        sensor = find_sensor(sensor) if isinstance(sensor, str) else make_sensor(sensor)
-    with reading(f"{path}/images.npy"):
-        images = np.load(f"{path}/images.npy", mmap_mode="r")
-    n, *shape = images.shape
-    C = len(sensor.bands)
-    require(images.dtype == np.uint8 and images.flags.c_contiguous and len(shape) == 3
-            and shape[0] == C and shape[1] == shape[2],
-            f"{path}/images.npy: {images.dtype} {images.shape}, expected uint8 (n, {C}, side, side)"
-            f" for the {C} bands of {sensor.name}")
-
-    scene_of, names, split, texts = read_images_csv(f"{path}/images.csv")
-    require(len(names) == n, f"{path}: {n} images in images.npy, {len(names)} in images.csv")
-    classes = index.get("classes", sorted({*";".join({*texts}).split(";")} - {""}))
-    rows = {}
-    for row, scene in enumerate(scene_of):
-        rows.setdefault(scene, []).append(row)
-    return Pack(path, images, names, np.array(split), multi_hot(texts, classes, path), classes,
-                sensor, [*rows], [np.array(members) for members in rows.values()],
-                index.get("labels_from", ""), index.get("notes", []))
+    """The Pack in a folder."""
+    return Pack(path)
 
 
 def read_images_csv(path):
     """images.csv -> its four columns, lists of text."""
     with reading(path), open(path, newline="", encoding="utf-8-sig") as file:
-        rows = [row for row in csv.reader(file) if row]
-    require(len(rows) > 1 and rows[0] == HEADER, f"{path}: not {','.join(HEADER)} and their rows")
-    for number, row in enumerate(rows, start=1):
-        require(len(row) == 4, f"{path}: line {number} has {len(row)} cells, expected 4")
-    columns = [list(column) for column in zip(*rows[1:])]
-    unknown = {*columns[2]} - {"train", "val", "test", ""}
-    require(not unknown, f"{path}: split {unknown}, expected train, val, test or nothing")
-    return columns
+        header, *rows = [row for row in csv.reader(file) if row] or [[]]
+    require(rows and header == HEADER, f"{path}: not {','.join(HEADER)} and their rows")
+    for number, row in enumerate(rows, start=2):
+        require(len(row) == 4, f"{path}: row {number} has {len(row)} cells, expected 4")
+        require(row[2] in ("train", "val", "test", ""),
+                f"{path}: row {number} has split {row[2]!r}, expected train, val, test or nothing")
+    return [list(column) for column in zip(*rows)]
 
 
 def multi_hot(texts, classes, path):
     """["class;class", ...] -> (n,L) uint8."""
     index = {name: k for k, name in enumerate(classes)}
-    kinds = {text: kind for kind, text in enumerate({*texts})}       # few: each is taken apart once
-    y = np.zeros((len(kinds), len(classes)), np.uint8)
-    for text, kind in kinds.items():
+    y = np.zeros((len(texts), len(classes)), np.uint8)
+    for row, text in enumerate(texts):
         for name in filter(None, text.split(";")):
             require(name in index, f"{path}/images.csv: class {name!r} is not in pack.json")
-            y[kind, index[name]] = 1
-    return y[[kinds[text] for text in texts]]
+            y[row, index[name]] = 1
+    return y
 
 
 def held_out(names, fraction):
@@ -1123,87 +1048,72 @@ def held_out(names, fraction):
 # ------------------------------------------------------------------------------------ statistics
 
 
-def scale_of(sensor):
-    """Mean and std (C,1) by which to_uint8 scales; those of display values span 0 to 255."""
-    C = len(sensor.bands)
-    mean = np.float64(sensor.mean or [127.5] * C)
-    std = np.float64(sensor.std or [63.75] * C)
-    return mean[:, None], std[:, None]
+def moments(image):
+    """An Image -> (5,C), about the pixels of each band that hold a measurement.
 
-
-def moments(image, sensor):
-    """An Image -> (7,C), numbers about the pixels of each band that hold a measurement.
-
-    How many they are, their sum, sum of squares, how many to_uint8 clips below and above, min, max.
+    How many they are, their sum, sum of squares, min, max.
     """
     x = np.float64(image.read())
     x = x.reshape(len(x), -1)                                        # (C,HW)
-    mean, std = scale_of(sensor)
     return np.stack([
         (~np.isnan(x)).sum(1),
         np.nansum(x, 1),
         np.nansum(x * x, 1),
-        (x < mean - 2 * std).sum(1),
-        (x > mean + 2 * std).sum(1),
         np.fmin.reduce(x, 1),                                        # of numbers, not of NaN
         np.fmax.reduce(x, 1)])
 
 
 def statistics(archive, workers=0):
-    """Mean, std, min, max and the shares clipped below and above of each band: (C,6).
+    """Mean, std, min and max of each band: (C,4).
 
     Over all pixels of all images, in the sensor's units; pixels without a measurement do not count.
     InputError: a bad image, or a band without any measurement.
     """
-    job = partial(moments, sensor=archive.sensor)
-    x = np.stack([*in_parallel(job, archive.images, workers, "statistics")])     # (n,7,C)
-    count, sums, squares, below, above = x[:, :5].sum(0)             # (C,) each
+    x = np.stack([*in_parallel(moments, archive.images, workers, "statistics")])     # (n,5,C)
+    count, sums, squares = x[:, :3].sum(0)                           # (C,) each
     require(count.all(), "a band without any measurement: is nodata right?")
     mean = sums / count
     std = np.sqrt((squares / count - mean ** 2).clip(0))
-    low = np.fmin.reduce(x[:, 5])
-    high = np.fmax.reduce(x[:, 6])
-    return np.stack([mean, std, low, high, below / count, above / count], axis=1)
+    low = np.fmin.reduce(x[:, 3])
+    high = np.fmax.reduce(x[:, 4])
+    return np.stack([mean, std, low, high], axis=1)
 
 
-def print_statistics(archive, workers):
-    """A line for each band: what its pixels are, and what the sensor takes them for."""
-    table = np.concatenate([statistics(archive, workers), *scale_of(archive.sensor)], axis=1)
-    print("band      mean       std       min       max  below  above  sensor: mean       std")
-    for name, row in zip(archive.sensor.bands, table):
-        print("{:4}{:10.2f}{:10.2f}{:10.2f}{:10.2f}{:7.2%}{:7.2%}{:14.2f}{:10.2f}"
-              .format(name, *row))
+def print_statistics(archive, out, workers):
+    """A line for each band: what its pixels are, and what the sensor takes them for.
+
+    out: JSON file for a sensor with the mean and std of these pixels, or None.
+    """
+    sensor = archive.sensor
+    table = statistics(archive, workers)
+    if out:
+        mean, std = table[:, :2].T.tolist()
+        sensor = replace(sensor, name=Path(out).stem, mean=mean, std=std)
+        Path(out).write_text(json.dumps(dataclasses.asdict(sensor), indent=1))
+        print(f"{out}: {len(mean)} bands of {sensor.dtype}; check its unit and which bands are "
+              f"red, green, blue; then --modality {out}")
+    print("band      mean       std       min       max  sensor: mean       std")
+    for name, row in zip(sensor.bands, np.column_stack([table, sensor.mean, sensor.std])):
+        print("{:4}{:10.2f}{:10.2f}{:10.2f}{:10.2f}{:14.2f}{:10.2f}".format(name, *row))
 
 
-def measure_sensor(root, fields, workers=0):
-    """A Sensor for the images in a folder, with the mean and std of all their pixels.
+def new_sensor(root, fields):
+    """A Sensor for the images in a folder; its mean and std, 0 and 1, are yet to be measured.
 
-    fields: those that no pixel tells: name, bands, kind, and if need be channels, scale, offset,
-    decibels and nodata.  InputError: bad images, or a band that is constant.
+    fields: those that no file tells: bands, kind, and if need be channels, scale, offset, decibels
+    and nodata.  InputError: fields do not agree, no images, or a bad one.
     """
     C = len(fields["bands"])
-    fields = fields | {"mean": [0.0] * C, "std": [1.0] * C}
-    sensor = make_sensor(fields | {"dtype": "uint8"})
+    sensor = make_sensor(fields | {"dtype": "uint8", "mean": [0.0] * C, "std": [1.0] * C})
     path = f"{root}/{find_images(root, sensor)[0]}"
-    sensor = replace(sensor, dtype=read_pixels(path, C).dtype.name)
-    if sensor.nodata is None:
-        sensor = replace(sensor, nodata=nodata_tag(path))
-        if sensor.nodata is not None:
+    sensor.dtype = read_pixels(path, C).dtype.name
+    if sensor.nodata is None and path.lower().endswith(TIFF):
+        with tifffile.TiffFile(path) as tiff:
+            tag = tiff.pages.first.tags.get("GDAL_NODATA")
+        if tag:
+            sensor.nodata = float(tag.value)
             print(f"{path}: GDAL's tag says that {sensor.nodata:g} is no data; --nodata overrides")
-    mean, std = statistics(read_folder(root, sensor), workers).T[:2]
-    for band, deviation in zip(sensor.bands, std):
-        require(deviation > 0, f"{root}: band {band} is constant")
-    return replace(sensor, mean=[float(f"{value:.6g}") for value in mean],
-                   std=[float(f"{value:.6g}") for value in std])
-
-
-def nodata_tag(path):
-    """The value that a TIFF of GDAL's says is no data; None: it says nothing."""
-    if not path.lower().endswith(TIFF):
-        return None
-    with reading(path), tifffile.TiffFile(path) as tiff:
-        tag = tiff.pages.first.tags.get(42113)
-        return None if tag is None else float(tag.value)
+    return sensor
 
 
 # --------------------------------------------------------------------------------- augmentation
@@ -1311,15 +1221,13 @@ def colour(x, p):
     """float (n,C,H,W) in [0,1] and what draw_colours drew -> the same images in these colours."""
     # decided while the numbers are on the CPU: asking a GPU would make it wait
     blurred = p["blur"].nonzero()[:, 0]
-    changes_saturation = bool((p["saturation"] != 1).any())
     reach = int(np.ceil(3 * float(p["blur"].max()) * x.shape[-1] / 224))     # 3 std, in pixels
     p = {name: value.to(x.device, x.dtype, non_blocking=True).view(len(x), -1, 1, 1)
          for name, value in p.items()}                               # (n,1,1,1); offset (n,C,1,1)
 
     x = change_light(x, p["brightness"], p["contrast"], p["offset"])
     grey = x.mean(1, keepdim=True)                                   # (n,1,H,W)
-    if changes_saturation:
-        x = torch.lerp(grey, x, p["saturation"])                     # 0: grey
+    x = torch.lerp(grey, x, p["saturation"])                         # 0: grey
     if x.shape[1] == 3:
         x = turn_hue(x, grey, p["hue"])
     if len(blurred):
@@ -1355,7 +1263,7 @@ def blur_images(x, std, reach):
     taps = torch.arange(-reach, reach + 1, device=x.device).view(-1, 1)      # (taps,1)
     exponent = -(taps / std.clamp_min(1e-3)).square() / 2            # (n,1,taps,1)
     kernel = exponent.softmax(2).repeat_interleave(C, 0)             # (nC,1,taps,1), sum 1
-    x = F.pad(x, (reach, reach, reach, reach), mode="replicate")
+    x = F.pad(x, [reach] * 4, mode="replicate")
     x = x.flatten(0, 1)[None]                                        # (1,nC,.,.)
     x = F.conv2d(x, kernel, groups=n * C)
     x = F.conv2d(x, kernel.mT, groups=n * C)
@@ -1372,8 +1280,6 @@ EXAMPLES = """examples:
   python data.py pack DIR mine --modality rgb --labels table.csv --size 128
   python data.py stats SSL4EO --modality s2c              mean, std and range of each band
   python data.py stats DIR --bands B2 B3 B4 B8 --out my.json          a sensor for --modality
-  python data.py stats DIR --bands red nir --channels 3 7 --out my.json       of two channels
-  python pretrain.py --modality s1 --data toy_s1          pretrain on a pack
 """
 
 
@@ -1384,47 +1290,43 @@ def parse(argv):
                     "the toy world.", epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
+    command = partial(commands.add_parser, allow_abbrev=False)
     source = argparse.ArgumentParser(add_help=False)                 # what pack and stats share
-    source.add_argument("root", help="SSL4EO-S12 v1.0 or v1.1, BigEarthNet v1 or v2, or a folder "
-                                     "of TIFF, PNG or JPEG images")
-    source.add_argument("--modality", metavar="SENSOR",
-                        help=f"{', '.join(SENSORS)}, or a JSON file that stats wrote")
+    source.add_argument("root", help="SSL4EO-S12, BigEarthNet, or a folder of TIFF, PNG or JPEG")
     source.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    modality = {"metavar": "SENSOR", "help": f"{', '.join(SENSORS)}, or a JSON file of stats"}
 
-    flag = commands.add_parser("toy", help="write the toy world, an SSL4EO-S12 v1.0 tree",
-                               allow_abbrev=False).add_argument
+    toy = command("toy", help="write the toy world, an SSL4EO-S12 v1.0 tree")
+    flag = toy.add_argument
     flag("root", help="a new folder")
     flag("--scenes", type=int, default=2000, help="places, four seasons each")
     flag("--size", type=int, default=36, help="side in pixels, a multiple of 6")
     flag("--seed", type=int, default=0, help="another seed, another world")
 
-    flag = commands.add_parser("pack", help="put all images into one array and one table",
-                               parents=[source], allow_abbrev=False).add_argument
+    packs = command("pack", help="put all images into one array and one table", parents=[source])
+    flag = packs.add_argument
     flag("out", help="a new folder")
+    flag("--modality", required=True, **modality)
     flag("--labels", metavar="FILE", help="the json of SSL4EO-S12-ML; a table of an image, then 0 "
                                           "or 1 for each class; or classes: the folders' names")
     flag("--skip-bad", action="store_true", help="leave out images that cannot be read")
-    flag("--size", type=int, default=0, metavar="N", help="side in pixels, to which the central "
-                                                          "square is resized; default: the usual")
+    flag("--size", type=int, default=0, metavar="N", help="side in pixels; default: the usual one")
 
-    flag = commands.add_parser("stats", help="mean, std, range of each band; or make a new sensor",
-                               parents=[source], allow_abbrev=False).add_argument
-    flag("--bands", nargs="+", metavar="BAND", help="names of a new sensor's bands")
-    flag("--out", metavar="FILE", help="JSON file for the new sensor")
-    flag("--channels", nargs="+", type=int, default=(), metavar="N",
+    stats = command("stats", help="measure each band; make a sensor", parents=[source])
+    either = stats.add_mutually_exclusive_group(required=True)
+    either.add_argument("--modality", **modality)
+    either.add_argument("--bands", nargs="+", metavar="BAND", help="names of a new sensor's bands")
+    flag = stats.add_argument
+    flag("--out", metavar="FILE", help="JSON file for a sensor with the mean and std measured")
+    flag("--channels", nargs="+", type=int, default=[], metavar="N",
          help="where in a file each of its bands lies, from 0; default: 0 1 2 ...")
     flag("--kind", choices=["optical", "radar", "rgb"], default="optical",
          help="of the new sensor: which colours change in training (%(default)s)")
     flag("--scale", type=float, default=1.0, help="units = pixels * scale + offset")
     flag("--offset", type=float, default=0.0, help="for example -1000")
     flag("--decibels", action="store_true", help="pixels are linear power")
-    flag("--nodata", type=float, help="value of pixels without a measurement, or nan; default: "
-                                      "what GDAL's tag in the TIFFs says")
-    args = parser.parse_args(argv)
-    new_sensor = args.command == "stats" and args.bands and args.out
-    if args.command != "toy" and bool(args.modality) == bool(new_sensor):
-        parser.error("--modality is required, or for stats --bands and --out instead of it")
-    return args
+    flag("--nodata", type=float, help="pixels without a measurement; default: what GDAL's tag says")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
@@ -1436,16 +1338,13 @@ def main(argv=None):
         archive = open_archive(args.root, find_sensor(args.modality), args.labels)
         pack(archive, args.out, args.size, args.skip_bad, args.workers)
     elif args.modality:
-        print_statistics(open_archive(args.root, find_sensor(args.modality)), args.workers)
+        archive = open_archive(args.root, find_sensor(args.modality))
+        print_statistics(archive, args.out, args.workers)
     else:
         names = ("bands", "kind", "channels", "scale", "offset", "decibels", "nodata")
         fields = {name: getattr(args, name) for name in names}
-        sensor = measure_sensor(args.root, fields | {"name": Path(args.out).stem}, args.workers)
-        lines = [f" {json.dumps(name)}: {json.dumps(value)}"
-                 for name, value in dataclasses.asdict(sensor).items()]
-        Path(args.out).write_text("{\n" + ",\n".join(lines) + "\n}\n")
-        print(f"{args.out}: {len(sensor.bands)} bands of {sensor.dtype}; check its unit and which "
-              f"bands are red, green, blue; then --modality {args.out}")
+        archive = read_folder(args.root, new_sensor(args.root, fields))
+        print_statistics(archive, args.out, args.workers)
 
 
 # ------------------------------------------------------------------------------------- toy world
@@ -1476,25 +1375,28 @@ def smooth(rng, size, scale):
     f = np.fft.fftfreq(size)
     squared = f[:, None] ** 2 + f[:size // 2 + 1] ** 2               # frequency squared
     decay = np.exp(-2 * (np.pi * scale) ** 2 * squared)
-    field = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((size, size))) * decay, (size, size))
-    return ((field - field.mean()) / (field.std() + 1e-9)).astype(np.float32)
+    waves = np.fft.rfft2(rng.standard_normal((size, size)))
+    field = np.fft.irfft2(waves * decay, (size, size))
+    field = (field - field.mean()) / (field.std() + 1e-9)
+    return field.astype(np.float32)
 
 
 def stripes(rng, size, period, bend):
     """Waves (size,size) of that period in pixels and any direction; bend shifts their phase."""
     y, x = np.mgrid[:size, :size].astype(np.float32)
     angle = rng.uniform(0, np.pi)
-    return np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / period + bend)
+    along = x * np.cos(angle) + y * np.sin(angle)
+    return np.sin(2 * np.pi * along / period + bend)
 
 
 def town(rng, size):
     """Blocks of houses (size,size), each of one brightness, with dark streets between them."""
     y, x = np.mgrid[:size, :size].astype(np.float32)
     block = rng.integers(5, 8)
-    houses = rng.standard_normal((size, size)).astype(np.float32)
-    houses = np.kron(houses[::block, ::block], np.ones((block, block)))[:size, :size]
     streets = (x % block < 1) | (y % block < 1)
-    return np.where(streets, -1.5, houses)
+    noise = rng.standard_normal((size, size)).astype(np.float32)
+    houses = np.kron(noise[::block, ::block], np.ones((block, block)))
+    return np.where(streets, -1.5, houses[:size, :size])
 
 
 def textures(rng, size):
@@ -1514,7 +1416,8 @@ def textures(rng, size):
         smooth(rng, size, 8),
     ]
     t = np.stack(t).astype(np.float32)
-    return (t - t.mean((1, 2), keepdims=True)) / (t.std((1, 2), keepdims=True) + 1e-6)
+    std = t.std((1, 2), keepdims=True)
+    return (t - t.mean((1, 2), keepdims=True)) / (std + 1e-6)
 
 
 def summer_cover(rng, size, cold, wet, populated):
@@ -1542,9 +1445,10 @@ def cover_in(season, summer, relief, cold):
 def season_spectra(rng, season):
     """(9,13) reflectance: in winter vegetation looks halfway like bare soil."""
     leaf = np.clip(LEAVES[season] + rng.normal(0, 0.1), 0, 1)
-    green = SPECTRA[VEGETATION]
     spectra = SPECTRA.copy()
-    spectra[VEGETATION] = leaf * green + (1 - leaf) * (0.5 * SPECTRA[BARE] + 0.5 * green)
+    green = SPECTRA[VEGETATION]
+    dry = 0.5 * SPECTRA[BARE] + 0.5 * green
+    spectra[VEGETATION] = leaf * green + (1 - leaf) * dry
     return spectra
 
 
@@ -1554,7 +1458,8 @@ def light_and_haze(rng, s2, gain):
     Returns the bands (13,H,W) and the slope of the hills (H,W).
     """
     size = s2.shape[-1]
-    haze = rng.uniform(0, 600) * np.exp(-np.arange(13) / 4)[:, None, None]
+    blueness = np.exp(-np.arange(13) / 4)[:, None, None]             # (13,1,1)
+    haze = rng.uniform(0, 600) * blueness
     slope = smooth(rng, size, size / 7)
     hills = np.exp(rng.uniform(-0.4, 0.4) * slope)
     sun = rng.uniform(0.6, 1.4)
@@ -1574,9 +1479,10 @@ def clouds(rng, s2):
 
 def speckle(rng, s1, slope):
     """Calibration, incidence angle, and the grain of a radar image of 12 looks, in decibels."""
-    s1 += rng.normal(0, 1.5, (2, 1, 1)) + rng.uniform(-2, 2) * slope
-    s1 += 10 * np.log10(rng.gamma(12, 1 / 12, s1.shape))
-    return s1
+    calibration = rng.normal(0, 1.5, (2, 1, 1))
+    incidence = rng.uniform(-2, 2) * slope
+    grain = rng.gamma(12, 1 / 12, s1.shape)
+    return s1 + (calibration + incidence) + 10 * np.log10(grain)
 
 
 def toy_scene(seed, i, size):
@@ -1590,21 +1496,26 @@ def toy_scene(seed, i, size):
     relief = smooth(rng, size, size / 8)                             # (H,W)
     texture = textures(rng, size)                                    # (9,H,W)
     # a class does not look the same everywhere
-    level = np.exp(rng.normal(0, 0.1, (9, 1)) + rng.normal(0, 0.05, (9, 13)))
+    brightness = rng.normal(0, 0.1, (9, 1))
+    tint = rng.normal(0, 0.05, (9, 13))
+    level = np.exp(brightness + tint)
     level_db = rng.normal(0, 1.5, (9, 2))
     amplitude = TEXTURE * rng.uniform(0.6, 1.4, 9)
     for season in range(4):
         cover = cover_in(season, summer, relief, cold)
-        grain = np.take_along_axis(texture, cover[None], 0)[0] * amplitude[cover]    # (H,W)
+        grain = np.take_along_axis(texture, cover[None], 0)[0]       # (H,W)
+        grain = grain * amplitude[cover]
 
         gain = np.exp(rng.normal(0, 0.1, (13, 1, 1)))
         spectra = season_spectra(rng, season) * level                # (9,13)
-        s2 = spectra[cover].transpose(2, 0, 1) * np.exp(0.3 * grain - 0.05)
+        s2 = spectra[cover].transpose(2, 0, 1)                       # (13,H,W)
+        s2 = s2 * np.exp(0.3 * grain - 0.05)
         s2, slope = light_and_haze(rng, s2, gain)
         s2 = clouds(rng, s2)
         s2 += rng.normal(0, 20, s2.shape)
 
-        s1 = (BACKSCATTER + level_db)[cover].transpose(2, 0, 1) + 4 * grain
+        backscatter = BACKSCATTER + level_db                         # (9,2)
+        s1 = backscatter[cover].transpose(2, 0, 1) + 4 * grain       # (2,H,W)
         s1 = speckle(rng, s1, slope)
 
         area = np.bincount(cover.ravel(), minlength=9) / cover.size  # (9,) share of each class
@@ -1620,7 +1531,8 @@ def write_bands(folder, sensor, x, position):
     os.makedirs(folder)
     for band, name, ratio in zip(x, sensor.bands, sensor.ratios):
         side = band.shape[0] // ratio
-        pixels = band.reshape(side, ratio, side, ratio).mean((1, 3)).astype(band.dtype)
+        squares = band.reshape(side, ratio, side, ratio)
+        pixels = squares.mean((1, 3)).astype(band.dtype)
         degrees = 10 * ratio / 111320                                # a degree has 111,320 m
         geotags = [
             (33550, "d", 3, (degrees, degrees, 0), True),            # size of a pixel
@@ -1655,20 +1567,14 @@ def make_toy(root, scenes=2000, size=36, seed=0, workers=os.cpu_count()):
     world = json.dumps({"scenes": scenes, "size": size, "seed": seed, "version": 1})
     if os.path.exists(f"{root}/toy.json") and read_text(f"{root}/toy.json") == world:
         return root
-    require(not os.path.exists(root), f"{root}: exists and is not the toy world {world}; "
-                                      f"move it")
+    require(not os.path.exists(root), f"{root}: exists and is not the toy world {world}; move it")
     require(size % 6 == 0 and size >= 12 and scenes > 0,
             f"toy world of {scenes} scenes of {size} pixels: size is a multiple of 6, >= 12")
-    part = f"{root}.part{os.getpid()}"
-    os.makedirs(part)
-    try:
-        job = partial(write_toy_scene, root=part, size=size, seed=seed)
+    with whole_folder(root) as folder:
+        job = partial(write_toy_scene, root=folder, size=size, seed=seed)
         table = dict(in_parallel(job, range(scenes), workers, f"toy world {root}"))
-        Path(part, "ssl4eo_multilabel.json").write_text(json.dumps(table))
-        Path(part, "toy.json").write_text(world)
-        os.rename(part, root)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        Path(folder, "ssl4eo_multilabel.json").write_text(json.dumps(table))
+        Path(folder, "toy.json").write_text(world)
     return root
 
 
