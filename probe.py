@@ -660,9 +660,10 @@ def check_split(split, reason, pack, scene, own):
     """Raise InputError if a run trained on what would be tested, or there is nothing to learn."""
     train, test = [np.flatnonzero(split == part) for part in ("train", "test")]
     for ckpt, run in own.items():
-        trained = ~data.held_out(pack.scenes, run.holdout)[scene]
         if (pack.split != "").any():
             trained = pack.split == "train"
+        else:
+            trained = ~data.held_out(pack.scenes, run.holdout)[scene]
         count = trained[test].sum()
         data.require(count == 0, f"images to test on: {reason}: {ckpt} was trained on {count} of "
                                  f"these {len(test)}; it held out {run.holdout} of the scenes")
