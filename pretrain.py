@@ -61,11 +61,14 @@ import model as models
 
 # ---------------------------------------------------------------------------------------- presets
 
-# What a method always starts from.
-SOFTCON = dict(drop_path=0.0, tau=0.2, soft_tau=0.2, mask_ratio=0.3, weight_decay=[0.05, 0.05],
-               clip=0.0)
-PERA = dict(grey=0.1, tau=0.1, teacher_tau=[0.03, 0.05], ratios=[0.2, 0.2, 0.6],
-            weight_decay=[0.04, 0.2], clip=3.0)
+# What the presets of a method have in common; "full", for much data, changes some of it.
+SOFTCON = dict(
+    adapt="random", drop_path=0.0, holdout=0.4, jitter=0.0, grey=0.0, mask_ratio=0.3,
+    tau=0.2, soft_tau=0.2, soft_weight=0.5, weight_decay=[0.05, 0.05], clip=0.0)
+PERA = dict(
+    adapt="random", drop_path=0.0, holdout=0.4, jitter=1.0, grey=0.1, ratios=[0.2, 0.2, 0.6],
+    crop_min=0.4, crops=[2, 2], prototypes=512, tau=0.1, teacher_tau=[0.03, 0.05],
+    weight_decay=[0.04, 0.2], clip=3.0)
 
 # The values of one method on one kind of data: "toy" without --data; with it "small" for fewer than
 # SMALL_DATA images, else "full".  Each value has a flag of its own that changes it.  The README's
@@ -73,28 +76,24 @@ PERA = dict(grey=0.1, tau=0.1, teacher_tau=[0.03, 0.05], ratios=[0.2, 0.2, 0.6],
 SMALL_DATA = 20000
 PRESETS = {
     ("softcon", "toy"): SOFTCON | dict(
-        arch="resnet18", adapt="random", img_size=32, patch_size=4, hidden=512, holdout=0.4,
-        crop_min=0.5, jitter=0.0, grey=0.0, soft_weight=0.5,
+        arch="resnet18", img_size=32, patch_size=4, hidden=512, crop_min=0.5,
         epochs=28, batch_size=32, lr=5e-4, momentum=0.9),
     ("softcon", "small"): SOFTCON | dict(
-        arch="vit_tiny", adapt="auto", img_size=112, patch_size=16, hidden=1024, holdout=0.4,
-        crop_min=0.3, jitter=0.0, grey=0.0, soft_weight=0.5,
+        arch="vit_tiny", adapt="auto", img_size=112, patch_size=16, hidden=1024, crop_min=0.3,
         epochs=8, batch_size=16, lr=3e-4, momentum=0.98),
     ("softcon", "full"): SOFTCON | dict(
-        arch="vit_small", adapt="random", img_size=224, patch_size=14, hidden=4096, holdout=0.1,
-        crop_min=0.2, jitter=0.4, grey=0.2, soft_weight=0.1,
+        arch="vit_small", img_size=224, patch_size=14, hidden=4096, crop_min=0.2,
+        holdout=0.1, jitter=0.4, grey=0.2, soft_weight=0.1,
         epochs=100, batch_size=256, lr=1.5e-4, momentum=0.99),
     ("pera", "toy"): PERA | dict(
-        arch="vit_tiny", adapt="random", img_size=32, patch_size=4, hidden=512, drop_path=0.0,
-        holdout=0.4, crop_min=0.4, crops=[2, 2], local_size=16, jitter=1.0, prototypes=512,
+        arch="vit_tiny", img_size=32, patch_size=4, hidden=512, local_size=16,
         epochs=8, batch_size=32, lr=5e-4, momentum=0.95),
     ("pera", "small"): PERA | dict(
-        arch="vit_tiny", adapt="auto", img_size=112, patch_size=16, hidden=1024, drop_path=0.0,
-        holdout=0.4, crop_min=0.3, crops=[2, 2], local_size=48, jitter=1.0, prototypes=512,
-        epochs=8, batch_size=64, lr=3e-4, momentum=0.98),
+        arch="vit_tiny", adapt="auto", img_size=112, patch_size=16, hidden=1024, local_size=48,
+        crop_min=0.3, epochs=8, batch_size=64, lr=3e-4, momentum=0.98),
     ("pera", "full"): PERA | dict(
-        arch="vit_base", adapt="random", img_size=224, patch_size=16, hidden=2048, drop_path=0.3,
-        holdout=0.1, crop_min=0.4, crops=[2, 8], local_size=96, jitter=0.4, prototypes=131072,
+        arch="vit_base", img_size=224, patch_size=16, hidden=2048, local_size=96,
+        holdout=0.1, jitter=0.4, drop_path=0.3, crops=[2, 8], prototypes=131072,
         epochs=200, batch_size=192, lr=1e-3, momentum=0.992),
 }
 
@@ -107,7 +106,11 @@ METHOD_FLAGS = {"softcon": ["mask_ratio", "soft_weight", "soft_tau"],
 # Flags that a resumed run may change.  All others decide the numbers, so they must stay.
 MAY_CHANGE = ["data", "max_steps", "out", "resume", "save_every", "log_every", "device", "compile"]
 
-# Constants that have no flag.
+# AdamW's constants.  [MoCo v3; PerA builder.py]
+ADAMW = {"softcon": dict(betas=(0.9, 0.95), eps=1e-8),
+         "pera": dict(betas=(0.9, 0.999), eps=2e-5)}
+
+# Other constants that have no flag.
 FINAL_LR = 1e-6                # where the cosine of the learning rate ends
 TAU_WARMUP = 0.15              # PerA: share of the steps in which the teacher's temperature climbs
 KOLEO_WEIGHT = 0.1             # PerA, eq. (10)  [PerA pera_loss.py]
@@ -140,38 +143,33 @@ parser = argparse.ArgumentParser(
 
 flag = parser.add_argument_group("data").add_argument
 flag("--modality", required=True, metavar="SENSOR",
-     help="s1: Sentinel-1 radar; s2c: Sentinel-2 L1C; s2a: L2A, air corrected; rgb; eurosat; or a "
-          "JSON file, which `python data.py stats` writes")
+     help="s1: radar; s2c: Sentinel-2 L1C; s2a: L2A; rgb; eurosat; a JSON file of `data.py stats`")
 flag("--data", metavar="PACK", help="a folder that `python data.py pack` made (default: toy world)")
-flag("--holdout", type=number(float, 0, 0.99),
-     help="share of scenes kept for probe.py; a pack with splits keeps all but `train` instead")
+flag("--holdout", type=share,
+     help="share of scenes kept for probe.py; if the pack has splits, all but `train` are instead")
 flag("--img-size", type=positive, help="side of a (global) crop in pixels")
 flag("--crop-min", type=number(float, 0.01, 1), help="smallest share of the area in such a crop")
 flag("--crops", type=natural, nargs=2, metavar=("GLOBAL", "LOCAL"), help="pera: crops of an image")
 flag("--local-size", type=natural, help="pera: side of a local crop in pixels")
 flag("--jitter", type=share,
-     help="change of brightness and contrast, at most this; radar: none with softcon, with pera an "
-          "offset of up to 5 times this in dB")
+     help="largest change of light; radar: 5 times this in dB, none with softcon")
 flag("--grey", type=share, help="share of views turned grey; pera: 0.8 of it, student only")
 
 flag = parser.add_argument_group("model").add_argument
 flag("--method", default="softcon", choices=["softcon", "pera"], help="default: %(default)s")
 flag("--preset", choices=["toy", "small", "full"],
-     help=f"values of the flags not given (default: toy without --data, small for fewer than "
-          f"{SMALL_DATA} images, else full)")
+     help=f"default: toy without --data, small for fewer than {SMALL_DATA} images, else full")
 flag("--arch", choices=[*models.RESNETS, *models.VITS], help="backbone; pera needs a ViT")
 flag("--patch-size", type=positive, help="of a ViT; with a ResNet: the cell of SoftCon's mask")
 flag("--hidden", type=positive, help="width of the heads' hidden layers")
-flag("--prototypes", type=number(int, 2, 2**31), help="pera: outputs of the CLS head")
+flag("--prototypes", type=positive, help="pera: outputs of the CLS head")
 flag("--drop-path", type=number(float, 0, 0.99), help="share of samples that skip a block")
 flag("--init", metavar="FILE", help="start from this checkpoint, for example DINOv2's or DINO's")
 flag("--adapt", choices=["random", "mean", "rgb", "auto"],
-     help="input layer if --init has other channels: random, as SoftCon does; the mean of the "
-          "file's channels; the file's RGB copied into the bands red, green and blue; auto: rgb "
-          "where there are such bands, else mean, which is far better with few images")
+     help="first layer if --init has other channels: random, as in SoftCon; their mean; its RGB in "
+          "the bands red, green, blue; auto: rgb if it can be, else mean, good with few images")
 flag("--init-norm", choices=["imagenet", "half"],
-     help="how pixels were normalised for --init: by ImageNet's mean and std, or (x - .5) / .5; it "
-          "becomes a part of the first layer, whose input here is 0 to 1")
+     help="input of --init: by ImageNet's mean and std, or (x - .5) / .5; the first layer adapts")
 
 flag = parser.add_argument_group("loss").add_argument
 flag("--tau", type=temperature, help="temperature of InfoNCE; pera: of the student")
@@ -181,17 +179,17 @@ flag("--soft-weight", type=amount, help="softcon: of the label term; see soft_sh
 flag("--soft-tau", type=temperature, help="softcon: temperature of the label term")
 flag("--mask-ratio", type=share, help="softcon: share of the student's patches that are masked")
 flag("--ratios", type=share, nargs=3, metavar=("STUDENT", "GUESSED", "TEACHER"),
-     help="pera: shares of the patches that the student sees, that neither sees and the student "
-          "must guess, and that the teacher sees")
+     help="pera: shares of patches that the student sees, that it must guess, the teacher sees")
 
 flag = parser.add_argument_group("optimisation").add_argument
 flag("--epochs", type=positive, help="passes over the scenes")
 flag("--max-steps", type=natural, default=0,
      help="stop early; the schedules still span all --epochs (%(default)s: never)")
 flag("--batch-size", type=positive,
-     help="scenes per step, over all ranks; that of the preset is halved if there are fewer scenes")
+     help="scenes per step, over all ranks and micro-batches")
 flag("--accum", type=positive, default=1,
-     help="micro-batches per step; a query meets the keys of its own micro-batch (%(default)s)")
+     help="micro-batches per step (%(default)s); not the same as a larger batch: a query's keys, "
+          "KoLeo's neighbours and the statistics of batch norms are those of one micro-batch")
 flag("--lr", type=amount, help="AdamW's highest learning rate; it is not scaled by the batch")
 flag("--weight-decay", type=amount, nargs=2, metavar=("FIRST", "LAST"),
      help="on a cosine; never on norms and biases")
@@ -204,25 +202,25 @@ flag("--out", help="folder for the run (default: runs/METHOD_MODALITY)")
 flag("--resume", action="store_true", help="go on from OUT/last.pt; start if it is not there")
 flag("--save-every", type=positive, default=500, help="steps between checkpoints (%(default)s)")
 flag("--log-every", type=positive, default=10, help="steps between log lines (%(default)s)")
-flag("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything (%(default)s)")
+flag("--seed", type=natural, default=0, help="of everything (%(default)s)")
 flag("--device", default="auto", help="as torch names it: cpu, cuda, mps, ...; auto: a GPU if any")
 flag("--amp", default="auto", choices=["auto", "bf16", "off"], help="auto: bf16 on CUDA only")
 flag("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
 
 
 def resolve_flags(argv=None):
-    """Command line -> namespace of all flags, final, with the open .pack and its .sensor.
+    """Command line -> namespace of all flags, final, with the open .pack, its .sensor, and .scenes
+    to train on.
 
     What is given wins over the preset, and the number of images chooses the preset.  InputError:
     a flag or the data cannot be used.  (argparse ends the program for flags that it cannot read.)
     """
     args = parser.parse_args(argv)
-    for method, names in METHOD_FLAGS.items():
-        for name in names:
-            if method != args.method:
-                data.require(getattr(args, name) is None,
-                             f"{as_typed(name)}: has no effect on --method {args.method}")
-                delattr(args, name)
+    other = "pera" if args.method == "softcon" else "softcon"
+    for name in METHOD_FLAGS[other]:
+        data.require(getattr(args, name) is None,
+                     f"--{name.replace('_', '-')}: has no effect on --method {args.method}")
+        delattr(args, name)
 
     # the data, and what follows from them
     asked = data.find_sensor(args.modality)
@@ -231,37 +229,30 @@ def resolve_flags(argv=None):
         args.data = toy_pack(args.modality)
     args.pack = data.open_pack(args.data)
     args.sensor = args.pack.sensor
+    bands = " ".join(args.sensor.bands)
     data.require(asked.bands == args.sensor.bands,
-                 f"--modality {args.modality}: {args.data} has the bands "
-                 f"{' '.join(args.sensor.bands)}")
+                 f"--modality {args.modality}: {args.data} has the bands {bands}")
     if not args.preset:
         args.preset = "small" if len(args.pack.names) < SMALL_DATA else "full"
 
     # flags that are not given
-    batch_is_given = args.batch_size is not None
     for name, value in PRESETS[args.method, args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    scenes = len(scenes_to_train_on(args.pack, args.holdout))
-    while not batch_is_given and args.batch_size > max(scenes, 2):
-        args.batch_size //= 2
+    args.scenes = scenes_to_train_on(args.pack, args.holdout)
     args.out = args.out or f"runs/{args.method}_{asked.name}"
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.amp == "auto":
         args.amp = "bf16" if args.device.startswith("cuda") else "off"
-    check_flags(args, scenes)
+    check_flags(args)
     return args
 
 
-def as_typed(name):
-    """soft_tau -> --soft-tau"""
-    return "--" + name.replace("_", "-")
-
-
 def plain_flags(args):
-    """The flags as json can hold them: all but pack and sensor, which are no flags."""
-    return {name: value for name, value in vars(args).items() if name not in ("pack", "sensor")}
+    """What of args is a flag, and may stand in a json file."""
+    no_flags = ("pack", "sensor", "scenes")
+    return {name: value for name, value in vars(args).items() if name not in no_flags}
 
 
 def toy_pack(modality):
@@ -272,15 +263,15 @@ def toy_pack(modality):
     return data.toy_pack(modality)
 
 
-def check_flags(args, scenes):
-    """InputError, naming the flag, for what is bound to fail.  scenes: how many to train on."""
+def check_flags(args):
+    """InputError, naming the flag, for what is bound to fail."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    scenes_at_once, rest = divmod(args.batch_size, ranks * args.accum)
-    data.require(scenes_at_once >= 2 and rest == 0,              # a scene alone has no neighbour
-                 f"--batch-size {args.batch_size}: not a multiple, 2 or more, of {ranks} rank(s) x "
-                 f"--accum {args.accum}")
-    data.require(args.batch_size <= scenes,
-                 f"--batch-size {args.batch_size}: exceeds the {scenes} training scenes")
+    scenes = len(args.scenes)
+    parts = ranks * args.accum
+    size = f"--batch-size {args.batch_size}"
+    data.require(args.batch_size >= 2 * parts and args.batch_size % parts == 0,
+                 f"{size}: not a multiple, 2 or more, of {ranks} rank(s) x --accum {args.accum}")
+    data.require(args.batch_size <= scenes, f"{size}: exceeds the {scenes} training scenes")
     data.require(args.resume or not os.path.exists(f"{args.out}/last.pt"),
                  f"--out {args.out}: holds a run; --resume continues it, another --out keeps it")
     sides = [args.img_size]
@@ -303,21 +294,34 @@ def check_flags(args, scenes):
 
 
 def describe_run(args, world):
-    """The first lines of a run: its command, preset and what differs from it, versions."""
+    """The first lines of a run: its command, preset and what differs from it, versions, data."""
     changed = []
     for name, value in PRESETS[args.method, args.preset].items():
         if getattr(args, name) != value:
             changed.append(f"{name} {getattr(args, name)} instead of {value}")
     lines = [shlex.join(sys.argv),
              f"preset: {args.method}, {args.preset}; changed: {', '.join(changed) or 'nothing'}"]
-    lines += [f"{name}: {value}" for name, value in versions(args, world).items()]
-    return "\n".join(lines)
+    for name, value in (versions(args, world) | describe_data(args)).items():
+        lines.append(f"{name}: {value}")
+    return "\n".join(lines + args.pack.notes)
 
 
 def versions(args, world):
     """What a result depends on beside its flags."""
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "commit": commit(),
-            "world": world, "device": args.device}
+    return {"python": sys.version.split()[0], "torch": str(torch.__version__),
+            "commit": commit(), "world": world, "device": args.device}
+
+
+def describe_data(args):
+    """What a run is trained on; a resumed run says what of it has changed."""
+    pack = args.pack
+    labels = pack.labels[np.concatenate(list(args.scenes.values()))]
+    uses_labels = args.method == "softcon" and args.soft_weight > 0 and labels.any()
+    return {"path": os.path.abspath(pack.path), "checksum": pack.checksum,
+            "images": len(pack.names), "training_images": len(labels),
+            "training_scenes": len(args.scenes), "labelled": int(labels.any(1).sum()),
+            "labels_from": pack.labels_from,
+            "labels_checksum": f"{zlib.crc32(labels):08x}", "labels_used": bool(uses_labels)}
 
 
 def commit():
@@ -334,10 +338,7 @@ def commit():
 
 
 def start_processes():
-    """-> (rank, world): one process alone, or one of those that torchrun starts.
-
-    torchrun tells each process its place by environment variables.
-    """
+    """-> (rank, world): 0 and 1, or what torchrun tells a process in the environment."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
@@ -348,10 +349,11 @@ def start_processes():
 
 def choose_device(args):
     """The torch.device of this process.  InputError: this machine does not have it."""
+    name = args.device
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.device(args.device)
-        if args.device == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:          # AssertionError: a torch without CUDA
         reason = str(error).partition("\n")[0]
@@ -395,41 +397,11 @@ def scenes_to_train_on(pack, holdout):
 
     They are the split "train" if the pack has splits, else all of the scenes that are not held out.
     """
-    allowed = pack.split == "train"                                  # (n,) bool
     if (pack.split == "").all():
-        for i in np.flatnonzero(~data.held_out(pack.scenes, holdout)):
-            allowed[pack.rows[i]] = True
-    scenes = {}
-    for i, rows in enumerate(pack.rows):
-        if allowed[rows].any():
-            scenes[i] = rows[allowed[rows]]
-    return scenes
-
-
-def facts_of_data(args, scenes):
-    """What a run is trained on, for config.json and to see whether a resumed run has the same."""
-    pack = args.pack
-    labels = pack.labels[np.concatenate(list(scenes.values()))]
-    uses_labels = args.method == "softcon" and args.soft_weight > 0 and labels.any()
-    return {"path": os.path.abspath(pack.path), "checksum": pack.checksum,
-            "images": len(pack.names), "training_scenes": len(scenes),
-            "training_images": len(labels), "labelled": int(labels.any(1).sum()),
-            "labels_from": pack.labels_from, "labels_checksum": f"{zlib.crc32(labels):08x}",
-            "labels_used": bool(uses_labels)}
-
-
-def describe_data(args, facts):
-    """The lines of a run about its data; the last ones are the pack's own notes."""
-    pack = args.pack
-    rest = "those of the split `train`" if (pack.split != "").any() else "the others are held out"
-    labels = f"{facts['labelled']} are labelled, labels from {pack.labels_from}"
-    if not facts["labelled"]:
-        labels = "none is labelled: a soft term would be 0"
-    lines = [f"{pack.path}: {len(pack.names)} images of {pack.size} px, {len(pack.scenes)} scenes, "
-             f"bands {' '.join(pack.sensor.bands)}",
-             f"training on {facts['training_images']} images of {facts['training_scenes']} scenes, "
-             f"{rest}; {labels}"]
-    return "\n".join(f"data: {line}" for line in lines + pack.notes)
+        held_out = data.held_out(pack.scenes, holdout)               # (m,) bool
+        return {i: rows for i, rows in enumerate(pack.rows) if not held_out[i]}
+    in_train = [rows[pack.split[rows] == "train"] for rows in pack.rows]
+    return {i: rows for i, rows in enumerate(in_train) if len(rows)}
 
 
 def draw_batches(scenes, args, rank, world, start, stop):
@@ -465,8 +437,7 @@ def read_ahead(pack, batches, device, threads=4):
         return x, torch.from_numpy(pack.labels[rows])
 
     def to_device(job):
-        x, y = job.result()
-        return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        return [part.to(device, non_blocking=True) for part in job.result()]
 
     jobs = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -503,8 +474,8 @@ class StepRandomness:
 
 
 def networks(args, device, quiet=False):
-    """-> namespace of student, teacher, centre (PerA's, else None) and ddp: the student, which main
-    wraps if there are several ranks.
+    """-> namespace of student, teacher, centre (PerA's, else an empty module) and ddp: the student,
+    which main wraps if there are several ranks.
 
     The teacher starts as a copy of the student.  It has no predictor and guesses no pixels.
     """
@@ -524,7 +495,7 @@ def networks(args, device, quiet=False):
             network = models.SparseBranch(backbone, args.prototypes, args.hidden, predict)
         else:
             network = models.Branch(backbone, args.hidden, predict)
-        if device.type == "cuda" and dist.is_initialized():
+        if device.type == "cuda" and dist.is_initialized():      # on CPUs, each rank has its own
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         return network.to(device, memory_format=torch.channels_last)     # convolutions like it
 
@@ -534,7 +505,7 @@ def networks(args, device, quiet=False):
         models.load_pretrained(student.backbone, args.init, args.adapt,
                                args.sensor.red_green_blue, args.init_norm, quiet, weights)
     teacher.load_state_dict(student.state_dict(), strict=False)      # the student has more heads
-    centre = losses.Centre(args.prototypes).to(device) if pera else None
+    centre = losses.Centre(args.prototypes).to(device) if pera else nn.Module()
     return SimpleNamespace(student=student, teacher=teacher, centre=centre, ddp=student)
 
 
@@ -552,11 +523,8 @@ def adamw(student, args):
     trained = [p for p in student.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.dim() > 1]
     vectors = [p for p in trained if p.dim() <= 1]
-    betas, eps = (0.9, 0.95), 1e-8
-    if args.method == "pera":
-        betas, eps = (0.9, 0.999), 2e-5                                      # [PerA builder.py]
-    return torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0}],
-                             betas=betas, eps=eps, fused=True)
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0}]
+    return torch.optim.AdamW(groups, **ADAMW[args.method], fused=True)
 
 
 def linear(step, steps, first, last):
@@ -602,10 +570,9 @@ def softcon_views(x, args, draws):
     Views (2B,C,h,w) in [0,1], all first seasons before all second ones; kept patches (2B,n).
     """
     total = 2 * len(x) * draws.world                              # views of all ranks
+    light_p = 0.0 if args.sensor.kind == "radar" else 0.8         # radar brings its own light
     crops = data.draw_crops(total, draws.generator, args.crop_min)
-    light = data.draw_colours(total, args.sensor, draws.generator,
-                              p=0.0 if args.sensor.kind == "radar" else 0.8,   # no light in radar
-                              jitter=args.jitter, grey=args.grey)
+    light = data.draw_colours(total, args.sensor, draws.generator, light_p, args.jitter, args.grey)
     grid = models.check_grid(args.img_size, args.img_size, args.patch_size)
     patches = losses.block_mask(total, grid, args.mask_ratio, draws.generator)
 
@@ -641,9 +608,9 @@ def softcon_step(net, x, y, args, draws, values):
     y1, y2 = y.unbind(1)                                                  # (B,L)
     k1, k2 = keys.unbind(1)                                               # (M,256)
     all_y1, all_y2 = labels.unbind(1)                                     # (M,L)
-    flags = dict(tau=args.tau, weight=args.soft_weight, soft_tau=args.soft_tau)
-    loss1, hard1, soft1 = losses.softcon_loss(q1, k2, y1, all_y2, **flags)
-    loss2, hard2, soft2 = losses.softcon_loss(q2, k1, y2, all_y1, **flags)
+    flags = [args.tau, args.soft_weight, args.soft_tau]
+    loss1, hard1, soft1 = losses.softcon_loss(q1, k2, y1, all_y2, *flags)
+    loss2, hard2, soft2 = losses.softcon_loss(q2, k1, y2, all_y1, *flags)
     terms = {"info_nce": (hard1 + hard2) / 2, "soft": (soft1 + soft2) / 2}
     return SimpleNamespace(loss=(loss1 + loss2) / 2, terms=terms, embeddings=q, features=features)
 
@@ -693,30 +660,28 @@ def pera_step(net, x, y, args, draws, values):
     if n_local:
         pairs.append(aligned_pairs(x, args, draws, n_local, args.local_size, LOCAL_AREA_MIN,
                                    args.crop_min))
-    # one entry for each size; only in global crops, which are the first, pixels are guessed
-    student_views = [pair.student_view for pair in pairs]
-    teacher_views = [pair.teacher_view for pair in pairs]
-    student_patches = [pair.student_patches for pair in pairs]
-    teacher_patches = [pair.teacher_patches for pair in pairs]
-    guessed_patches = pairs[0].guessed_patches                            # (n_global B, m)
+    guessed_patches = pairs[0].guessed_patches            # of global crops alone: (n_global B, m)
 
+    # embeddings z and z_t (crops B, 384), features (crops B, D), guess (n_global B, m, PPC)
     with autocast(args, x.device):
         with torch.no_grad():
-            z_t, features, _ = net.teacher(teacher_views, teacher_patches)    # (crops B, 384), ..
-        z, _, guess = net.ddp(student_views, student_patches, guessed_patches)
-        prototypes = net.student.cls_head.prototypes()                    # (K,384)
-        prototypes_t = net.teacher.cls_head.prototypes()
-        dino, koleo = losses.pera_loss(z, z_t, [prototypes, prototypes_t], net.centre.value,
-                                       values["teacher_tau"], n_global + n_local, n_global,
-                                       args.tau)
+            z_t, features, _ = net.teacher([pair.teacher_view for pair in pairs],
+                                           [pair.teacher_patches for pair in pairs])
+        z, _, guess = net.ddp([pair.student_view for pair in pairs],
+                              [pair.student_patches for pair in pairs], guessed_patches)
+
+    prototypes = net.student.cls_head.prototypes()                        # (K,384)
+    prototypes_t = net.teacher.cls_head.prototypes()
+    dino, koleo = losses.pera_loss(z, z_t, [prototypes, prototypes_t], net.centre.value,
+                                   values["teacher_tau"], n_global + n_local, n_global, args.tau)
 
     # From [0,1] to [-2,2]: z-scores of the sensor (but for rgb), as [0,1] spans 4 deviations.
-    target = 4 * losses.patchify(student_views[0] - 0.5, args.patch_size)     # (n_global B, N, PPC)
+    target = 4 * losses.patchify(pairs[0].student_view - 0.5, args.patch_size)    # (.., N, PPC)
     pixel = losses.pixel_loss(guess, target, guessed_patches)
     loss = dino + KOLEO_WEIGHT * koleo + PIXEL_WEIGHT * pixel                           # eq. (10)
 
     # scores are linear in z_t, so the scores of the mean are the mean of the scores
-    scores = losses.at_least_float32(z_t).mean(0, keepdim=True) @ prototypes_t.T        # (1,K)
+    scores = z_t.to(prototypes_t).mean(0, keepdim=True) @ prototypes_t.T      # (1,K)
     terms = {"dino": dino, "koleo": koleo, "pixel": pixel}
     return SimpleNamespace(loss=loss, terms=terms, features=features[:len(x)], scores=scores)
 
@@ -737,9 +702,8 @@ def train_step(net, optimiser, batch, args, step, values, rank=0, world=1, measu
     nothing has moved.
     """
     matrices, vectors = optimiser.param_groups
-    matrices["lr"] = values["lr"]
-    vectors["lr"] = values["lr"]
-    matrices["weight_decay"] = values["weight_decay"]
+    matrices.update(lr=values["lr"], weight_decay=values["weight_decay"])
+    vectors.update(lr=values["lr"])
 
     # gradients, summed over the micro-batches and, in the last one, averaged over the ranks
     means = 0
@@ -762,8 +726,8 @@ def train_step(net, optimiser, batch, args, step, values, rank=0, world=1, measu
     norm = nn.utils.clip_grad_norm_(matrices["params"] + vectors["params"], args.clip or math.inf)
     if not torch.isfinite(norm):
         raise FloatingPointError(
-            f"step {step}: loss {means[0]:g}, gradient norm {norm:g}, lr {values['lr']:g}; stopped "
-            f"before the weights changed, the last checkpoint is from before")
+            f"step {step}: loss {means[0]:g}, gradient norm {norm:g}, lr {values['lr']:g}; "
+            f"stopped before a weight changed")
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     models.ema_update(net.teacher, net.student, values["momentum"])                     # eq. (5)
@@ -784,15 +748,14 @@ class Log:
     data_wait is the share of the time since the last line in which steps waited for data.
     """
 
-    def __init__(self, args, rank, world, start, steps_per_epoch):
+    def __init__(self, args, rank, start, steps_per_epoch):
         self.args = args
         self.rank = rank
-        self.world = world
         self.steps_per_epoch = steps_per_epoch
         self.path = f"{args.out}/log.jsonl"
-        self.begin(start)
         if rank == 0:
-            write_file(self.path, lines_until(self.path, start))
+            replace_file(self.path, lines_until(self.path, start))
+        self.begin(start)
 
     def begin(self, step):
         self.first_step = step
@@ -809,25 +772,22 @@ class Log:
     def write(self, step, values, result):
         """Write the line after `step` steps.  All ranks must call it, as they average together."""
         means = torch.stack([result.loss, *result.terms.values()])
-        if self.world > 1:
-            dist.all_reduce(means)
-            means = means / self.world
-        std, effective_rank = losses.collapse(result.features)
-        seconds = time.perf_counter() - self.first_time
-        scenes = self.args.batch_size * (step - self.first_step)
+        means = losses.gather(means[None]).mean(0)                           # over the ranks
         line = {"step": step, "epoch": step / self.steps_per_epoch}
         line |= dict(zip(["loss", *result.terms], means.tolist()))
         line |= values
         if result.soft_share is not None:
             line["soft_share"] = result.soft_share
-        line |= {"gradient_norm": float(result.gradient_norm), "feature_std": std,
-                 "effective_rank": effective_rank,
-                 "images_per_s": scenes * VIEWS[self.args.method] / seconds,
-                 "data_wait": self.waited / seconds, "peak_memory_gb": peak_memory_gb()}
+        line["gradient_norm"] = float(result.gradient_norm)
+        line["feature_std"], line["effective_rank"] = losses.collapse(result.features)
+        seconds = time.perf_counter() - self.first_time
+        scenes = self.args.batch_size * (step - self.first_step)
+        line["images_per_s"] = scenes * VIEWS[self.args.method] / seconds
+        line["data_wait"] = self.waited / seconds
+        line["peak_memory_gb"] = peak_memory_gb()
         line = {name: round(value, 6) for name, value in line.items()}
         if self.rank == 0:
-            with name_file(self.path), open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            write(self.path, json.dumps(line) + "\n", "ab")
         self.begin(step)
         return line
 
@@ -836,9 +796,9 @@ def lines_until(path, step):
     """The log's lines up to `step`.  Later ones are of steps that a resumed run does again."""
     if step == 0 or not os.path.exists(path):
         return ""
-    lines = Path(path).read_text(errors="replace").splitlines()
-    whole = [line for line in lines if line.endswith("}")]   # a kill may have cut off the last one
-    return "".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= step)
+    lines = Path(path).read_text(errors="replace").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("}\n")]    # a kill may cut off the last one
+    return "".join(line for line in whole if json.loads(line)["step"] <= step)
 
 
 def peak_memory_gb():
@@ -851,49 +811,35 @@ def peak_memory_gb():
 # ------------------------------------------------------------------------------------ checkpoints
 
 
-@contextlib.contextmanager
-def name_file(path):
-    """An OSError inside, of a full disk above all, becomes one that says what was not written."""
+def write(path, content, mode):
+    """Write a text, or an object by torch.save, to the disk.  OSError: it is full, for example."""
     try:
-        yield
-    except OSError as error:
-        raise OSError(f"{path}: not written ({error.strerror}); what was there still is") from error
-
-
-def write_file(path, content):
-    """Write text, or an object by torch.save, so that `path` is whole at any moment.
-
-    It is written beside its place, flushed to the disk, then renamed.
-    """
-    part = f"{path}.part"
-    with name_file(path):
-        with open(part, "wb") as file:
+        with open(path, mode) as file:
             if isinstance(content, str):
                 file.write(content.encode())
             else:
                 torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+    except OSError as error:
+        raise OSError(f"{path}: not written ({error.strerror}); what was there still is") from error
 
 
-def write_config(args, facts, world):
-    """config.json in the run's folder: all that the run was asked for, and with what."""
-    config = {"flags": plain_flags(args), "sensor": dataclasses.asdict(args.sensor), "pack": facts}
-    config |= versions(args, world)
-    write_file(f"{args.out}/config.json", json.dumps(config, indent=1))
+def replace_file(path, content):
+    """Write a file so that it is whole at any moment: beside its place, then renamed."""
+    write(f"{path}.part", content, "wb")
+    os.replace(f"{path}.part", path)
 
 
-def save_checkpoint(args, parts, teacher, step, facts):
+def save_checkpoint(args, parts, step, config):
     """last.pt to go on from, backbone.pt to use: the teacher's, under upstream names."""
-    write_file(f"{args.out}/backbone.pt", models.export_backbone(teacher.backbone))
+    backbone = models.export_backbone(parts["teacher"].backbone)
+    replace_file(f"{args.out}/backbone.pt", backbone)
     state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"step": step, "flags": plain_flags(args), "pack": facts,
-              "sensor": dataclasses.asdict(args.sensor)}
-    write_file(f"{args.out}/last.pt", state)
+    replace_file(f"{args.out}/last.pt", state | {"step": step, "config": config})
 
 
-def load_checkpoint(args, parts, facts, announce):
+def load_checkpoint(args, parts, config, announce):
     """Fill `parts` from OUT/last.pt -> the step to go on at, 0 if there is no checkpoint.
 
     Flags that decide the numbers must be those of the run.  Other scenes or labels are said, and
@@ -905,23 +851,20 @@ def load_checkpoint(args, parts, facts, announce):
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        step = state["step"]
+        before = state["config"]
     except models.UNREADABLE as error:
-        raise data.InputError(f"{path}: no whole checkpoint of a run; move it away to start "
-                              f"anew") from error
-    for name, value in plain_flags(args).items():
-        before = state["flags"].get(name)
-        data.require(name in MAY_CHANGE or before == value,
-                     f"{as_typed(name)} {value}: the run in {args.out} has {before}")
-    data.require(state["sensor"] == dataclasses.asdict(args.sensor),
-                 f"--data {args.data}: the run in {args.out} has another sensor: {state['sensor']}")
+        raise data.InputError(f"{path}: no whole checkpoint of a run") from error
+    for group in ("flags", "sensor", "pack"):
+        for name, value in config[group].items():
+            old = before[group].get(name)
+            if value != old and name not in MAY_CHANGE:
+                difference = f"{group}: {name} {value}, but the run in {args.out} has {old}"
+                data.require(group == "pack", difference)
+                announce(difference)
     for name, part in parts.items():
         part.load_state_dict(state[name])
-    announce(f"resumed {path} at step {step}")
-    for name, value in facts.items():
-        if state["pack"][name] != value:
-            announce(f"data: {name} {value}, before it was {state['pack'][name]}")
-    return step
+    announce(f"resumed {path} at step {state['step']}")
+    return state["step"]
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -934,57 +877,54 @@ def main(argv=None):
     announce = tqdm.write if rank == 0 else lambda text: None
     announce(describe_run(args, world))
 
-    # --------------------------------------------------------------------------------------- data
-    scenes = scenes_to_train_on(args.pack, args.holdout)
-    facts = facts_of_data(args, scenes)
-    announce(describe_data(args, facts))
-    steps_per_epoch = len(scenes) // args.batch_size
+    config = {"flags": plain_flags(args), "sensor": dataclasses.asdict(args.sensor),
+              "pack": describe_data(args), **versions(args, world)}
+    steps_per_epoch = len(args.scenes) // args.batch_size
     total = args.epochs * steps_per_epoch                    # what the schedules span
     stop = min(total, args.max_steps or total)
 
     # ---------------------------------------------------------------------- networks and optimiser
     torch.manual_seed(args.seed)
     net = networks(args, device, quiet=rank > 0)
+    optimiser = adamw(net.student, args)
+    parts = {"student": net.student, "teacher": net.teacher, "centre": net.centre,
+             "optimiser": optimiser}
     if args.compile:
         compile_networks(net)
     if world > 1:
         net.ddp = DistributedDataParallel(net.student, gradient_as_bucket_view=True)
-    if world > 1 and device.type == "cpu" and args.method == "softcon":
-        announce("batch norm: on the CPU each rank normalises by its own part of the batch")
-    optimiser = adamw(net.student, args)
+    if world > 1 and device.type == "cpu":
+        announce("batch norms: each rank normalises by its own part of the batch, as on the CPU")
     millions = sum(p.numel() for p in net.student.parameters()) / 1e6
-    announce(f"model: {args.arch}, student {millions:.1f} M parameters; {total} steps of "
-             f"{args.batch_size} scenes ({world} ranks x {args.accum} micro-batches), "
-             f"amp {args.amp}")
+    announce(f"student: {args.arch} and heads, {millions:.1f} M parameters; {total} steps of "
+             f"{args.batch_size} scenes, amp {args.amp}")
 
-    # ------------------------------------------------------------------------------------- resume
-    parts = {"student": net.student, "teacher": net.teacher, "optimiser": optimiser}
-    if net.centre is not None:
-        parts["centre"] = net.centre
-    start = load_checkpoint(args, parts, facts, announce) if args.resume else 0
+    # ---------------------------------------------------------------------------------- the folder
+    start = load_checkpoint(args, parts, config, announce) if args.resume else 0
     data.require(largest_of_ranks(start) == start,
                  f"--out {args.out}: must be one folder for all ranks, they see different runs")
     if rank == 0:
         os.makedirs(args.out, exist_ok=True)
-        write_config(args, facts, world)
-    log = Log(args, rank, world, start, steps_per_epoch)
+        replace_file(f"{args.out}/config.json", json.dumps(config, indent=1))
+    log = Log(args, rank, start, steps_per_epoch)
 
     # ----------------------------------------------------------------------------------- training
-    batches = draw_batches(scenes, args, rank, world, start, stop)
+    batches = draw_batches(args.scenes, args, rank, world, start, stop)
     reader = read_ahead(args.pack, batches, device)
     bar = tqdm(range(start, stop), args.method, initial=start, total=stop, disable=rank > 0)
     stopped = False
     for step in bar:
         values = schedules(args, step, total)
-        logged = (step + 1) % args.log_every == 0 or step + 1 == stop
+        last = step + 1 == stop
+        logged = last or (step + 1) % args.log_every == 0
         batch = log.next_batch(reader)
         result = train_step(net, optimiser, batch, args, step, values, rank, world, logged)
         if logged:
             line = log.write(step + 1, values, result)
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['images_per_s']:.0f} images/s")
-        stopped = largest_of_ranks(len(signal_times)) > 0 and step + 1 < stop    # all ranks or none
-        if rank == 0 and (stopped or (step + 1) % args.save_every == 0 or step + 1 == stop):
-            save_checkpoint(args, parts, net.teacher, step + 1, facts)
+        stopped = largest_of_ranks(len(signal_times)) > 0 and not last       # all ranks or none
+        if rank == 0 and (last or stopped or (step + 1) % args.save_every == 0):
+            save_checkpoint(args, parts, step + 1, config)
         if stopped:
             break
 
@@ -1005,7 +945,7 @@ def next_command(args):
     command = f"python probe.py --ckpt {args.out}/backbone.pt"
     if args.pack.labels.any():
         return command
-    return f"{command} --data PACK, one that has labels; {args.data} has none"
+    return f"{command} --data PACK, one with labels, which {args.data} has not"
 
 
 if __name__ == "__main__":

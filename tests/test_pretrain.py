@@ -4,6 +4,8 @@ import json
 import math
 import os
 import re
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,58 +67,58 @@ def equal(a, b):
 
 def weights_of(state):
     """What is left of last.pt without the flags, of which some may change."""
-    return {name: value for name, value in state.items() if name != "flags"}
+    return {name: value for name, value in state.items() if name != "config"}
+
+
+def change_pack(pack, out, first=0, labelled=True):
+    """A copy of a pack without the images before `first`, or without labels -> its path."""
+    shutil.copytree(pack, out)
+    np.save(out / "images.npy", np.load(out / "images.npy")[first:])
+    head, *rows = (out / "images.csv").read_text().splitlines()
+    rows = rows[first:]
+    if not labelled:
+        rows = [row.rpartition(",")[0] + "," for row in rows]
+    (out / "images.csv").write_text("\n".join([head, *rows]))
+    return str(out)
 
 
 # ------------------------------------------------------------------------------------------ flags
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--data", "/nowhere"], "/nowhere: no such folder"),
-    (["--data", "."], "python data.py pack . NEW_FOLDER --modality"),
+    (["--data", "/nowhere"], "/nowhere: .*python data.py pack /nowhere NEW_FOLDER --modality"),
     (["--modality", "s2a"], "--modality s2a: .* has the bands VV VH"),
     (["--modality", "s3"], "--modality s3"),
-    (["--modality", "/nowhere.json"], "/nowhere.json: missing"),
     (["--img-size", "25"], "image size 25 x 25 is not divisible by patch size 6"),
     (["--batch-size", "1"], "--batch-size 1: not a multiple, 2 or more, of 1 rank"),
     (["--batch-size", "4", "--accum", "4"], "--batch-size 4: .* --accum 4"),
-    (["--batch-size", "9", "--accum", "2"], "--batch-size 9: not a multiple"),
     (["--batch-size", "500"], "--batch-size 500: exceeds the 5. training scenes"),
     (["--mask-ratio", "1"], "mask ratio 1.0 leaves no patch"),
     (["--init", "/nowhere.pth"], "/nowhere.pth: No such file"),
-    (["--device", "gpu"], "--device gpu: "),
     (["--device", "cuda:77"], "--device cuda:77: "),
     (["--ratios", "0.2", "0.2", "0.6"], "--ratios: has no effect on --method softcon"),
-    (["--prototypes", "64"], "--prototypes: has no effect on --method softcon"),
     (["--method", "pera", "--mask-ratio", "0.3"], "--mask-ratio: has no effect on --method pera"),
-    (["--method", "pera", "--soft-weight", "1"], "--soft-weight: has no effect on --method pera"),
     ([*PERA, "--arch", "resnet18"], "--arch resnet18: --method pera needs a ViT"),
     ([*PERA, "--ratios", "0.5", "0.5", "0.6"], "mask ratios 0.5 0.5 0.6 of 16 patches"),
     ([*PERA, "--local-size", "13"], "image size 13 x 13 is not divisible by patch size 6"),
     ([*PERA, "--local-size", "6"], "of 1 patches"),
     ([*PERA, "--crops", "0", "8"], "--crops: at least one is global"),
-])
-def test_flags_that_cannot_be_are_named_in_one_line_and_leave_nothing(
-        packs, tmp_path, flags, words):
-    with pytest.raises((data.InputError, model.CheckpointError, OSError), match=words) as error:
-        run(packs["s1"], tmp_path / "r", *flags)
-    assert "\n" not in str(error.value) and not (tmp_path / "r").exists()
-
-
-@pytest.mark.parametrize("flags, words", [
     (["--method", "pera", "--mask", "0.7"], "unrecognized arguments: --mask 0.7"),
     (["--arch", "resnet34"], "--arch: invalid choice: 'resnet34'"),
-    (["--holdout", "1.5"], "--holdout: 1.5 must lie in 0 to 0.99"),
+    (["--holdout", "1.5"], "--holdout: 1.5 must lie in 0 to 1"),
     (["--epochs", "many"], "--epochs: invalid .* value: 'many'"),
     (["--lr", "nan"], "--lr: nan must lie in 0 to"),
-    (["--weight-decay", "0.1", "-1"], "--weight-decay: -1 must lie in 0 to"),
     (["--teacher-tau", "0", "0"], "--teacher-tau: 0 must lie in 0.0001 to"),
-    (["--workers", "2"], "unrecognized arguments: --workers 2"),
 ])
-def test_flags_that_argparse_refuses(flags, words, capsys):
-    with pytest.raises(SystemExit):
-        pretrain.resolve_flags(["--modality", "s1", *flags])
-    assert re.search(words, capsys.readouterr().err)
+def test_flags_that_cannot_be_are_named_in_one_line_and_leave_nothing(
+        packs, tmp_path, flags, words, capsys):
+    problems = (data.InputError, model.CheckpointError, OSError, SystemExit)
+    with pytest.raises(problems) as error:
+        run(packs["s1"], tmp_path / "r", *flags)
+    line = str(error.value)
+    if error.type is SystemExit:                                      # argparse
+        line = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(words, line) and "\n" not in line and not (tmp_path / "r").exists()
 
 
 def test_what_is_given_wins_over_the_preset_which_the_number_of_images_chooses(packs):
@@ -132,53 +134,43 @@ def test_what_is_given_wins_over_the_preset_which_the_number_of_images_chooses(p
     assert "preset: pera, toy; changed: nothing\n" in pretrain.describe_run(args, 1)
 
 
-def test_fewer_scenes_than_a_batch_of_the_preset_train_with_a_smaller_batch(packs):
-    flags = ["--modality", "s1", "--data", packs["s1"], "--holdout", "0.9"]
-    args = pretrain.resolve_flags(flags)
-    scenes = len(pretrain.scenes_to_train_on(args.pack, 0.9))
-    assert args.batch_size == 2 ** int(math.log2(scenes)) < 16
-    with pytest.raises(data.InputError, match="--batch-size 16: exceeds"):
-        pretrain.resolve_flags([*flags, "--batch-size", "16"])
-
-
 # ------------------------------------------------------------------------------- order of the data
-
-
-def batches(scenes, rank=0, world=1, start=0, stop=10, accum=2):
-    args = SimpleNamespace(method="softcon", batch_size=8, accum=accum, seed=3)
-    return [rows.tolist() for rows in
-            pretrain.draw_batches(scenes, args, rank, world, start, stop)]
 
 
 SCENES = {i: np.arange(10 * i, 10 * i + 4) for i in range(100, 143)}   # five batches and a rest
 
 
+def batches(rank=0, world=1, start=0, stop=10, scenes=SCENES):
+    args = SimpleNamespace(method="softcon", batch_size=8, accum=2, seed=3)
+    drawn = pretrain.draw_batches(scenes, args, rank, world, start, stop)
+    return [rows.tolist() for rows in drawn]
+
+
 def test_an_epoch_visits_a_scene_at_most_once_in_an_order_of_its_own():
-    one = batches(SCENES)
+    one = batches()
     assert len(one) == 20 and {len(rows) for rows in one} == {4}
     order = [[pair[0] // 10 for rows in epoch for pair in rows] for epoch in (one[:10], one[10:])]
     assert len(set(order[0])) == len(set(order[1])) == 40 and order[0] != order[1]
-    assert batches(SCENES, start=3) == one[6:]                        # resuming skips ahead
+    assert batches(start=3) == one[6:]                                # resuming skips ahead
 
 
 def test_several_ranks_read_together_what_one_rank_reads():
-    one = batches(SCENES)
-    first, second = [batches(SCENES, rank, 2) for rank in (0, 1)]
-    assert [a + b for a, b in zip(first, second, strict=True)] == one
+    pairs = zip(batches(rank=0, world=2), batches(rank=1, world=2), strict=True)
+    assert [first + second for first, second in pairs] == batches()
 
 
 def test_seasons_are_two_different_ones_drawn_anew_in_every_epoch():
-    seasons = [{}, {}]
-    for step in range(10):
-        for rows in batches(SCENES, start=step, stop=step + 1):
-            seasons[step // 5] |= {pair[0] // 10: pair for pair in rows}
+    seasons = []
     for epoch in (0, 1):
+        rows = sum(batches(start=5 * epoch, stop=5 * epoch + 5), [])
+        seasons.append({pair[0] // 10: pair for pair in rows})
         for i, pair in seasons[epoch].items():
             expected = SCENES[i][np.random.default_rng((3, epoch, i)).permutation(4)[:2]]
             assert pair == expected.tolist() and pair[0] != pair[1]
     both = seasons[0].keys() & seasons[1].keys()
     assert sum(seasons[0][i] != seasons[1][i] for i in both) > len(both) / 2
-    assert batches({i: np.array([i]) for i in range(8)}, stop=1)[0][0] in [[i, i] for i in range(8)]
+    alone = batches(stop=1, scenes={i: np.array([i]) for i in range(8)})
+    assert all(first == second for first, second in sum(alone, []))
 
 
 def test_reading_ahead_gives_the_images_and_labels_asked_for_in_order(packs):
@@ -208,7 +200,7 @@ def test_training_takes_the_train_split_or_else_the_scenes_that_are_not_held_out
 # -------------------------------------------------------------------------------- one step, in full
 
 
-TOTAL = 20                                    # steps that the schedules span, of which ten are made
+TOTAL = 20                                    # steps that the schedules span, of which six are made
 
 
 @pytest.fixture
@@ -218,26 +210,24 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
-def flags_for_step(method, sensor, **changes):
-    common = dict(method=method, sensor=data.SENSORS[sensor], init=None, amp="off", seed=5, accum=2,
-                  warmup=0.2, arch="vit_tiny", img_size=24, patch_size=6, hidden=16, drop_path=0.2,
-                  lr=1e-2, weight_decay=[0.1, 0.4], momentum=0.8, jitter=0.4, grey=0.2)
-    pera = dict(crops=[2, 2], local_size=12, prototypes=20, clip=2.0)
-    softcon = dict(soft_weight=0.7, clip=2.0)
-    own = pera if method == "pera" else softcon
-    return SimpleNamespace(**pretrain.PRESETS[method, "full"] | common | own | changes)
+def flags_for_step(method, sensor, arch="vit_tiny"):
+    args = pretrain.PRESETS[method, "full"] | dict(
+        method=method, sensor=data.SENSORS[sensor], init=None, amp="off", seed=5, accum=2, clip=8.0,
+        warmup=0.2, arch=arch, img_size=24, patch_size=6, hidden=16, drop_path=0.2, lr=1e-2,
+        weight_decay=[0.1, 0.4], momentum=0.8, jitter=0.4, grey=0.2, soft_weight=0.7,
+        crops=[2, 2], local_size=12, prototypes=20)
+    return SimpleNamespace(**args)
 
 
 def random_batch(args, step):
     """Two micro-batches of 4 scenes, with labels that depend on the season."""
     g = torch.Generator().manual_seed(step)
-    C = len(args.sensor.bands)
     V = pretrain.VIEWS[args.method]
     batch = []
     for _ in range(2):
-        x = torch.randint(256, (4, V, C, 30, 30), generator=g, dtype=torch.uint8)
-        y = (torch.rand(4, V, 5, generator=g) < 0.4).to(torch.uint8)
-        batch.append((x, y))
+        x = torch.randint(256, (4, V, len(args.sensor.bands), 30, 30), generator=g)
+        y = torch.rand(4, V, 5, generator=g) < 0.4
+        batch.append((x.to(torch.uint8), y.to(torch.uint8)))
     return batch
 
 
@@ -270,9 +260,9 @@ def plain_softcon(student, teacher, centre, x, y, args, tau_teacher, g):
         chance = (cosines / args.soft_tau).sigmoid()
         entropy = -similar * chance.log() - (1 - similar) * (1 - chance).log()
         soft = soft + (entropy * labelled).sum() / B / 2
-    norms = [torch.autograd.grad(term, q, retain_graph=True)[0].norm()
-             for term in (hard, args.soft_weight * soft)]
-    return hard + args.soft_weight * soft, norms[1] / (norms[0] + norms[1])
+    hard_norm, soft_norm = [torch.autograd.grad(term, q, retain_graph=True)[0].norm()
+                            for term in (hard, args.soft_weight * soft)]
+    return hard + args.soft_weight * soft, soft_norm / (hard_norm + soft_norm)
 
 
 def plain_pera(student, teacher, centre, x, y, args, tau_teacher, g):
@@ -309,7 +299,7 @@ def half_cosine(step, start, end, total=TOTAL):
 
 
 def plain_steps(args, net, steps):
-    """The same steps in plain PyTorch -> losses, norms, the networks, centre, moments."""
+    """The same steps in plain PyTorch -> losses and norms, the networks, centre, moments."""
     student = copy.deepcopy(net.student)
     teacher = copy.deepcopy(net.teacher)
     method = plain_pera if args.method == "pera" else plain_softcon
@@ -355,11 +345,11 @@ def plain_steps(args, net, steps):
 
 
 @pytest.mark.parametrize("method, sensor, arch, steps", [
-    ("softcon", "s2c", "vit_tiny", 10), ("softcon", "s1", "resnet18", 3),
-    ("pera", "rgb", "vit_tiny", 10)])
+    ("softcon", "s2c", "vit_tiny", 6), ("softcon", "s1", "resnet18", 2),
+    ("pera", "rgb", "vit_tiny", 6)])
 def test_steps_equal_the_same_steps_in_plain_pytorch(method, sensor, arch, steps, float64):
     """Views, pairing of seasons, averages of micro-batches, clipping, AdamW, schedules, teacher."""
-    args = flags_for_step(method, sensor, arch=arch)
+    args = flags_for_step(method, sensor, arch)
     torch.manual_seed(0)
     net = pretrain.networks(args, torch.device("cpu"))
     optimiser = pretrain.adamw(net.student, args)
@@ -373,16 +363,13 @@ def test_steps_equal_the_same_steps_in_plain_pytorch(method, sensor, arch, steps
             row.append(result.soft_share)
         assert row == pytest.approx(expected[step], rel=1e-7), step
     norms = [row[1] for row in expected]
-    assert args.clip < max(norms) and (steps < 10 or min(norms) < args.clip)
-    for mine, plain in ((net.student, student), (net.teacher, teacher)):
-        state = plain.state_dict()
-        for name, value in mine.state_dict().items():
-            assert torch.allclose(value, state[name], rtol=1e-6, atol=1e-7), name
-    for name, weight in net.student.named_parameters():
-        if weight.requires_grad:
-            mean, square = moments[name]
-            assert torch.allclose(optimiser.state[weight]["exp_avg"], mean, atol=1e-12), name
-            assert torch.allclose(optimiser.state[weight]["exp_avg_sq"], square, atol=1e-12), name
+    assert args.clip < max(norms) and (steps < 6 or min(norms) < args.clip)
+    for network, plain in ((net.student, student), (net.teacher, teacher)):
+        torch.testing.assert_close(network.state_dict(), plain.state_dict(), rtol=1e-6, atol=1e-7)
+    for name, (mean, square) in moments.items():
+        state = optimiser.state[net.student.get_parameter(name)]
+        torch.testing.assert_close(state["exp_avg"], mean, rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(state["exp_avg_sq"], square, rtol=1e-5, atol=1e-12)
     assert not any(p.requires_grad for p in net.teacher.parameters())
     if method == "pera":
         assert torch.allclose(net.centre.value, centre, atol=1e-9) and centre.abs().max() > 0.01
@@ -397,13 +384,12 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_moves(method):
     pretrain.train_step(net, optimiser, random_batch(args, 0), args, 0, values)
     with torch.no_grad():
         net.student.backbone.cls_token.fill_(math.inf)
-    parts = [net.student, net.teacher, optimiser] + ([net.centre] if net.centre else [])
+    parts = [net.student, net.teacher, optimiser, net.centre]
     before = copy.deepcopy([part.state_dict() for part in parts])
-    words = "step 7: loss nan, gradient norm nan, lr 0.0099"
-    with pytest.raises(FloatingPointError, match=words):
+    with pytest.raises(FloatingPointError, match="step 7: loss nan, gradient norm nan, lr 0.0099"):
         pretrain.train_step(net, optimiser, random_batch(args, 1), args, 7, values)
-    after = [part.state_dict() for part in parts]
-    for old, new in zip(before, after):
+    for old, part in zip(before, parts):
+        new = part.state_dict()
         for name in old.keys() - {"param_groups"}:
             if "running" not in name and "num_batches" not in name:   # batch norms have looked on
                 assert equal(old[name], new[name]), name
@@ -416,21 +402,18 @@ def test_a_run_leaves_four_files_which_say_what_it_was(packs, tmp_path, capsys):
     out = tmp_path / "r"
     state = run(packs["s2c"], out, "--modality", "s2c", "--holdout", 0.5, "--epochs", 1)
     assert sorted(os.listdir(out)) == ["backbone.pt", "config.json", "last.pt", "log.jsonl"]
-    said = capsys.readouterr().out.splitlines()
-    assert said[1].startswith("preset: softcon, full; changed: ")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1].startswith("preset: softcon, full; changed: ")
+    assert printed[-1] == f"next: python probe.py --ckpt {out}/backbone.pt"
     pack = data.open_pack(packs["s2c"])
     scenes = len(pretrain.scenes_to_train_on(pack, 0.5))
-    expected = f"training on {4 * scenes} images of {scenes} scenes, the others are held out; "
-    assert any(expected in line and "labels from ssl4eo_multilabel.json" in line for line in said)
-    assert all(f"data: {note}" in said for note in pack.notes)
-    assert said[-1] == f"next: python probe.py --ckpt {out}/backbone.pt"
-
+    facts = {"path": os.path.abspath(packs["s2c"]), "checksum": pack.checksum, "images": 240,
+             "training_images": 4 * scenes, "labels_from": pack.labels_from, "labels_used": True}
+    assert {f"{name}: {value}" for name, value in facts.items()} < set(printed)
     config = json.loads((out / "config.json").read_text())
+    assert facts.items() <= config["pack"].items() and state["config"] == config
     assert config["flags"]["epochs"] == 1 and config["torch"] == torch.__version__
     assert config["sensor"]["bands"] == pack.sensor.bands
-    facts = {"path": os.path.abspath(packs["s2c"]), "checksum": pack.checksum, "images": 240,
-             "labels_from": pack.labels_from, "labels_used": True}
-    assert facts.items() <= config["pack"].items()
 
     log = read_log(out)
     assert [row["step"] for row in log] == list(range(1, scenes // 8 + 1))
@@ -448,74 +431,67 @@ def test_a_run_leaves_four_files_which_say_what_it_was(packs, tmp_path, capsys):
 @pytest.mark.parametrize("flags", [
     ["--accum", 2],
     [*PERA, "--accum", 2, "--drop-path", 0.3]], ids=["softcon", "pera"])
-def test_k_steps_resume_and_k_steps_equal_2k_steps_bit_for_bit(packs, tmp_path, flags):
-    """Step 4 is the middle of an epoch, and the centre is a part of the checkpoint."""
-    whole = run(packs["s1"], tmp_path / "a", *flags, "--max-steps", 8)
-    run(packs["s1"], tmp_path / "b", *flags, "--max-steps", 4)
+def test_k_steps_resume_and_k_steps_equal_2k_steps_bit_for_bit(packs, tmp_path, flags, capsys):
+    """Also if the first steps are asked to resume, where nothing is yet.  Another seed differs."""
+    whole = run(packs["s1"], tmp_path / "a", *flags, "--max-steps", 4)
+    run(packs["s1"], tmp_path / "b", *flags, "--max-steps", 2, "--resume")
+    assert f"--resume: no {tmp_path}/b/last.pt yet, so the run starts" in capsys.readouterr().out
     with open(tmp_path / "b" / "log.jsonl", "a") as log:
-        log.write('{"step": 5, "loss": 0.0}\n{"step": 6, "lo')        # as a kill leaves it
-    resumed = run(packs["s1"], tmp_path / "b", *flags, "--max-steps", 8, "--resume")
-    assert resumed["step"] == 8 and equal(weights_of(whole), weights_of(resumed))
-    losses_of = [[row["loss"] for row in read_log(tmp_path / name)] for name in "ab"]
-    assert losses_of[0] == losses_of[1] and len(losses_of[0]) == 8
+        log.write('{"step": 3, "loss": 0.0}\n{"step": 4, "lo')        # as a kill leaves it
+    resumed = run(packs["s1"], tmp_path / "b", *flags, "--max-steps", 4, "--resume")
+    assert resumed["step"] == 4 and equal(weights_of(whole), weights_of(resumed))
+    logs = [read_log(tmp_path / name) for name in "ab"]
+    losses_of = [[row["loss"] for row in log] for log in logs]
+    assert losses_of[0] == losses_of[1] and len(losses_of[0]) == 4
+    run(packs["s1"], tmp_path / "c", *flags, "--max-steps", 1, "--seed", 1)
+    assert read_log(tmp_path / "c")[0]["loss"] != losses_of[0][0]
     if "pera" in flags:
         assert whole["centre"]["value"].abs().max() > 0
-        for row in read_log(tmp_path / "a"):
+        assert not [name for name in whole["teacher"] if "gamma" in name or "register" in name]
+        for row in logs[0]:
             expected = row["dino"] + 0.1 * row["koleo"] + 0.01 * row["pixel"]
             assert abs(row["loss"] - expected) < 1e-4
 
 
-def test_training_changes_with_the_seed_and_resume_starts_where_nothing_is(
-        packs, tmp_path, capsys):
-    states = {}
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        states[name] = run(packs["s1"], tmp_path / name, "--max-steps", 2, "--seed", seed,
-                           *(["--resume"] if name == "b" else []))
-    assert f"--resume: no {tmp_path}/b/last.pt yet, so the run starts" in capsys.readouterr().out
-    assert equal(weights_of(states["a"]), weights_of(states["b"]))
-    assert not equal(states["a"]["student"], states["c"]["student"])
-
-
-def test_a_run_is_never_overwritten_and_resumes_only_with_its_own_flags(
-        toy, packs, tmp_path, capsys):
+def test_a_run_is_never_overwritten_and_resumes_only_with_its_own_flags(packs, tmp_path, capsys):
     out = tmp_path / "r"
     run(packs["s1"], out, "--max-steps", 1)
     before = (out / "last.pt").read_bytes()
-    for flags, words in (([], "--out .*r: holds a run; --resume continues it"),
-                         (["--resume", "--tau", 0.1], "--tau 0.1: the run in .* has 0.2"),
-                         (["--resume", "--holdout", 0.2], "--holdout 0.2: the run in .* has 0.1")):
+    for flags, words in (
+            ([], "--out .*r: holds a run; --resume continues it"),
+            (["--resume", "--tau", 0.1], "flags: tau 0.1, but the run in .*r has 0.2"),
+            (["--resume", "--seed", 1], "flags: seed 1, but the run in .*r has 0"),
+            (["--resume", "--holdout", 0.2], "flags: holdout 0.2, but the run in .*r has 0.1")):
         with pytest.raises(data.InputError, match=words):
             run(packs["s1"], out, *flags)
     assert (out / "last.pt").read_bytes() == before
 
-    # a pack of which a scene has gone, and with it its labels
-    archive = data.open_archive(toy, data.SENSORS["s1"])
-    archive.images = archive.images[4:]
-    data.pack(archive, str(tmp_path / "pack"), workers=1)
-    capsys.readouterr()
-    assert run(str(tmp_path / "pack"), out, "--resume", "--max-steps", 2)["step"] == 2
+    smaller = change_pack(packs["s1"], tmp_path / "pack", first=4)     # a scene has gone
+    assert run(smaller, out, "--resume", "--max-steps", 2)["step"] == 2
     said = capsys.readouterr().out
-    assert "data: images 236, before it was 240" in said and "data: labels_checksum" in said
+    assert f"pack: images 236, but the run in {out} has 240" in said
+    assert "pack: labels_checksum" in said
     state = torch.load(out / "last.pt", weights_only=True)
-    state["sensor"]["offset"] = 1.0
+    state["config"]["sensor"]["offset"] = 1.0
     torch.save(state, out / "last.pt")
-    with pytest.raises(data.InputError, match="has another sensor"):
+    with pytest.raises(data.InputError, match="sensor: offset 0.0, but the run in .*r has 1.0"):
         run(packs["s1"], out, "--resume")
     (out / "last.pt").write_bytes(before[:-1000])
     with pytest.raises(data.InputError, match="r/last.pt: no whole checkpoint of a run"):
         run(packs["s1"], out, "--resume")
 
 
-@pytest.mark.parametrize("name", ["last.pt", "backbone.pt", "log.jsonl", "config.json"])
-def test_a_full_disk_is_said_in_one_line_and_leaves_the_old_checkpoint(packs, tmp_path, name):
+def test_a_full_disk_is_said_in_one_line_and_leaves_the_old_checkpoint(packs, tmp_path):
     """/dev/full, where every write fails for want of space, in place of the file beside."""
     out = tmp_path / "r"
     run(packs["s1"], out, "--max-steps", 1)
     before = (out / "last.pt").read_bytes()
-    (out / f"{name}.part").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=f"r/{name}: not written .No space left") as error:
-        run(packs["s1"], out, "--max-steps", 2, "--resume")
-    assert "\n" not in str(error.value) and (out / "last.pt").read_bytes() == before
+    for name in ("config.json", "log.jsonl", "backbone.pt", "last.pt"):
+        (out / f"{name}.part").symlink_to("/dev/full")
+        with pytest.raises(OSError, match=f"r/{name}.part: not written .No space left") as error:
+            run(packs["s1"], out, "--max-steps", 2, "--resume")
+        assert "\n" not in str(error.value) and (out / "last.pt").read_bytes() == before
+        (out / f"{name}.part").unlink()
 
 
 def test_a_run_starts_from_the_file_named_with_its_layerscale_and_registers(
@@ -524,38 +500,29 @@ def test_a_run_starts_from_the_file_named_with_its_layerscale_and_registers(
     torch.manual_seed(1)
     dinov2 = model.build("vit_tiny", 3, 24, 6, registers=2)
     torch.save(model.export_backbone(dinov2), tmp_path / "dinov2.pth")
-    flags = [*PERA, "--init", tmp_path / "dinov2.pth", "--max-steps", 1, "--lr", 0]
-    run(packs["s2c"], tmp_path / "a", "--modality", "s2c", "--adapt", "rgb", *flags)
-    said = capsys.readouterr().out
-    assert "--init-norm imagenet|half" in said
-    run(packs["s2c"], tmp_path / "b", "--modality", "s2c", "--adapt", "rgb", *flags,
-        "--init-norm", "half")
-    assert "--init-norm imagenet|half" not in capsys.readouterr().out
-    a, b = [torch.load(tmp_path / name / "backbone.pt", weights_only=True) for name in "ab"]
+    flags = [*PERA, "--init", tmp_path / "dinov2.pth", "--max-steps", 1, "--lr", 0, "--modality",
+             "s2c", "--adapt", "rgb"]
+    backbones = []
+    for more in ([], ["--init-norm", "half"]):
+        run(packs["s2c"], tmp_path / f"r{len(more)}", *flags, *more)
+        assert ("--init-norm imagenet|half" in capsys.readouterr().out) == (more == [])
+        backbones.append(torch.load(tmp_path / f"r{len(more)}/backbone.pt", weights_only=True))
+    plain, folded = backbones
+    expected = dinov2.state_dict()
     for name in ("blocks.1.ls1.gamma", "register_tokens", "blocks.1.mlp.fc1.weight"):
-        assert torch.equal(a[name], dinov2.state_dict()[name])
+        assert torch.equal(plain[name], expected[name])
     first = "patch_embed.proj.weight"
-    assert torch.allclose(a[first][:, 3], dinov2.state_dict()[first][:, 0])
-    assert torch.allclose(b[first][:, 3], 2 * a[first][:, 3])         # (x - .5) / .5
-    run(packs["s1"], tmp_path / "c", *PERA, "--max-steps", 1)
-    plain = torch.load(tmp_path / "c" / "backbone.pt", weights_only=True)
-    assert not [name for name in plain if "gamma" in name or "register" in name]
+    assert torch.allclose(plain[first][:, 3], expected[first][:, 0])
+    assert torch.allclose(folded[first][:, 3], 2 * plain[first][:, 3])         # (x - .5) / .5
 
 
-def test_a_pack_without_labels_trains_on_info_nce_alone(toy, tmp_path, capsys):
-    pack = str(tmp_path / "pack")
-    archive = data.open_archive(toy, data.SENSORS["s1"])
-    for image in archive.images:
-        image.labels = ()
-    data.pack(archive, pack, workers=1)
-    run(pack, tmp_path / "r", "--max-steps", 1)
-    said = capsys.readouterr().out
-    assert "none is labelled: a soft term would be 0" in said
-    assert said.splitlines()[-1].endswith(f" --data PACK, one that has labels; {pack} has none")
+def test_a_pack_without_labels_trains_on_info_nce_alone(packs, tmp_path, capsys):
+    pack = change_pack(packs["s1"], tmp_path / "pack", labelled=False)
+    state = run(pack, tmp_path / "r", "--max-steps", 1)
+    assert "labels_used: False" in capsys.readouterr().out.splitlines()
     row, = read_log(tmp_path / "r")
     assert row["soft"] == row["soft_share"] == 0 and row["loss"] == row["info_nce"]
-    config = json.loads((tmp_path / "r" / "config.json").read_text())
-    assert config["pack"]["labels_used"] is False
+    assert state["config"]["pack"]["labels_used"] is False
 
 
 # ----------------------------------------------------------------------------- the script itself
@@ -576,32 +543,37 @@ def start_script(pack, out, *flags):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_run_that_is_killed_or_stopped_goes_on_to_the_same_bits(packs, tmp_path):
-    """One run gets SIGKILL while it trains, the other SIGTERM."""
-    flags = ["--epochs", 1000, "--save-every", 3]
-    saved = {}
-    for name, number in (("killed", signal.SIGKILL), ("stopped", signal.SIGTERM)):
-        out = tmp_path / name
+def test_a_run_that_is_killed_then_stopped_then_goes_on_ends_in_the_same_bits(packs, tmp_path):
+    """SIGKILL while it trains; what resumes it gets SIGTERM."""
+    out = tmp_path / "r"
+    flags = ["--epochs", 1000, "--save-every", 3, "--resume"]
+    saved = 0
+    for number in (signal.SIGKILL, signal.SIGTERM):
         process = start_script(packs["s1"], out, *flags)
-        while not (out / "last.pt").exists() or len(read_log(out)) < 5:
+        while not (out / "last.pt").exists() or len(read_log(out)) < saved + 5:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.005)
         process.send_signal(number)
-        said, complaints = process.communicate()
-        saved[name] = torch.load(out / "last.pt", weights_only=True)["step"]
-        assert process.returncode == (0 if name == "stopped" else -number), complaints
-    assert said.splitlines()[-1] == (f"stopped at step {saved['stopped']}, saved; the same command "
-                                     f"with --resume goes on")
-    assert read_log(out)[-1]["step"] == saved["stopped"] and saved["killed"] % 3 == 0
+        printed, complaints = process.communicate()
+        saved = torch.load(out / "last.pt", weights_only=True)["step"]
+        if number == signal.SIGKILL:
+            assert process.returncode == -number and saved % 3 == 0
+    assert process.returncode == 0, complaints
+    assert printed.splitlines()[-1] == (f"stopped at step {saved}, saved; the same command with "
+                                        f"--resume goes on")
+    assert read_log(out)[-1]["step"] == saved
+    flags += ["--max-steps", saved + 1]
+    states = [run(packs["s1"], tmp_path / name, *flags) for name in ("r", "whole")]
+    assert equal(*map(weights_of, states))
 
-    flags += ["--max-steps", max(saved.values()) + 2, "--resume"]
-    killed, stopped, whole = [weights_of(run(packs["s1"], tmp_path / name, *flags))
-                              for name in ("killed", "stopped", "whole")]
-    assert equal(killed, whole) and equal(stopped, whole)
 
-
-def test_the_script_ends_with_one_line_for_what_a_user_did(tmp_path):
-    process = start_script("/nowhere", tmp_path / "r")
-    _, complaints = process.communicate()
-    assert process.returncode == 1
-    assert complaints == "pretrain.py: error: /nowhere: no such folder\n"
+def test_the_script_ends_with_one_line_for_what_a_user_did(packs, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *flags_of("/nowhere", tmp_path / "r")])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "pretrain.py"), run_name="__main__")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert re.fullmatch("pretrain.py: error: /nowhere: no pack.*", end.value.code)
