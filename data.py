@@ -125,9 +125,10 @@ class Sensor:
     dtype: str        # type of the pixels in the files, as numpy calls it
     mean: list = field(default_factory=list)             # in the sensor's units
     std: list = field(default_factory=list)
-    ratios: list = field(default_factory=list)           # side of a pixel, in those of the finest
+    ratios: list = field(default_factory=list)           # side of a pixel over the finest's: 1, 2
     red_green_blue: list = field(default_factory=list)   # positions of these bands, or empty
-    channels: list = field(default_factory=list)         # where in a file each lies: 0, 1, 2, ...
+    channels: list = field(default_factory=list)         # where in a file each lies; empty: 0, 1,
+                                                         # 2, ..., and the file has no others
     scale: float = 1.0           # units = pixels * scale + offset
     offset: float = 0.0
     decibels: bool = False       # pixels are linear power: reading turns the units into decibels
@@ -140,7 +141,6 @@ class Sensor:
             self.std = self.std or [63.75] * C
         self.ratios = self.ratios or [1] * C
         self.red_green_blue = self.red_green_blue or find_red_green_blue(self.bands)
-        self.channels = self.channels or [*range(C)]
 
         require(C > 0 and len(set(self.bands)) == C, f"bands {self.bands}: none, or a name twice")
         kinds = ("optical", "radar", "rgb")
@@ -148,11 +148,13 @@ class Sensor:
         require(np.dtype(self.dtype).kind in "iuf", f"dtype {self.dtype!r}: neither int nor float")
         for name in ("mean", "std", "ratios", "channels"):
             values = getattr(self, name)
-            require(len(values) == C, f"{name}: {len(values)} numbers for {C} bands")
+            given = values or name != "channels"
+            require(len(values) == C or not given, f"{name}: {len(values)} numbers for {C} bands")
             require(np.isfinite(values).all(), f"{name} {values}: not finite")
         require(min(self.std) > 0, f"std {self.std}: not above 0")
         require(min(self.ratios) == 1, f"ratios {self.ratios}: the finest band has 1")
-        require(min(self.channels) >= 0 and len(set(self.channels)) == C,
+        require(min(self.channels, default=0) >= 0
+                and len(set(self.channels)) == len(self.channels),
                 f"channels {self.channels}: one twice, or below 0")
         require(len(self.red_green_blue) in (0, 3) and set(self.red_green_blue) <= {*range(C)},
                 f"red_green_blue {self.red_green_blue}: not three positions of {C} bands")
@@ -342,22 +344,23 @@ def read_pixels(path, bands):
     return read(path, bands)
 
 
-def read_file(path, sensor, channels):
-    """Those channels of an image file -> (C,H,W) in the sensor's units.
+def read_file(path, sensor, bands, channels=()):
+    """An image file -> its `bands` bands (bands,H,W) in the sensor's units.
 
-    If they are the first ones, in any order, the file has no others.  rgb: a grey image has three
-    equal bands.  InputError: another number of channels or type, NaN, and as read_tiff.
+    channels: where in the file they lie; empty: in this order, and it has no others.  rgb: a grey
+    image has three equal bands.  InputError: other channels or another type, NaN, and as read_tiff.
     """
-    C = len(channels)
-    x = read_pixels(path, C)
+    x = read_pixels(path, bands)
     if sensor.kind == "rgb" and len(x) == 1:
-        x = np.repeat(x, C, axis=0)
-    needed = max(channels) + 1
+        x = np.repeat(x, bands, axis=0)
     with reading(path):
-        require(x.dtype == sensor.dtype and (len(x) == needed or len(x) > needed > C),
-                f"{x.dtype} {x.shape}, expected {C} bands of {sensor.dtype}, channels "
-                f"{' '.join(map(str, channels))}")
-        return to_units(x[channels], sensor)
+        if channels:
+            require(len(x) > max(channels), f"{len(x)} channels, the sensor's are {channels}")
+            x = x[channels]
+        require(x.dtype == sensor.dtype and len(x) == bands,
+                f"{x.dtype} {x.shape}, expected {bands} bands of {sensor.dtype}; a sensor's "
+                f"`channels` pick some of a file's")
+        return to_units(x, sensor)
 
 
 def read_bands(prefix, sensor):
@@ -370,7 +373,7 @@ def read_bands(prefix, sensor):
     problems = []
     for path in paths:
         try:
-            bands.append(read_file(path, sensor, [0]))
+            bands.append(read_file(path, sensor, bands=1))
         except InputError as error:
             problems.append(str(error))
     require(not problems, "; ".join(problems))
@@ -400,7 +403,7 @@ class Image:
 class Archive:
     """What lies in a folder: images of one sensor, those of a scene together, in order of time."""
     images: list             # of Image
-    sensor: Sensor           # of the files: its statistics or offset may be others than asked for
+    sensor: Sensor           # of the files: v1.1 has its own type, offset and statistics
     classes: tuple = ()
     labels_from: str = ""    # where the labels come from, in words
     notes: list = field(default_factory=list)    # lines for the user
@@ -574,7 +577,8 @@ def list_zips(root, sensor):
             bands = file["band"][:].tolist()
             chunk = file["bands"].chunks[0]
             # B01 is B1, vv is VV
-            plain = [re.sub("^B0", "B", bands[channel].upper()) for channel in sensor.channels]
+            channels = sensor.channels or range(len(bands))
+            plain = [re.sub("^B0", "B", bands[channel].upper()) for channel in channels]
             require(plain == [band.upper() for band in sensor.bands],
                     f"bands {' '.join(bands)}, {sensor.name} has {' '.join(sensor.bands)}")
         for i, (place, names) in enumerate(zip(places, products)):
@@ -602,7 +606,9 @@ def read_zip_image(path, place, season, chunk, sensor):
     """One image in a zip -> (C,H,W) in the sensor's units.  chunk: the places of a chunk."""
     start = place // chunk * chunk
     with reading(f"{path}: place {place}, season {season}"):
-        x = read_chunk(path, start, start + chunk, season)[place - start, sensor.channels]
+        x = read_chunk(path, start, start + chunk, season)[place - start]        # (C,H,W)
+        if sensor.channels:
+            x = x[sensor.channels]
         require(x.dtype == sensor.dtype, f"{x.dtype} pixels, {sensor.name} has {sensor.dtype}")
         return to_units(x, sensor)
 
@@ -741,7 +747,7 @@ def read_folder(root, sensor, labels=None):
         require(scene not in image_of, f"{root}: {image_of.get(scene)} and {name} have one name; "
                                        f"if these are masks, move them elsewhere")
         image_of[scene] = name
-        read = partial(read_file, f"{root}/{name}", sensor, sensor.channels)
+        read = partial(read_file, f"{root}/{name}", sensor, len(sensor.bands), sensor.channels)
         archive.images.append(Image(scene, name, read, found.get(name, ())))
     masks = [folder for folder in folders if folder.lower() in ("mask", "masks", "labels", "gt")]
     if masks:
@@ -753,7 +759,7 @@ def read_folder(root, sensor, labels=None):
 def find_images(root, sensor):
     """Sorted paths in root of the files that may be the sensor's images.  Hidden ones are none."""
     endings = TIFF
-    if max(sensor.channels) < 4 and sensor.dtype in ("uint8", "uint16"):
+    if len(sensor.bands) <= 4 and sensor.dtype in ("uint8", "uint16"):
         endings = TIFF + PICTURES
     paths = []
     for folder, inside, files in os.walk(root, followlinks=True):
@@ -1326,7 +1332,16 @@ def parse(argv):
     flag("--offset", type=float, default=0.0, help="for example -1000")
     flag("--decibels", action="store_true", help="pixels are linear power")
     flag("--nodata", type=float, help="pixels without a measurement; default: what GDAL's tag says")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.command == "stats" and args.modality:
+        for name in NEW_SENSOR[1:]:
+            require(getattr(args, name) == stats.get_default(name),
+                    f"--{name}: goes with --bands; --modality says it already")
+    return args
+
+
+# fields of a sensor that no file tells
+NEW_SENSOR = ("bands", "kind", "channels", "scale", "offset", "decibels", "nodata")
 
 
 def main(argv=None):
@@ -1341,8 +1356,7 @@ def main(argv=None):
         archive = open_archive(args.root, find_sensor(args.modality))
         print_statistics(archive, args.out, args.workers)
     else:
-        names = ("bands", "kind", "channels", "scale", "offset", "decibels", "nodata")
-        fields = {name: getattr(args, name) for name in names}
+        fields = {name: getattr(args, name) for name in NEW_SENSOR}
         archive = read_folder(args.root, new_sensor(args.root, fields))
         print_statistics(archive, args.out, args.workers)
 

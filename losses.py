@@ -293,9 +293,9 @@ def disjoint_masks(batch, n_tokens, student=0.2, guessed=0.2, teacher=0.6, gener
 def draw_blocks(batch, grid, n_mask, generator, blocks):
     """Draw rectangles for block_mask: top, left, height, width, each (batch, blocks), in patches.
 
-    A rectangle has 4 to max(4, n_mask / 2) patches. The logarithm of its aspect (height / width)
-    is uniform, from 0.3 to 1/0.3, as DINOv2 draws it. Its centre is uniform over the grid, so it
-    may hang over the rim.
+    A rectangle has about 4 to max(4, n_mask / 2) patches. The logarithm of its aspect (height /
+    width) is uniform, from 0.3 to 1/0.3, as DINOv2 draws it. Its centre is uniform over the grid,
+    so it may hang over the rim.
     """
     h, w = grid
 
@@ -365,7 +365,7 @@ def collapse(features):
 
     std: of the L2-normalised features, a mean over the dimensions, times sqrt(D). It is 1 for
     isotropic noise and 0 when all scenes look alike. Effective rank: the exponential of the
-    entropy of the normalised singular values of the centred features, from 1 to D.
+    entropy of the normalised singular values of the centred features, from 1 to min(B - 1, D).
     Every rank must call it.
     """
     z = F.normalize(gather(features.float()))                                       # (B,D)

@@ -103,7 +103,8 @@ VIEWS = {"softcon": 2, "pera": 1}          # images of a scene that a step takes
 METHOD_FLAGS = {"softcon": ["mask_ratio", "soft_weight", "soft_tau"],
                 "pera": ["crops", "local_size", "prototypes", "teacher_tau", "ratios"]}
 
-# Flags that a resumed run may change.  All others decide the numbers, so they must stay.
+# Flags that a resumed run may change.  All others decide the numbers, so they must stay.  (The
+# device and the number of ranks decide the last digits.)
 MAY_CHANGE = ["data", "max_steps", "out", "resume", "save_every", "log_every", "device", "compile"]
 
 # AdamW's constants.  [MoCo v3; PerA builder.py]
@@ -143,7 +144,8 @@ parser = argparse.ArgumentParser(
 
 flag = parser.add_argument_group("data").add_argument
 flag("--modality", required=True, metavar="SENSOR",
-     help="s1: radar; s2c: Sentinel-2 L1C; s2a: L2A; rgb; eurosat; a JSON file of `data.py stats`")
+     help=f"{', '.join(data.SENSORS)} or a JSON file of `data.py stats`; the bands must be "
+          f"those of the pack")
 flag("--data", metavar="PACK", help="a folder that `python data.py pack` made (default: toy world)")
 flag("--holdout", type=share,
      help="share of scenes kept for probe.py; if the pack has splits, all but `train` are instead")
@@ -319,7 +321,8 @@ def describe_data(args):
     uses_labels = args.method == "softcon" and args.soft_weight > 0 and labels.any()
     return {"path": os.path.abspath(pack.path), "checksum": pack.checksum,
             "images": len(pack.names), "training_images": len(labels),
-            "training_scenes": len(args.scenes), "labelled": int(labels.any(1).sum()),
+            "training_scenes": len(args.scenes), "by_split": bool((pack.split != "").any()),
+            "labelled": int(labels.any(1).sum()),
             "labels_from": pack.labels_from,
             "labels_checksum": f"{zlib.crc32(labels):08x}", "labels_used": bool(uses_labels)}
 

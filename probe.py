@@ -9,8 +9,9 @@ The backbone never trains.  Each image becomes a row of features, once, and a sm
 tell the labels from these rows.  The same head is trained on the features of the checkpoint, on
 those of "random", the same architecture with random weights, and on "stats", the mean and deviation
 of each band, which need no network.  All are tested on the same images, and a checkpoint is worth
-what it gains over the other two.  (How good the weights are that a run started from, the file of
---init tells as one more --ckpt.)  The last line of the output is a JSON object, values from 0 to 1.
+what it gains over the other two.  (How good the weights are that a run started from, the same run
+tells with --max-steps 1 --lr 0, as one more --ckpt.)  The last line of the output is a JSON object,
+values from 0 to 1.
 
 Which images train the head and which test it, the first of these rules that applies decides, and a
 line of the output says so: (1) --lists; (2) the pack's own split; (3) if a checkpoint's run trained
@@ -481,6 +482,7 @@ class Run:
     bands: list                    # of its sensor
     pack: str                      # path of the pack that it trained on
     checksum: str                  # of that pack's scenes
+    by_split: bool                 # did it take the pack's split "train", and hold nothing out?
 
 
 def read_run(ckpt):
@@ -492,7 +494,7 @@ def read_run(ckpt):
     flags = config["flags"]
     pack = config["pack"]
     return Run(flags["img_size"], flags["holdout"], config["sensor"]["bands"], pack["path"],
-               pack["checksum"])
+               pack["checksum"], pack["by_split"])
 
 
 def open_pack(args, runs):
@@ -660,10 +662,11 @@ def check_split(split, reason, pack, scene, own):
     """Raise InputError if a run trained on what would be tested, or there is nothing to learn."""
     train, test = [np.flatnonzero(split == part) for part in ("train", "test")]
     for ckpt, run in own.items():
-        if (pack.split != "").any():
+        trained = ~data.held_out(pack.scenes, run.holdout)[scene]
+        if run.by_split:
             trained = pack.split == "train"
-        else:
-            trained = ~data.held_out(pack.scenes, run.holdout)[scene]
+            data.require(trained.any(), f"{ckpt}: was trained on the split `train` of {pack.path}, "
+                                        f"which has no such split any more")
         count = trained[test].sum()
         data.require(count == 0, f"images to test on: {reason}: {ckpt} was trained on {count} of "
                                  f"these {len(test)}; it held out {run.holdout} of the scenes")

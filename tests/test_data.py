@@ -103,8 +103,9 @@ def folder(root, sensor):
     mean = np.float64(sensor.mean)
     if sensor.decibels:
         mean = 10 ** (mean / 10)
-    stored = np.zeros((max(sensor.channels) + 1, 30, 24))
-    stored[sensor.channels] = ((mean - sensor.offset) / sensor.scale)[:, None, None]
+    channels = sensor.channels or [*range(len(mean))]
+    stored = np.zeros((max(channels) + 1 + len(sensor.channels), 30, 24))    # some have more
+    stored[channels] = ((mean - sensor.offset) / sensor.scale)[:, None, None]
     write(root / "a" / "0.tif", stored.astype(sensor.dtype))
 
 
@@ -114,13 +115,15 @@ PAN = data.make_sensor({"bands": ["pan"], "kind": "optical", "dtype": "uint8", "
                         "std": [30], "nodata": 0})
 PICKED = data.make_sensor({"bands": ["B8", "B2"], "kind": "optical", "dtype": "uint16",
                            "mean": [900, 40], "std": [100, 20], "channels": [7, 1]})
+FIRST = data.make_sensor({"bands": ["B1", "B2"], "kind": "optical", "dtype": "uint16",
+                          "mean": [900, 40], "std": [100, 20], "channels": [0, 1]})
 
 
 @pytest.mark.parametrize("write_archive, sensor", [
     (tree, S1), (tree, S2C), (tree, S2A), (zips, S1), (zips, S2C), (zips, S2A), (bigearthnet, S1),
     (bigearthnet, S2A), (bigearthnet, S2C), (folder, S1), (folder, S2C), (folder, S2A),
     (folder, SENSORS["eurosat"]), (folder, SENSORS["eurosat-own"]), (folder, UNIT), (folder, PAN),
-    (folder, data.make_sensor(PLANET)), (folder, POWER), (folder, PICKED)])
+    (folder, data.make_sensor(PLANET)), (folder, POWER), (folder, PICKED), (folder, FIRST)])
 def test_a_band_at_its_mean_is_middle_grey_whatever_reads_it(tmp_path, write_archive, sensor):
     write_archive(tmp_path, sensor)
     x = packed(tmp_path / "a", sensor).images[0]

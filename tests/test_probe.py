@@ -1,5 +1,6 @@
 """Claims about probe.py: metrics, heads, features, which images, and what a whole probe says."""
 import copy
+import dataclasses
 import json
 import math
 
@@ -71,10 +72,11 @@ def here(world, monkeypatch):
     (world / "config.json").unlink(missing_ok=True)
 
 
-def write_config(pack, bands=("VV", "VH"), **flags):
+def write_config(pack, bands=("VV", "VH"), by_split=False, **flags):
     """The config.json that a run on a pack leaves beside its checkpoint."""
     config = {"flags": {"img_size": 24, "holdout": 0.4} | flags, "sensor": {"bands": bands},
-              "pack": {"path": pack, "checksum": data.open_pack(pack).checksum}}
+              "pack": {"path": pack, "checksum": data.open_pack(pack).checksum,
+                       "by_split": by_split}}
     with open("config.json", "w") as file:
         json.dump(config, file)
 
@@ -395,7 +397,7 @@ def test_rule_2_a_pack_with_a_split_of_its_own_keeps_it_but_for_unlabelled_image
 def test_rule_3_of_a_runs_own_pack_only_what_it_held_out_trains_or_tests(world, name):
     pack = data.open_pack(world / name)
     checksums = {"a.pt": pack.checksum, "b.pt": pack.checksum, "other.pt": "00000000"}
-    runs = {ckpt: probe.Run(24, holdout, pack.sensor.bands, "pack", checksum)
+    runs = {ckpt: probe.Run(24, holdout, pack.sensor.bands, "pack", checksum, False)
             for (ckpt, checksum), holdout in zip(checksums.items(), (0.9, 0.6, 0.1))}
     splits, _, scene = splits_of(world / name, runs=runs)
     labelled = pack.labels.any(1)
@@ -403,6 +405,17 @@ def test_rule_3_of_a_runs_own_pack_only_what_it_held_out_trains_or_tests(world, 
     assert np.array_equal(splits[1.0, 0] == "test", test)
     train = data.held_out(pack.scenes, 0.6)[scene] & labelled & ~test
     assert np.array_equal(splits[1.0, 0] == "train", train)
+
+
+def test_a_pack_that_got_a_split_after_the_run_is_still_judged_by_what_the_run_saw(tmp_path):
+    parts = ["train"] * 40 + ["test"] * 40
+    path = make_pack(tmp_path / "own", split=parts)
+    pack = data.open_pack(path)
+    run = probe.Run(24, 0.4, pack.sensor.bands, path, pack.checksum, False)
+    with pytest.raises(data.InputError, match="a.pt was trained on"):
+        splits_of(path, runs={"a.pt": run})
+    splits, *_ = splits_of(path, runs={"a.pt": dataclasses.replace(run, by_split=True)})
+    assert splits[1.0, 0].tolist() == np.where(pack.labels.any(1), parts, "").tolist()
 
 
 @pytest.mark.parametrize("name, flags, holdout", [
@@ -521,6 +534,7 @@ def test_a_pack_without_the_statistics_that_the_protocol_wants_is_told(
     ({"holdout": 0.0}, [], "0 images to train on, 0 to test: --holdout 0.0"),
     ({}, ["--lists", "rest.txt", "some.txt"], "by --lists: resnet.pt was trained on 2 of these 2"),
     ({"bands": ["HH", "HV"]}, [], "resnet.pt: takes the bands HH HV, .* has the 2 bands VV VH"),
+    ({"by_split": True}, [], "resnet.pt: was trained on the split `train` of several, which has no"),
     (None, ["--lists", "rest.txt", "rest.txt"], "rest.txt: has images of another list"),
     (None, ["--lists", "some.txt", "rest.txt"], "2 training images are of a single class or scene"),
     (None, ["--lists", "none.txt", "some.txt"], "none.txt: none of its 1 names is in"),
