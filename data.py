@@ -481,8 +481,9 @@ def label_sources(labels, products, named):
     """Names of the products whose labels the products of a scene take, one by one.
 
     labels: {product: classes} of the scene.  They go to the products that they name.  If these are
-    not here, because the archive is radar or another level of S2, they go by order of time to as
-    many products, among which `named`, those of the other modality, tell the places of all.
+    not here, because the archive is radar or another level of S2, they go by order of time: that of
+    `named`, the other modality's products, or without these that of the labels.  If the numbers of
+    products differ, no image gets any.
     """
     for names in (products, named, sorted(labels, key=date)):
         if labels.keys() <= {*names} and len(names) == len(products):

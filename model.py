@@ -489,7 +489,8 @@ class SparseBranch(nn.Module):
 def ema_update(teacher, student, momentum):
     """Moves each parameter of the teacher: teacher <- momentum teacher + (1 - momentum) student.
 
-    Buffers do not move: the teacher's batch norms keep the statistics of their own batches [3].
+    Buffers do not move: the teacher, which stays in training mode, keeps its own batches'
+    statistics in its batch norms [3].
     """
     source = dict(student.named_parameters())
     for name, parameter in teacher.named_parameters():

@@ -17,7 +17,8 @@ pixels of patches that neither of them sees.
 
 In both methods the teacher is a running average of the student and gets no gradient.  All
 randomness is a function of --seed and the step: order of the data, seasons, crops, masks.  So a
-resumed run repeats the undisturbed one, and W ranks together see what one rank would see.
+resumed run repeats the undisturbed one, and W ranks together see what one rank would see (but for
+drop path, which each rank draws itself).
 
 [1] Wang, Albrecht, Zhu 2024, Multi-label guided soft contrastive learning
 [2] Shen et al. 2026, PerA, and its repository SathShen/PerA
@@ -61,7 +62,7 @@ import model as models
 
 # ---------------------------------------------------------------------------------------- presets
 
-# What the presets of a method have in common; "full", for much data, changes some of it.
+# What the presets of a method have in common; what one of them has otherwise stands there.
 SOFTCON = dict(
     adapt="random", drop_path=0.0, holdout=0.4, jitter=0.0, grey=0.0, mask_ratio=0.3,
     tau=0.2, soft_tau=0.2, soft_weight=0.5, weight_decay=[0.05, 0.05], clip=0.0)
@@ -72,7 +73,7 @@ PERA = dict(
 
 # The values of one method on one kind of data: "toy" without --data; with it "small" for fewer than
 # SMALL_DATA images, else "full".  Each value has a flag of its own that changes it.  The README's
-# table says where each comes from.
+# table says where the main ones come from.
 SMALL_DATA = 20000
 PRESETS = {
     ("softcon", "toy"): SOFTCON | dict(
@@ -104,7 +105,7 @@ METHOD_FLAGS = {"softcon": ["mask_ratio", "soft_weight", "soft_tau"],
                 "pera": ["crops", "local_size", "prototypes", "teacher_tau", "ratios"]}
 
 # Flags that a resumed run may change.  All others decide the numbers, so they must stay.  (The
-# device and the number of ranks decide the last digits.)
+# device changes last digits; the number of ranks, drop path, KoLeo and batch norms on CPUs.)
 MAY_CHANGE = ["data", "max_steps", "out", "resume", "save_every", "log_every", "device", "compile"]
 
 # AdamW's constants.  [MoCo v3; PerA builder.py]
@@ -140,7 +141,7 @@ temperature = number(float, 1e-4, 100)
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    epilog="Flags without a default take the value of the preset, see the README's table.")
+    epilog="Flags without a default take the value of the preset, see PRESETS in this file.")
 
 flag = parser.add_argument_group("data").add_argument
 flag("--modality", required=True, metavar="SENSOR",
@@ -148,7 +149,8 @@ flag("--modality", required=True, metavar="SENSOR",
           f"those of the pack")
 flag("--data", metavar="PACK", help="a folder that `python data.py pack` made (default: toy world)")
 flag("--holdout", type=share,
-     help="share of scenes kept for probe.py; if the pack has splits, all but `train` are instead")
+     help="share of scenes kept for probe.py; without effect if the pack has splits, of which "
+          "`train` is trained on")
 flag("--img-size", type=positive, help="side of a (global) crop in pixels")
 flag("--crop-min", type=number(float, 0.01, 1), help="smallest share of the area in such a crop")
 flag("--crops", type=natural, nargs=2, metavar=("GLOBAL", "LOCAL"), help="pera: crops of an image")
@@ -453,7 +455,7 @@ def read_ahead(pack, batches, device, threads=4):
 
 
 class StepRandomness:
-    """The random draws of one micro-batch, the same whatever the number of ranks.
+    """The random draws of one micro-batch, but for drop path the same for any number of ranks.
 
     Every rank draws for the views of all ranks, and `of_this_rank` cuts its part out.
     """
@@ -522,7 +524,7 @@ def compile_networks(net):
 
 
 def adamw(student, args):
-    """AdamW with weight decay on matrices only: not on norms, biases, single vectors."""
+    """AdamW with weight decay on what has more than one dimension: not on norms and biases."""
     trained = [p for p in student.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.dim() > 1]
     vectors = [p for p in trained if p.dim() <= 1]

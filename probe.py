@@ -16,7 +16,8 @@ values from 0 to 1.
 Which images train the head and which test it, the first of these rules that applies decides, and a
 line of the output says so: (1) --lists; (2) the pack's own split; (3) if a checkpoint's run trained
 on this pack, the scenes that it held out, half and half by a hash of their names; (4) if images
-have several labels, all scenes, likewise; (5) else shares of each class, drawn by the seed.
+have several labels, all scenes (or --holdout of them), likewise; (5) else shares of each class,
+drawn by the seed, or with --holdout as in (4).
 
 "Linear probing" means several things in this field.  A protocol fixes what the network is given,
 which features the head gets, how the head is trained, and what chooses its penalty.  Numbers of
@@ -478,11 +479,11 @@ def bootstrap(metric, scores, targets, draws):
 class Run:
     """What the config.json beside a checkpoint says of the run that left it."""
     img_size: int
-    holdout: float                 # share of the scenes that it did not train on
+    holdout: float                 # share of the scenes that it did not train on, unless by_split
     bands: list                    # of its sensor
     pack: str                      # path of the pack that it trained on
     checksum: str                  # of that pack's scenes
-    by_split: bool                 # did it take the pack's split "train", and hold nothing out?
+    by_split: bool                 # did it train on the pack's split "train"?
 
 
 def read_run(ckpt):
@@ -669,7 +670,7 @@ def check_split(split, reason, pack, scene, own):
                                         f"which has no such split any more")
         count = trained[test].sum()
         data.require(count == 0, f"images to test on: {reason}: {ckpt} was trained on {count} of "
-                                 f"these {len(test)}; it held out {run.holdout} of the scenes")
+                                 f"these {len(test)}")
     data.require(len(train) and len(test), f"{len(train)} images to train on, {len(test)} to test: "
                                            f"{reason}")
     data.require(pack.labels[train].any(0).sum() > 1 and len(set(scene[train])) > 1,
@@ -734,7 +735,7 @@ def resolve_flags(argv=None):
     flag("--img-size", type=between(int, 1, 4096), metavar="N",
          help="pixels a side; else the protocol's, the run's, the network's, or 224")
     flag("--lists", nargs="+", metavar="FILE", help="names to train on, [to validate on,] to test")
-    flag("--holdout", type=share, metavar="X", help="share of the scenes to use: rules 3 and 4")
+    flag("--holdout", type=share, metavar="X", help="share of the scenes to use: rules 3 to 5")
     flag("--train-frac", nargs="+", type=share, default=[1.0], metavar="X",
          help="shares of the training images to train on (1)")
     flag("--seeds", type=between(int, 1, 1000), default=1, metavar="N",
