@@ -240,17 +240,17 @@ def to_units(x, sensor):
 
     InputError: pixels are NaN or infinite, and that does not say nodata.
     """
-    missing = x == sensor.nodata                                     # no pixel equals None
-    if sensor.nodata is not None and np.isnan(sensor.nodata):
-        missing = np.isnan(x)
+    missing = np.zeros(x.shape, bool)
+    if sensor.nodata is not None:
+        missing = np.isnan(x) if np.isnan(sensor.nodata) else x == sensor.nodata
     require((np.isfinite(x) | missing).all(),
             "NaN or infinite pixels; if nothing was measured there, give the sensor a nodata")
-    nan = np.float32("nan")
     units = np.float32(x) * np.float32(sensor.scale) + np.float32(sensor.offset)
-    units = np.where(missing, nan, units)
     if sensor.decibels:
-        power = np.where(units > 0, units, nan)                      # no power has no logarithm
-        units = 10 * np.log10(power)
+        missing |= units <= 0                            # no power has no logarithm
+        units = 10 * np.log10(np.where(missing, 1, units))
+    if missing.any():
+        units[missing] = np.nan
     return units
 
 
@@ -262,9 +262,11 @@ def to_uint8(x, sensor):
     """
     mean = np.float32(sensor.mean)[:, None, None]                    # (C,1,1)
     std = np.float32(sensor.std)[:, None, None]                      # (C,1,1)
-    x = (np.float32(x) - (mean - 2 * std)) * (255 / (4 * std))
-    x = np.nan_to_num(x + 0.5, nan=127.5)                            # the cast rounds down
-    return x.clip(0, 255).astype(np.uint8)
+    x = np.float32(x) - (mean - 2 * std)
+    x *= 255 / (4 * std)
+    x += 0.5                                                         # the cast rounds down
+    x[np.isnan(x)] = 127.5
+    return x.clip(0, 255, out=x).astype(np.uint8)
 
 
 def to_input(x, sensor):
