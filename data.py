@@ -113,6 +113,30 @@ def read_json(path):
     return content
 
 
+# --------------------------------------------------------------- flags that pretrain and probe have
+
+
+def number(kind, low, high):
+    """An argparse type: an int or a float (`kind`) between low and high, both included."""
+    def convert(text):
+        value = kind(text)                             # ValueError: argparse says "invalid value"
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} must lie in {low} to {high}")
+        return value
+    return convert
+
+
+def find_device(name):
+    """The torch.device of --device.  InputError: torch or this machine does not have it."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:          # AssertionError: a torch without CUDA
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"--device {name}: {reason}") from error
+    return device
+
+
 # --------------------------------------------------------------------------------------- sensors
 
 

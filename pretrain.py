@@ -122,22 +122,11 @@ LOCAL_AREA_MIN = 0.05          # PerA: smallest share of the image in a local cr
 
 # ------------------------------------------------------------------------------------------ flags
 
-
-def number(kind, low, high=math.inf):
-    """An argparse type: an int or a float (`kind`) between low and high, both included."""
-    def convert(text):
-        value = kind(text)                             # ValueError: argparse says "invalid value"
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} must lie in {low} to {high}")
-        return value
-    return convert
-
-
-positive = number(int, 1, 2**31)
-natural = number(int, 0, 2**31)
-share = number(float, 0, 1)
-amount = number(float, 0, 2**31)
-temperature = number(float, 1e-4, 100)
+positive = data.number(int, 1, 2**31)
+natural = data.number(int, 0, 2**31)
+share = data.number(float, 0, 1)
+amount = data.number(float, 0, 2**31)
+temperature = data.number(float, 1e-4, 100)
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
@@ -152,7 +141,8 @@ flag("--holdout", type=share,
      help="share of scenes kept for probe.py; without effect if the pack has splits, of which "
           "`train` is trained on")
 flag("--img-size", type=positive, help="side of a (global) crop in pixels")
-flag("--crop-min", type=number(float, 0.01, 1), help="smallest share of the area in such a crop")
+flag("--crop-min", type=data.number(float, 0.01, 1),
+     help="smallest share of the area in such a crop")
 flag("--crops", type=natural, nargs=2, metavar=("GLOBAL", "LOCAL"), help="pera: crops of an image")
 flag("--local-size", type=natural, help="pera: side of a local crop in pixels")
 flag("--jitter", type=share,
@@ -167,7 +157,7 @@ flag("--arch", choices=[*models.RESNETS, *models.VITS], help="backbone; pera nee
 flag("--patch-size", type=positive, help="of a ViT; with a ResNet: the cell of SoftCon's mask")
 flag("--hidden", type=positive, help="width of the heads' hidden layers")
 flag("--prototypes", type=positive, help="pera: outputs of the CLS head")
-flag("--drop-path", type=number(float, 0, 0.99), help="share of samples that skip a block")
+flag("--drop-path", type=data.number(float, 0, 0.99), help="share of samples that skip a block")
 flag("--init", metavar="FILE", help="start from this checkpoint, for example DINOv2's or DINO's")
 flag("--adapt", choices=["random", "mean", "rgb", "auto"],
      help="first layer if --init has other channels: random, as in SoftCon; their mean; its RGB in "
@@ -297,16 +287,18 @@ def check_flags(args):
         raise data.InputError(f"{error} (--img-size, --local-size, --patch-size)") from error
 
 
-def describe_run(args, world):
-    """The first lines of a run: its command, preset and what differs from it, versions, data."""
+def describe_run(args, facts):
+    """The first lines of a run: its command, preset and what differs from it, facts, notes.
+
+    facts: what `versions` and `describe_data` return, {name: value}.
+    """
     changed = []
     for name, value in PRESETS[args.method, args.preset].items():
         if getattr(args, name) != value:
             changed.append(f"{name} {getattr(args, name)} instead of {value}")
     lines = [shlex.join(sys.argv),
              f"preset: {args.method}, {args.preset}; changed: {', '.join(changed) or 'nothing'}"]
-    for name, value in (versions(args, world) | describe_data(args)).items():
-        lines.append(f"{name}: {value}")
+    lines += [f"{name}: {value}" for name, value in facts.items()]
     return "\n".join(lines + args.pack.notes)
 
 
@@ -357,12 +349,7 @@ def choose_device(args):
     name = args.device
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:          # AssertionError: a torch without CUDA
-        reason = str(error).partition("\n")[0]
-        raise data.InputError(f"--device {args.device}: {reason}") from error
+    device = data.find_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True         # shapes never change: try, then keep the best
@@ -880,10 +867,11 @@ def main(argv=None):
     args = resolve_flags(argv)
     device = choose_device(args)
     announce = tqdm.write if rank == 0 else lambda text: None
-    announce(describe_run(args, world))
-
-    config = {"flags": plain_flags(args), "sensor": dataclasses.asdict(args.sensor),
-              "pack": describe_data(args), **versions(args, world)}
+    software = versions(args, world)
+    pack = describe_data(args)
+    announce(describe_run(args, software | pack))
+    config = {"flags": plain_flags(args), "sensor": dataclasses.asdict(args.sensor), "pack": pack,
+              **software}
     steps_per_epoch = len(args.scenes) // args.batch_size
     total = args.epochs * steps_per_epoch                    # what the schedules span
     stop = min(total, args.max_steps or total)

@@ -32,11 +32,13 @@ Letters: n images, V views of an image, C bands, H W pixels, D features, L class
 import argparse
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")    # before torch is imported; why: see pretrain.py
 
 import numpy as np
 import torch
@@ -711,36 +713,26 @@ def used_rows(splits, parts=PARTS):
 # ------------------------------------------------------------------------------------------- flags
 
 
-def between(kind, low, high):
-    """A type for argparse: numbers from low to high."""
-    def number(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text}: must lie in {low} to {high}")
-        return value
-    return number
-
-
 def resolve_flags(argv=None):
     """Read the flags.  InputError, or argparse's own error, names one that is unfit."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    share = between(float, 1e-6, 1)
+    share = data.number(float, 1e-6, 1)
     flag("--ckpt", nargs="+", required=True, help="of a run, or released; several are compared")
     flag("--data", metavar="PACK", help="a folder that `python data.py pack` made; else the pack "
          "that the run trained on, or the toy world")
     flag("--protocol", choices=list(PROTOCOLS), default="ridge", help="who measures (%(default)s)")
     flag("--feature", choices=ANY_FEATURE, help="of a ViT; else the protocol's first")
-    flag("--img-size", type=between(int, 1, 4096), metavar="N",
+    flag("--img-size", type=data.number(int, 1, 4096), metavar="N",
          help="pixels a side; else the protocol's, the run's, the network's, or 224")
     flag("--lists", nargs="+", metavar="FILE", help="names to train on, [to validate on,] to test")
     flag("--holdout", type=share, metavar="X", help="share of the scenes to use: rules 3 to 5")
     flag("--train-frac", nargs="+", type=share, default=[1.0], metavar="X",
          help="shares of the training images to train on (1)")
-    flag("--seeds", type=between(int, 1, 1000), default=1, metavar="N",
+    flag("--seeds", type=data.number(int, 1, 1000), default=1, metavar="N",
          help="how many random networks, splits, shares (%(default)s)")
-    flag("--bootstrap", type=between(int, 0, 10 ** 6), default=200, metavar="N",
+    flag("--bootstrap", type=data.number(int, 0, 10 ** 6), default=200, metavar="N",
          help="resamplings for intervals (%(default)s)")
     flag("--device", default="auto", help="cpu, cuda, mps ...; auto: a GPU if there is one")
     args = parser.parse_args(argv)
@@ -752,11 +744,7 @@ def resolve_flags(argv=None):
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.head_device = "cpu" if args.device == "mps" else args.device          # no float64 on mps
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:            # no such name, or no such device
-        reason = str(error).partition("\n")[0]
-        raise data.InputError(f"--device {args.device}: {reason}") from error
+    data.find_device(args.device)
     return args
 
 

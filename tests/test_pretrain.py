@@ -127,11 +127,12 @@ def test_what_is_given_wins_over_the_preset_which_the_number_of_images_chooses(p
     expected = pretrain.PRESETS["softcon", "small"] | {"epochs": 3}
     assert {name: getattr(args, name) for name in expected} == expected
     assert args.amp == "off" and args.out == "runs/softcon_s1"
-    said = pretrain.describe_run(args, 1)
+    said = pretrain.describe_run(args, pretrain.versions(args, 1))
     assert "preset: softcon, small; changed: epochs 3 instead of 8\n" in said
     args = pretrain.resolve_flags([*flags, "--method", "pera", "--preset", "toy"])
     assert args.preset == "toy" and not hasattr(args, "mask_ratio")
-    assert "preset: pera, toy; changed: nothing\n" in pretrain.describe_run(args, 1)
+    said = pretrain.describe_run(args, pretrain.versions(args, 1))
+    assert "preset: pera, toy; changed: nothing\n" in said
 
 
 # ------------------------------------------------------------------------------- order of the data

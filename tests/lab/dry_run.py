@@ -156,7 +156,7 @@ def storage(tensor):
 
 def print_flags(args, world):
     """The preset, what differs from it, and every flag."""
-    print(pretrain.describe_run(args, world))
+    print(pretrain.describe_run(args, pretrain.versions(args, world)))
     flags = [f"{name} {value}" for name, value in pretrain.plain_flags(args).items()]
     print(textwrap.fill(f"flags: {', '.join(flags)}", 100, subsequent_indent="    "))
 
