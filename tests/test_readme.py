@@ -80,6 +80,16 @@ def test_the_install_and_test_commands_are_the_ones_that_ci_runs():
         assert command in README and command in ci
 
 
+def test_the_first_table_has_a_network_above_random_weights_and_band_statistics():
+    [table] = [block for block in fences("text") if "random " in block]
+    value = {}
+    for line in table.splitlines()[1:]:
+        name, *numbers = line.split()
+        value[name] = [float(number) for number in numbers]
+    for floor in ("random", "stats"):
+        assert all(a > b for a, b in zip(value["checkpoint"], value[floor], strict=True))
+
+
 def test_every_local_link_and_picture_is_there():
     links = [x for x in re.findall(r"\]\(([^)]+)\)", README) if not x.startswith("http")]
     assert len(links) > 8
