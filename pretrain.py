@@ -41,6 +41,7 @@ import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,6 +60,7 @@ from tqdm import tqdm
 import data
 import losses
 import model as models
+import probe
 
 # ---------------------------------------------------------------------------------------- presets
 
@@ -118,6 +120,7 @@ TAU_WARMUP = 0.15              # PerA: share of the steps in which the teacher's
 KOLEO_WEIGHT = 0.1             # PerA, eq. (10)  [PerA pera_loss.py]
 PIXEL_WEIGHT = 0.01            # PerA, eq. (10)  [PerA pera_loss.py]
 LOCAL_AREA_MIN = 0.05          # PerA: smallest share of the image in a local crop
+WATCHED = 1000                 # images that the k-NN of the log learns from, and as many to judge
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -194,7 +197,8 @@ flag("--clip", type=amount, help="scale gradients down to this norm; 0: leave th
 flag = parser.add_argument_group("run").add_argument
 flag("--out", help="folder for the run (default: runs/METHOD_MODALITY)")
 flag("--resume", action="store_true", help="go on from OUT/last.pt; start if it is not there")
-flag("--save-every", type=positive, default=500, help="steps between checkpoints (%(default)s)")
+flag("--save-every", type=positive, default=250,
+     help="steps between checkpoints, and between values of knn in the log (%(default)s)")
 flag("--log-every", type=positive, default=10, help="steps between log lines (%(default)s)")
 flag("--seed", type=natural, default=0, help="of everything (%(default)s)")
 flag("--device", default="auto", help="as torch names it: cpu, cuda, mps, ...; auto: a GPU if any")
@@ -729,6 +733,45 @@ def train_step(net, optimiser, batch, args, step, values, rank=0, world=1, measu
                            gradient_norm=norm, features=result.features, soft_share=soft_share)
 
 
+# ------------------------------------------------------------------------- held-out scenes, watched
+
+
+def images_to_watch(pack, holdout):
+    """(n,) text: which labelled images the k-NN of the log learns from, "train", and judges, "test".
+
+    Of a pack with splits: some of `train`, and of `val`, or without it `test`.  Of others: scenes
+    that are held out, but none of the half on which probe.py tests, so that a run which was chosen
+    by its log is still tested on scenes that nobody looked at.
+    """
+    if (pack.split != "").any():
+        judged = "val" if "val" in pack.split else "test"
+        chosen = {"train": pack.split == "train", "test": pack.split == judged}
+    else:
+        scene = probe.scene_of_rows(pack)
+        all_held_out, three_quarters, half = [
+            data.held_out(pack.scenes, holdout * part)[scene] for part in (1, 0.75, 0.5)]
+        chosen = {"train": all_held_out & ~three_quarters, "test": three_quarters & ~half}
+    watched = np.full(len(pack.names), "", "U5")
+    for part, images in chosen.items():
+        rows = np.flatnonzero(images & pack.labels.any(1))
+        watched[np.random.default_rng(0).permutation(rows)[:WATCHED]] = part
+    return watched
+
+
+def knn_value(net, args, watched, device):
+    """What probe.py --protocol knn says of the teacher on these images: micro AP, or accuracy."""
+    protocol = probe.PROTOCOLS["knn"]
+    network = probe.Network(net.teacher.backbone, args.img_size)
+    features = probe.compute_features(network, args.pack, {0: watched}, protocol, "cls",
+                                      probe.Scaling(), device)
+    net.teacher.train()
+    labels = args.pack.labels
+    one_label = args.pack.one_label
+    scores = probe.fit_head(protocol, features, labels, None, watched, one_label, 0, device)
+    metric, *_ = probe.metrics_of(one_label).values()
+    return float(metric(scores, labels[watched == "test"]))
+
+
 # -------------------------------------------------------------------------------------------- log
 
 
@@ -737,7 +780,8 @@ class Log:
 
     The losses are those that were optimised, over all micro-batches and ranks.  soft_share is of
     the first micro-batch, feature_std and effective_rank are of the last, over all ranks.
-    data_wait is the share of the time since the last line in which steps waited for data.
+    data_wait is the share of the time since the last line in which steps waited for data.  knn is
+    there when a checkpoint is, if there are labels.
     """
 
     def __init__(self, args, rank, start, steps_per_epoch):
@@ -761,8 +805,11 @@ class Log:
         self.waited += time.perf_counter() - begin
         return batch
 
-    def write(self, step, values, result):
-        """Write the line after `step` steps.  All ranks must call it, as they average together."""
+    def write(self, step, values, result, knn=None):
+        """Write the line after `step` steps.  All ranks must call it, as they average together.
+
+        knn: a function that gives its value, at a time that images_per_s does not count.
+        """
         means = torch.stack([result.loss, *result.terms.values()])
         means = losses.gather(means[None]).mean(0)                           # over the ranks
         line = {"step": step, "epoch": step / self.steps_per_epoch}
@@ -777,6 +824,8 @@ class Log:
         line["images_per_s"] = scenes * VIEWS[self.args.method] / seconds
         line["data_wait"] = self.waited / seconds
         line["peak_memory_gb"] = peak_memory_gb()
+        if knn:
+            line["knn"] = knn()
         line = {name: round(value, 6) for name, value in line.items()}
         if self.rank == 0:
             write(self.path, json.dumps(line) + "\n", "ab")
@@ -904,19 +953,26 @@ def main(argv=None):
     # ----------------------------------------------------------------------------------- training
     batches = draw_batches(args.scenes, args, rank, world, start, stop)
     reader = read_ahead(args.pack, batches, device)
+    watched = images_to_watch(args.pack, args.holdout)
+    knn = None
+    if rank == 0 and {"train", "test"} <= {*watched}:
+        knn = partial(knn_value, net, args, watched, device)
     bar = tqdm(range(start, stop), args.method, initial=start, total=stop, disable=rank > 0)
     stopped = False
     for step in bar:
         values = schedules(args, step, total)
         last = step + 1 == stop
-        logged = last or (step + 1) % args.log_every == 0
+        saved = last or (step + 1) % args.save_every == 0
+        logged = saved or (step + 1) % args.log_every == 0
         batch = log.next_batch(reader)
         result = train_step(net, optimiser, batch, args, step, values, rank, world, logged)
         if logged:
-            line = log.write(step + 1, values, result)
+            line = log.write(step + 1, values, result, knn if saved else None)
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['images_per_s']:.0f} images/s")
+            if "knn" in line:
+                announce(f"step {step + 1}: k-NN on held-out scenes {line['knn']:.4f}")
         stopped = largest_of_ranks(len(signal_times)) > 0 and not last       # all ranks or none
-        if rank == 0 and (last or stopped or (step + 1) % args.save_every == 0):
+        if rank == 0 and (saved or stopped):
             save_checkpoint(args, parts, step + 1, config)
         if stopped:
             break

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ import data
 import losses
 import model
 import pretrain
+import probe
 from conftest import ROOT
 
 TINY = dict(width=32, depth=2, heads=2)
@@ -427,6 +429,38 @@ def test_a_run_leaves_four_files_which_say_what_it_was(packs, tmp_path, capsys):
     backbone = torch.load(out / "backbone.pt", weights_only=True)
     assert all(torch.equal(v, state["teacher"][f"backbone.{k}"]) for k, v in backbone.items())
     assert not torch.equal(backbone["cls_token"], state["student"]["backbone.cls_token"])
+
+
+def test_knn_in_the_log_is_what_the_probe_says_of_held_out_images_that_it_does_not_test(
+        packs, tmp_path, capsys):
+    """Each checkpoint's line has it, and looking changes no weight."""
+    out = tmp_path / "r"
+    state = run(packs["s1"], out, "--holdout", 0.5, "--max-steps", 3, "--save-every", 2)
+    log = read_log(out)
+    assert ["knn" in row for row in log] == [False, True, True]
+    assert f"step 3: k-NN on held-out scenes {log[2]['knn']:.4f}" in capsys.readouterr().out
+    pack = data.open_pack(packs["s1"])
+    shares = {"learn": (0.375, 0.5), "judge": (0.25, 0.375)}       # of the hashes of scenes' names
+    for part, (low, high) in shares.items():
+        scenes = [name for name in pack.scenes if low <= zlib.crc32(name.encode()) / 2**32 < high]
+        (tmp_path / part).write_text("\n".join(scenes))
+    report = probe.main(["--ckpt", f"{out}/backbone.pt", "--data", packs["s1"], "--protocol",
+                         "knn", "--lists", f"{tmp_path}/learn", f"{tmp_path}/judge"])
+    assert abs(report["value"] - log[2]["knn"]) < 1e-4
+    blind = change_pack(packs["s1"], tmp_path / "blind", labelled=False)
+    flags = ["--holdout", 0.5, "--max-steps", 3, "--soft-weight", 0]
+    watched, unwatched = [run(where, tmp_path / name, *flags) for where, name in
+                          ((packs["s1"], "a"), (blind, "b"))]
+    assert equal(weights_of(watched), weights_of(unwatched))
+    assert "knn" not in read_log(tmp_path / "b")[-1] and state["step"] == 3
+
+
+def test_knn_in_the_log_judges_validation_images_by_training_images_where_a_pack_has_splits():
+    pack = SimpleNamespace(split=np.array(["train", "val", "test", "train"]), names=list("abcd"),
+                           labels=np.array([[1], [1], [1], [0]]))
+    assert pretrain.images_to_watch(pack, 0.5).tolist() == ["train", "test", "", ""]
+    pack.split[1] = ""
+    assert pretrain.images_to_watch(pack, 0.5).tolist() == ["train", "", "test", ""]
 
 
 @pytest.mark.parametrize("flags", [
