@@ -66,11 +66,15 @@ import probe
 
 # What the presets of a method have in common; what one of them has otherwise stands there.
 SOFTCON = dict(
-    adapt="random", drop_path=0.0, holdout=0.4, jitter=0.0, grey=0.0, mask_ratio=0.3,
-    tau=0.2, soft_tau=0.2, soft_weight=0.5, weight_decay=[0.05, 0.05], clip=0.0)
+    adapt="random", drop_path=0.0, holdout=0.4,
+    jitter=0.0, grey=0.0, mask_ratio=0.3,
+    tau=0.2, soft_tau=0.2, soft_weight=0.5,
+    weight_decay=[0.05, 0.05], clip=0.0)
 PERA = dict(
-    adapt="random", drop_path=0.0, holdout=0.4, jitter=1.0, grey=0.1, ratios=[0.2, 0.2, 0.6],
-    crop_min=0.4, crops=[2, 2], prototypes=512, tau=0.1, teacher_tau=[0.03, 0.05],
+    adapt="random", drop_path=0.0, holdout=0.4,
+    jitter=1.0, grey=0.1, ratios=[0.2, 0.2, 0.6],
+    crop_min=0.4, crops=[2, 2], prototypes=512,
+    tau=0.1, teacher_tau=[0.03, 0.05],
     weight_decay=[0.04, 0.2], clip=3.0)
 
 # The values of one method on one kind of data: "toy" without --data; with it "small" for fewer than
@@ -79,24 +83,30 @@ PERA = dict(
 SMALL_DATA = 20000
 PRESETS = {
     ("softcon", "toy"): SOFTCON | dict(
-        arch="resnet18", img_size=32, patch_size=4, hidden=512, crop_min=0.5,
+        arch="resnet18", img_size=32, patch_size=4, hidden=512,
+        crop_min=0.5,
         epochs=28, batch_size=32, lr=5e-4, momentum=0.9),
     ("softcon", "small"): SOFTCON | dict(
-        arch="vit_tiny", adapt="auto", img_size=112, patch_size=16, hidden=1024, crop_min=0.3,
+        arch="vit_tiny", img_size=112, patch_size=16, hidden=1024,
+        adapt="auto", crop_min=0.3,
         epochs=8, batch_size=16, lr=3e-4, momentum=0.98),
     ("softcon", "full"): SOFTCON | dict(
-        arch="vit_small", img_size=224, patch_size=14, hidden=4096, crop_min=0.2,
-        holdout=0.1, jitter=0.4, grey=0.2, soft_weight=0.1,
+        arch="vit_small", img_size=224, patch_size=14, hidden=4096,
+        crop_min=0.2, holdout=0.1, jitter=0.4, grey=0.2,
+        soft_weight=0.1,
         epochs=100, batch_size=256, lr=1.5e-4, momentum=0.99),
     ("pera", "toy"): PERA | dict(
-        arch="vit_tiny", img_size=32, patch_size=4, hidden=512, local_size=16,
+        arch="vit_tiny", img_size=32, patch_size=4, hidden=512,
+        local_size=16,
         epochs=8, batch_size=32, lr=5e-4, momentum=0.95),
     ("pera", "small"): PERA | dict(
-        arch="vit_tiny", adapt="auto", img_size=112, patch_size=16, hidden=1024, local_size=48,
-        crop_min=0.3, epochs=8, batch_size=64, lr=3e-4, momentum=0.98),
+        arch="vit_tiny", img_size=112, patch_size=16, hidden=1024,
+        adapt="auto", crop_min=0.3, local_size=48,
+        epochs=8, batch_size=64, lr=3e-4, momentum=0.98),
     ("pera", "full"): PERA | dict(
-        arch="vit_base", img_size=224, patch_size=16, hidden=2048, local_size=96,
-        holdout=0.1, jitter=0.4, drop_path=0.3, crops=[2, 8], prototypes=131072,
+        arch="vit_base", img_size=224, patch_size=16, hidden=2048,
+        holdout=0.1, jitter=0.4, local_size=96,
+        drop_path=0.3, crops=[2, 8], prototypes=131072,
         epochs=200, batch_size=192, lr=1e-3, momentum=0.992),
 }
 

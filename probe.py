@@ -175,8 +175,9 @@ def to_network(x, size, scaling, mirrored=()):
     x = x / 255
     if size:
         x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-    x = x.flip(mirrored)
-    return (x - torch.as_tensor(scaling.mean).to(x)) / torch.as_tensor(scaling.std).to(x)
+    mean = torch.as_tensor(scaling.mean).to(x)
+    std = torch.as_tensor(scaling.std).to(x)
+    return (x.flip(mirrored) - mean) / std
 
 
 def describe(net, x, feature):
@@ -191,7 +192,11 @@ def describe(net, x, feature):
     blocks = net.last_blocks(x, 4)                             # 4 x (cls (B,D), patches (B,N,D))
     cls = [cls for cls, _ in blocks]
     mean = blocks[-1][1].mean(1)                               # (B,D)
-    parts = {"cls": cls[-1:], "mean": [mean], "cls+mean": [cls[-1], mean], "4cls": cls}
+    parts = {
+        "cls": [cls[-1]],
+        "mean": [mean],
+        "cls+mean": [cls[-1], mean],
+        "4cls": cls}
     return torch.cat(parts[feature], 1)
 
 
