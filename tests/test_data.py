@@ -360,18 +360,11 @@ def test_class_folders_are_labels_only_when_asked_for_and_hidden_files_are_no_im
     assert "the files in masks are packed as images" in packed(tmp_path / "a", RGB).notes[1]
 
 
-def table_archive(root, text):
-    """Four images in two folders, and a table beside them."""
-    for name in ("a/0.png", "a/1.png", "b/1.png", "b/2.png"):
-        write(root / "images" / name, NOISE)
-    (root / "labels.csv").write_text(text)
-    return data.open_archive(str(root / "images"), RGB, str(root / "labels.csv"))
-
-
 def test_a_table_labels_the_images_that_it_names_and_no_other(tmp_path):
-    archive = table_archive(tmp_path, "image\twater\ttrees\n0\t1\t1\n\nb/1.png\t0\t1\n2.png\t1\t0")
-    assert archive.classes == ("water", "trees") and archive.labels_from == "labels.csv"
-    assert [image.labels for image in archive.images] == [
+    text = "image\twater\ttrees\n0\t1\t1\n\nb/1.png\t0\t1\n2.png\t1\t0"
+    opened = table(text)(tmp_path)
+    assert opened.classes == ("water", "trees") and opened.labels_from == "labels.csv"
+    assert [image.labels for image in opened.images] == [
         ("water", "trees"), (), ("trees",), ("water",)]
 
 
@@ -510,58 +503,18 @@ def test_flags_that_do_not_go_together_or_are_abbreviated_are_refused(command):
 # ------------------------------------------------------------------------------------- odd inputs
 # Each is a function of an empty folder.
 
+PNG = imagecodecs.png_encode(np.ascontiguousarray(NOISE.transpose(1, 2, 0)))
+JPEG = imagecodecs.jpeg8_encode(np.ascontiguousarray(NOISE.transpose(1, 2, 0)))
+RADAR = {f"s1/0000000/{product_names(0, 's1')[0]}/{band}.tif": NOISE[:1] for band in S1.bands}
+FOUR = dict.fromkeys(("a/0.png", "a/1.png", "b/1.png", "b/2.png"), PNG)
+X = np.zeros((5, 3, 8, 8), np.uint8)
+BAD_ZIP = "a.zarr.zip: no zip of SSL4EO-S12 v1.1"
+if not importlib.util.find_spec("zarr"):
+    BAD_ZIP = "a.zarr.zip: needs a package: pip install zarr"
+
 
 def sensor(**change):
     return lambda root: data.make_sensor(PLANET | change, "my")
-
-
-def image(name, x, sensor=RGB, **options):
-    """Reads root/name, which holds the bytes x, or the pixels x (C,H,W)."""
-    def attempt(root):
-        if isinstance(x, bytes):
-            (root / name).write_bytes(x)
-        else:
-            write(root / name, x, **options)
-        data.read_folder(str(root), sensor).images[0].read()
-    return attempt
-
-
-def archive(name, sensor, labels=None):
-    """Opens root, in which name is an empty folder, or a picture if it has an ending."""
-    def attempt(root):
-        if "." in name:
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_bytes(PNG)
-        else:
-            (root / name).mkdir(parents=True)
-        data.open_archive(str(root), sensor, labels)
-    return attempt
-
-
-def two_of_one_name(root):
-    (root / "x.jpg").write_bytes(PNG)
-    archive("x.png", RGB)(root)
-
-
-def table(text):
-    return lambda root: table_archive(root, text)
-
-
-def labels(text):
-    """Joins a json to one product of one scene."""
-    def attempt(root):
-        tree(root, S1)
-        (root / "l.json").write_text(text)
-        data.open_archive(str(root / "a"), S1, str(root / "l.json"))
-    return attempt
-
-
-def zipped(bands, dtype):
-    def attempt(root):
-        x = np.zeros((1, 4, 13, 6, 6), dtype)
-        write_zip(root / "S2L1C" / "a.zarr.zip", x, bands, ["0"], [product_names(0, "s2c")])
-        data.open_archive(str(root), S2C).images[0].read()
-    return attempt
 
 
 def pack(**parts):
@@ -572,27 +525,61 @@ def pixels(x, sensor):
     return lambda root: data.to_input(x, sensor)
 
 
-def bands(sensor, names, harm):
-    """Reads the product in the tree, after harm to some of its bands."""
+def archive(files, sensor, labels=None, **options):
+    """Opens a folder with these files, and reads the first image in it.
+
+    files: {path: pixels (C,H,W), bytes or text, a function of the path, None for a folder}
+    """
+    def attempt(root):
+        for name, content in files.items():
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if content is None:
+                path.mkdir()
+            elif isinstance(content, np.ndarray):
+                write(path, content, **options)
+            elif callable(content):
+                content(path)
+            else:
+                path.write_bytes(content.encode() if isinstance(content, str) else content)
+        table = labels if labels in (None, "classes") else str(root / labels)
+        opened = data.open_archive(str(root), sensor, table)
+        opened.images[0].read()
+        return opened
+    return attempt
+
+
+def image(name, x, sensor=RGB, **options):
+    return archive({name: x}, sensor, **options)
+
+
+def table(text):
+    return archive(FOUR | {"labels.csv": text}, RGB, "labels.csv")
+
+
+def labels(text):
+    return archive(RADAR | {"l.json": text}, S1, "l.json")
+
+
+def bands(sensor, **harm):
+    """Reads a product, after harm to some of its bands."""
     def attempt(root):
         tree(root, sensor)
-        for name in names:
+        for name, spoil in harm.items():
             (path,) = root.glob(f"a/*/*/*/{name}.tif")
-            harm(path)
+            spoil(path)
         data.open_archive(str(root / "a"), sensor).images[0].read()
     return attempt
 
 
-def cut_off(path):
-    path.write_bytes(path.read_bytes()[:-1])
+def overwritten(shape, dtype):
+    return lambda path: write(path, np.zeros(shape, dtype))
 
 
-PNG = imagecodecs.png_encode(np.ascontiguousarray(NOISE.transpose(1, 2, 0)))
-JPEG = imagecodecs.jpeg8_encode(np.ascontiguousarray(NOISE.transpose(1, 2, 0)))
-X = np.zeros((5, 3, 8, 8), np.uint8)
-BAD_ZIP = "a.zarr.zip: no zip of SSL4EO-S12 v1.1"
-if not importlib.util.find_spec("zarr"):
-    BAD_ZIP = "a.zarr.zip: needs a package: pip install zarr"
+def zipped(bands, dtype):
+    x = np.zeros((1, 4, 13, 6, 6), dtype)
+    return archive({"S2L1C/a.zarr.zip": lambda path: write_zip(
+        path, x, bands, ["0"], [product_names(0, "s2c")])}, S2C)
 
 
 @pytest.mark.parametrize("attempt, message", [
@@ -619,26 +606,26 @@ if not importlib.util.find_spec("zarr"):
     (image("x.tif", np.full((2, 24, 24), np.nan, "f4"), S1), "x.tif: NaN or infinite pixels"),
     (pixels(np.zeros((24, 24, 2)), POWER), "shape (24, 24, 2): power takes (2, height, width)"),
     (pixels(np.full((2, 4, 4), np.nan), S1), "NaN or infinite pixels"),
-    (bands(S2C, ["B8A"], Path.unlink), "B8A.tif: missing"),
-    (bands(S2C, ["B4"], cut_off), "B4.tif: unreadable"),
-    (bands(S2C, ["B4"], lambda path: write(path, np.zeros((1, 24, 24), "f4"))),
-     "B4.tif: float32 (1, 24"),
-    (bands(S2C, ["B5"], lambda path: write(path, np.zeros((1, 24, 24), "u2"))),
-     "B5.tif: (24, 24) pixels, expected 12 x 12"),
-    (bands(S1, ["VV", "VH"], Path.unlink), "VH.tif: missing"),       # every bad band is named
-    (archive("a", RGB), "no rgb images (.tif .tiff .png .jpg .jpeg) in it or its folders"),
-    (archive("x.png", RGB, "classes"), "has no folders of classes"),
-    (two_of_one_name, "x.jpg and x.png have one name; if these are masks, move"),
-    (archive("images.npy", RGB), "is a pack already"),
-    (archive("s1", S1), "s1: no scenes"),
-    (archive("s1", S1, "classes"), "--labels classes: "),
-    (archive("s1", S2C), "s2c: no such folder"),
-    (archive("s1/0000000", S1), "scene without a product"),
-    (archive("s1/0000000/notes", S1), "'notes' has no date"),
-    (archive("S2", S2C), "S2: no patches"),
-    (archive("S2", S1), "no BigEarthNet folder for modality s1"),
-    (archive("S2", S2A, "x.csv"), "--labels x.csv: BigEarthNet brings its own"),
-    (archive("BigEarthNet-S2/S2A_tile", S2A), "_labels_metadata.json: missing, and "),
+    (bands(S2C, B8A=Path.unlink), "B8A.tif: missing"),
+    (bands(S2C, B4=lambda path: os.truncate(path, os.path.getsize(path) - 1)),
+     "B4.tif: unreadable"),
+    (bands(S2C, B4=overwritten((1, 24, 24), "f4")), "B4.tif: float32 (1, 24"),
+    (bands(S2C, B5=overwritten((1, 24, 24), "u2")), "B5.tif: (24, 24) pixels, expected 12 x 12"),
+    (bands(S1, VV=Path.unlink, VH=Path.unlink), "VH.tif: missing"),  # every bad band is named
+    (archive({"a": None}, RGB), "no rgb images (.tif .tiff .png .jpg .jpeg) in it or its folders"),
+    (archive({"x.png": PNG}, RGB, "classes"), "has no folders of classes"),
+    (archive({"x.jpg": PNG, "x.png": PNG}, RGB),
+     "x.jpg and x.png have one name; if these are masks, move"),
+    (archive({"images.npy": b""}, RGB), "is a pack already"),
+    (archive({"s1": None}, S1), "s1: no scenes"),
+    (archive({"s1": None}, S1, "classes"), "--labels classes: "),
+    (archive({"s1": None}, S2C), "s2c: no such folder"),
+    (archive({"s1/0000000": None}, S1), "scene without a product"),
+    (archive({"s1/0000000/notes": None}, S1), "'notes' has no date"),
+    (archive({"S2": None}, S2C), "S2: no patches"),
+    (archive({"S2": None}, S1), "no BigEarthNet folder for modality s1"),
+    (archive({"S2": None}, S2A, "x.csv"), "x.csv: BigEarthNet brings its own"),
+    (archive({"BigEarthNet-S2/S2A_tile": None}, S2A), "_labels_metadata.json: missing, and "),
     (labels("<html>"), "l.json: no JSON"),
     (labels('{"0000000": 5}'), "l.json: not labels of the form"),
     (labels('{"0000000": {"p": ["9"]}}'), "l.json: not labels of the form"),
@@ -651,7 +638,7 @@ if not importlib.util.find_spec("zarr"):
     (table("image,a,b\n1,1,0\n"), "labels.csv: 1: the name of 2 images in"),
     (zipped(S2C.bands[::-1], "int16"), "a.zarr.zip: bands B12 B11"),
     (zipped(S2C.bands, "float32"), "place 0, season 0: float32 pixels, s2c has int16"),
-    (archive("S2L1C/a.zarr.zip", S2C), BAD_ZIP),
+    (archive({"S2L1C/a.zarr.zip": b"PK"}, S2C), BAD_ZIP),
     (pack(x=X.astype(np.int16)), "images.npy: int16 (5, 3, 8, 8), expected uint8 (n, 3, side"),
     (pack(x=X[..., :7]), "images.npy: uint8 (5, 3, 8, 7), expected"),
     (pack(x=X[:4]), "4 images in images.npy, 5 in images.csv"),
