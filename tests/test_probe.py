@@ -305,14 +305,13 @@ def test_a_smaller_image_is_antialiased():
     assert torch.allclose(got[0, 0, 1, 1], want, atol=1e-6)
 
 
-def test_copernicus_bench_clips_radar_to_the_quantiles_of_each_image_and_band(world):
+def test_copernicus_bench_clips_radar_alone_to_the_quantiles_of_each_image_and_band(world):
     pack = data.open_pack(world / "several")
     protocol = probe.PROTOCOLS["copernicus-bench"]
     x = torch.randint(0, 256, (3, 2, 50, 50), dtype=torch.uint8)
     low, high = np.quantile(x.numpy(), (0.01, 0.99), axis=(2, 3), keepdims=True)
     clipped = probe.to_network(x, 0, probe.choose_scaling(protocol, pack, []))
     assert np.allclose(clipped, np.clip(x.numpy(), low, high) / 255, atol=1e-5)
-    assert not probe.choose_scaling(probe.PROTOCOLS["ridge"], pack, []).clip
     pack.sensor = data.SENSORS["s2c"]
     assert not probe.choose_scaling(protocol, pack, []).clip
 
@@ -374,18 +373,21 @@ def test_rule_2_a_pack_with_a_split_of_its_own_keeps_it_but_for_unlabelled_image
     assert splits[1.0, 0].tolist() == np.where(pack.labels.any(1), parts, "").tolist()
 
 
-@pytest.mark.parametrize("name", ["several", "single"])
-def test_rule_3_of_a_runs_own_pack_only_what_it_held_out_trains_or_tests(world, name):
+@pytest.mark.parametrize("name, flags, runs, holdout", [
+    ("several", [], [0.9, 0.6], 0.6), ("single", [], [0.9, 0.6], 0.6), ("several", [], [], 1.0),
+    ("several", ["--holdout", "0.6"], [], 0.6), ("single", ["--holdout", "0.6"], [], 0.6)])
+def test_rules_3_and_4_a_hash_halves_what_the_runs_of_the_pack_held_out_or_else_all_scenes(
+        world, name, flags, runs, holdout):
+    """runs: the shares that they held out; one of another pack has no say."""
     pack = data.open_pack(world / name)
-    checksums = {"a.pt": pack.checksum, "b.pt": pack.checksum, "other.pt": "00000000"}
-    runs = {ckpt: probe.Run(24, holdout, pack.sensor.bands, "pack", checksum, False)
-            for (ckpt, checksum), holdout in zip(checksums.items(), (0.9, 0.6, 0.1))}
-    splits, _, scene = splits_of(world / name, runs=runs)
-    labelled = pack.labels.any(1)
-    test = data.held_out(pack.scenes, 0.3)[scene] & labelled
-    assert np.array_equal(splits[1.0, 0] == "test", test)
-    train = data.held_out(pack.scenes, 0.6)[scene] & labelled & ~test
-    assert np.array_equal(splits[1.0, 0] == "train", train)
+    own = {f"{share}.pt": probe.Run(24, share, pack.sensor.bands, "pack", pack.checksum, False)
+           for share in runs}
+    own["other.pt"] = probe.Run(24, 0.1, pack.sensor.bands, "other", "00000000", False)
+    splits, _, scene = splits_of(world / name, *flags, runs=own)
+    used = data.held_out(pack.scenes, holdout)[scene] & pack.labels.any(1)
+    test = data.held_out(pack.scenes, holdout / 2)[scene] & used
+    want = np.where(test, "test", np.where(used, "train", ""))
+    assert splits[1.0, 0].tolist() == want.tolist()
 
 
 def test_a_pack_that_got_a_split_after_the_run_is_still_judged_by_what_the_run_saw(tmp_path):
@@ -397,18 +399,6 @@ def test_a_pack_that_got_a_split_after_the_run_is_still_judged_by_what_the_run_s
         splits_of(path, runs={"a.pt": run})
     splits, *_ = splits_of(path, runs={"a.pt": dataclasses.replace(run, by_split=True)})
     assert splits[1.0, 0].tolist() == np.where(pack.labels.any(1), parts, "").tolist()
-
-
-@pytest.mark.parametrize("name, flags, holdout", [
-    ("several", [], 1.0), ("several", ["--holdout", "0.6"], 0.6),
-    ("single", ["--holdout", "0.6"], 0.6)])
-def test_rule_4_without_a_run_of_this_pack_the_same_hash_halves_all_scenes(
-        world, name, flags, holdout):
-    splits, pack, scene = splits_of(world / name, *flags)
-    used = data.held_out(pack.scenes, holdout)[scene] & pack.labels.any(1)
-    test = data.held_out(pack.scenes, holdout / 2)[scene] & used
-    want = np.where(test, "test", np.where(used, "train", ""))
-    assert splits[1.0, 0].tolist() == want.tolist()
 
 
 @pytest.mark.parametrize("protocol, counts", [("ridge", [56, 0, 24]),
@@ -501,8 +491,8 @@ def test_a_run_brings_its_pack_its_size_and_what_it_held_out(here, capsys):
 def test_a_pack_without_the_statistics_that_the_protocol_wants_is_told(
         tmp_path, capsys, sensor, protocol, said):
     pack = make_pack(tmp_path / "pack", one_label=True, sensor=sensor, scenes=3)
-    flags = ["--ckpt", "-", "--data", pack, "--protocol", protocol]
-    probe.open_pack(probe.resolve_flags(flags), [])
+    probe.open_pack(probe.resolve_flags(["--ckpt", "-", "--data", pack, "--protocol", protocol]),
+                    [])
     assert ("pack it with --modality eurosat-own" in capsys.readouterr().out) == said
 
 

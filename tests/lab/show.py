@@ -330,12 +330,9 @@ TERMS = {"info_nce": "InfoNCE, eq. (2)",
 
 def read_log(path):
     """[{name: number}, ...] of a run's log.jsonl, a line each."""
-    try:
+    with data.reading(path, "not the log of a run"):
         rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    except json.JSONDecodeError as error:
-        raise data.InputError(f"{path}: not the log of a run ({error})") from error
-    data.require(len(rows) > 1 and "step" in rows[0], f"{path}: not the log of a run of two or "
-                 "more lines")
+        data.require(len(rows) > 1 and "step" in rows[0], "not two or more lines of a run")
     return rows
 
 
