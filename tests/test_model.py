@@ -149,16 +149,6 @@ def test_a_vit_computes_dinov2s_definition_and_dropped_tokens_are_as_if_masked(
     assert torch.equal(m(x, keep), tokens[:, 0])
 
 
-def test_last_blocks_ends_with_what_tokens_gives():
-    m = models.build("vit_tiny", 3, 32, 8, registers=2).eval()
-    x = torch.rand(2, 3, 32, 32)
-    outputs = m.last_blocks(x, 3)
-    tokens = m.tokens(x)
-    assert [patches.shape for _, patches in outputs] == [(2, 16, 24)] * 3
-    assert torch.equal(outputs[-1][0], tokens[:, 0])
-    assert torch.equal(outputs[-1][1], tokens[:, 3:])
-
-
 @pytest.mark.parametrize("call, message", [
     (lambda: models.build("resnet34", 3), "unknown arch 'resnet34'; choose from resnet18, "),
     (lambda: models.build("vit_tiny", 3, 50, 14), "50 x 50 is not divisible by patch size 14"),
