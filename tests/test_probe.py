@@ -3,6 +3,7 @@ import copy
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -510,19 +511,20 @@ def test_a_pack_without_the_statistics_that_the_protocol_wants_is_told(
     (None, ["--data", "optical"], "resnet.pt: takes 2 channels, optical has the 13 bands B1"),
     (None, ["--ckpt", "vit0.pt", "--img-size", "25"], "--img-size 25: not a multiple of the 6"),
     (None, ["--ckpt", "nan.pt"], "features are not finite"),
+    (None, ["--holdout", "1.5"], "--holdout: 1.5 must lie in"),
+    (None, ["--train-frac", "0"], "--train-frac: 0 must lie in"),
+    (None, ["--seeds", "0"], "--seeds: 0 must lie in"),
+    (None, ["--img-size", "-1"], "--img-size: -1 must lie in"),
+    (None, ["--bootstrap", "-1"], "--bootstrap: -1 must lie in"),
+    (None, ["--protocol", "dinov2"], "--protocol: invalid choice: 'dinov2'"),
+    (None, ["--boot", "5"], "unrecognized arguments: --boot 5"),
 ])
-def test_what_cannot_be_probed_is_refused_with_one_line(here, config, flags, message):
+def test_what_cannot_be_probed_is_refused_with_one_line(here, config, flags, message, capsys):
     if config is not None:
         write_config("several", **config)
-    with pytest.raises((data.InputError, OSError), match=message) as caught:
+    with pytest.raises((data.InputError, OSError, SystemExit)) as error:
         probe.main(["--ckpt", "resnet.pt", "--data", "several", "--img-size", "24", *flags])
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("flags", [
-    ["--holdout", "1.5"], ["--train-frac", "0"], ["--seeds", "0"], ["--img-size", "-1"],
-    ["--bootstrap", "-1"], ["--protocol", "dinov2"], ["--boot", "5"]])
-def test_a_flag_out_of_range_unknown_or_abbreviated_ends_the_program_and_is_named(flags, capsys):
-    with pytest.raises(SystemExit):
-        probe.resolve_flags(["--ckpt", "b.pt", *flags])
-    assert flags[0] in capsys.readouterr().err.splitlines()[-1]
+    line = str(error.value)
+    if error.type is SystemExit:                               # argparse
+        line = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(message, line) and "\n" not in line
