@@ -209,7 +209,7 @@ def test_pixels_without_a_measurement_become_the_mean_and_are_in_no_statistics(t
     assert np.isnan(data.to_units(np.float32([np.nan, 1]), not_a_number)).tolist() == [True, False]
 
 
-def test_linear_power_becomes_decibels_and_none_has_no_measurement():
+def test_power_of_zero_or_less_has_no_decibels_and_becomes_the_mean():
     power = np.float32([[[1, 10, 0, -3]], [[0.1, 1000, 1e-5, 1]]])
     got = data.to_units(power, POWER)
     assert np.allclose(got, [[[0, 10, np.nan, np.nan]], [[-10, 30, -50, 0]]], equal_nan=True)
@@ -419,12 +419,14 @@ def test_a_disk_that_is_full_is_said_in_one_line_and_nothing_is_left(world, tmp_
     assert not os.listdir(tmp_path)
 
 
-def by_hand(root, x=None, rows=("b,b/0,train,tree;sea", "a,a/0,val,", "b,b/1,train,tree",
-                                "a,a/1,test,sea", '"c, d",c,,'), index={"sensor": "rgb"}):
+ROWS = ["b,b/0,train,tree;sea", "a,a/0,val,", "b,b/1,train,tree", "a,a/1,test,sea", '"c, d",c,,']
+
+
+def by_hand(root, x=None, rows=ROWS, index=None):
     """A pack of five images of 8 px."""
     if x is None:
         x = np.random.default_rng(0).integers(0, 255, (5, 3, 8, 8), np.uint8)
-    return write_pack(root, x, rows, index)
+    return write_pack(root, x, rows, index or {"sensor": "rgb"})
 
 
 @pytest.mark.parametrize("index", [
