@@ -1,17 +1,11 @@
-"""Claims about tests/lab: each script starts in its small mode, and what it prints is true."""
+"""Each script of tests/lab starts in its small mode, and the results page is that of its lines."""
 import json
-import re
 import sys
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
-import torch
 
-import data
-import model
-import pretrain
-from conftest import ROOT
+from conftest import ROOT, save_backbone
 
 sys.path.insert(0, str(ROOT / "tests" / "lab"))
 import bench  # noqa: E402
@@ -19,49 +13,27 @@ import dry_run  # noqa: E402
 import show  # noqa: E402
 import study  # noqa: E402
 
-SVG = "{http://www.w3.org/2000/svg}"
+
+@pytest.mark.parametrize("method, view", [("softcon", "views (8,2,24,24)"),
+                                          ("pera", "student_view (8,2,24,24)")])
+def test_a_dry_run_names_the_views_of_a_step(packs, capsys, method, view):
+    dry_run.main(["--modality", "s1", "--data", packs["s1"], "--method", method, "--preset", "toy",
+                  "--arch", "vit_tiny", "--img-size", "24", "--patch-size", "6", "--batch-size",
+                  "4", *(["--local-size", "12"] if method == "pera" else [])])
+    assert view in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [
-    ["--method", "softcon", "--arch", "resnet18"],
-    ["--method", "pera", "--crops", "2", "3", "--local-size", "12", "--prototypes", "64"]])
-def test_a_dry_run_counts_the_students_parameters_and_names_the_views(packs, capsys, flags):
-    flags = ["--modality", "s1", "--data", packs["s1"], "--preset", "toy", "--img-size", "24",
-             "--patch-size", "6", "--batch-size", "4", *flags]
-    dry_run.main(flags)
-    printed = capsys.readouterr().out
-    net = pretrain.networks(pretrain.resolve_flags(flags), torch.device("cpu"), quiet=True)
-    millions = sum(p.numel() for p in net.student.parameters()) / 1e6
-    assert f"student: parameters in millions {millions:.2f}" in printed
-    assert re.search(r"views (\(8,2,24,24\)) |student_view (\(8,2,24,24\))", printed)
-
-
-def draw(folder, *words):
-    """The drawing's root, its images and its words."""
-    show.main([*map(str, words), "--out", str(folder / "x.svg")])
-    root = ElementTree.parse(folder / "x.svg").getroot()
-    return list(root.iter(f"{SVG}image")), [text.text for text in root.iter(f"{SVG}text")]
-
-
-def test_scenes_are_drawn_with_their_images_two_views_two_masks_and_labels(packs, tmp_path):
-    pack = data.open_pack(packs["s2c"])
-    images, words = draw(tmp_path, "scenes", packs["s2c"], "--n", 3, "--seed", 5)
-    chosen = show.some_scenes(pack, 3, 5)
-    assert len(images) == sum(len(pack.rows[i]) + 2 + 1 + 1 for i in chosen)
-    assert {f"{'ABC'[k]}: {pack.scenes[i]}" for k, i in enumerate(chosen)} <= set(words)
-    assert len([word for word in words if re.fullmatch(r"[01]\.\d\d", word)]) == 3 * 3
-
-
-def test_features_are_drawn_beside_their_images_and_a_curve_has_a_panel_a_term(packs, tmp_path):
-    torch.save(model.export_backbone(model.build("vit_tiny", 2, 24, 6)), tmp_path / "tiny.pt")
-    flags = ["--data", packs["s1"], "--n", 2, "--img-size", 36]
-    images, words = draw(tmp_path, "features", tmp_path / "tiny.pt", *flags)
-    assert len(images) == 4
-    assert any("36 x 36 pixels, 6 x 6 patches" in word for word in words)
+def test_show_draws_scenes_features_and_a_curve(packs, tmp_path):
+    vit = save_backbone(tmp_path / "tiny.pt", "vit_tiny", 2, 24, 6)
     log = [{"step": i, "info_nce": 3 / i, "soft": 0, "effective_rank": i} for i in (1, 2, 3)]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
-    _, words = draw(tmp_path, "curve", tmp_path / "log.jsonl")
-    assert words.count("step") == 3
+    commands = {("scenes", packs["s2c"], "--n", "3"): 3 * (4 + 2 + 1 + 1),     # images in it
+                ("features", vit, "--data", packs["s1"], "--n", "2"): 2 * 2,
+                ("curve", str(tmp_path / "log.jsonl")): 0}
+    for words, images in commands.items():
+        show.main([*words, "--out", str(tmp_path / "x.svg")])
+        root = ElementTree.parse(tmp_path / "x.svg").getroot()
+        assert len([*root.iter("{http://www.w3.org/2000/svg}image")]) == images
 
 
 def test_the_small_bench_gives_positive_numbers_or_says_what_is_missing(tmp_path):
@@ -69,57 +41,11 @@ def test_the_small_bench_gives_positive_numbers_or_says_what_is_missing(tmp_path
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert list(rows) == list(bench.ROWS)
     for name, row in rows.items():
-        assert row["status"] == "passed" or "CUDA" in row["reason"] or "zarr" in row["reason"]
+        assert row["status"] == "passed" or row["reason"] == "needs CUDA"
         for key, value in row.items():
             assert key in ("status", "reason") or value == 0 and "error" in key or value > 0, name
-
-
-def line(name, seed, accuracy):
-    """A line of a study, as far as a table reads it."""
-    networks = {"checkpoint": {"accuracy": accuracy}, "random": {"accuracy": [0.5]}}
-    probes = {"ridge": {"curve": [{"train_frac": 1.0, "all": networks}]}}
-    return {"study": "made up", "name": name, "seed": seed, "probes": probes, "commit": "abc1234",
-            "device": "cpu", "torch": "2.13"}
-
-
-def test_a_table_has_means_deviations_and_paired_standard_errors():
-    """Differences of seeds 0 and 1: .1 and .3, mean .2, its error .1; seed 2 has no pair."""
-    lines = [line("a", 0, [0.7, 0.9]), line("a", 1, [0.9]), line("a", 2, [0.1]),
-             line("b", 0, [0.7]), line("b", 1, [0.6])]
-    column = study.Column("top", "ridge", "accuracy")
-    rows = {"A": ("a", "checkpoint"), "B": ("b", "checkpoint"), "floor": ("b", "random"),
-            "C": ("c", "checkpoint")}
-    table = study.make_table(lines, study.Table("made up", rows, [column]))
-    assert table.splitlines()[2:] == [
-        "| A | 0.600 ± 0.436 (3) |", "| B | 0.650 ± 0.071 (2) |", "| floor | 0.500 ± 0.000 (2) |",
-        "", "`study.py run made up`: not run: C; commit abc1234; device cpu; torch 2.13."]
-    gains = study.Table("made up", {"A over B": ("a", "b")}, [column], gains=True)
-    assert "| A over B | +0.200 ± 0.100 (2) |" in study.make_table(lines, gains)
 
 
 def test_the_tables_of_the_results_page_are_those_of_its_lines():
     page = (study.RESULTS / "README.md").read_text()
     assert study.write_tables(page, study.read_lines()) == page
-    assert set(re.findall(r"<!-- table: (.*) -->", page)) == set(study.TABLES)
-    for table in study.TABLES.values():
-        names = {run.name for run in study.all_runs([0]) if run.study == table.study}
-        for column in table.columns:
-            assert {column.run.format(run) for run, _ in table.rows.values()} <= names
-
-
-def test_a_pack_gets_other_labels_and_a_split_of_each_class(tmp_path):
-    rows = ["scene,image,split,labels"]
-    for i in range(10):
-        rows += [f"beach/{i},beach/{i},,sand;sea", f"park/{i},park/{i},,trees"]
-    (tmp_path / "all").mkdir()
-    (tmp_path / "all" / "images.csv").write_text("\n".join(rows) + "\n")
-    (tmp_path / "all" / "pack.json").write_text('{"sensor": "rgb"}')
-    np.save(tmp_path / "all" / "images.npy", np.zeros((20, 3, 4, 4), np.uint8))
-    labels = {"labels": [[1, 1, 0], [0, 0, 1]], "classes": [[1, 0], [0, 1]],
-              "coarse": [[1, 0, 1], [0, 1, 0]]}                   # bare, vegetation, water
-    for labelling, of_two in labels.items():
-        study.relabel(tmp_path / "all", tmp_path / labelling, labelling, seed=1)
-        pack = data.open_pack(str(tmp_path / labelling))
-        assert pack.labels.tolist() == 10 * of_two
-        for k in range(2):
-            assert (pack.split[k::2] == "train").sum() == 8 and (pack.split == "test").sum() == 4

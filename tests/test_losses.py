@@ -7,12 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import losses
+from conftest import seeded
 
 N, M, D, L = 7, 11, 5, 9               # queries, keys, width, label classes
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def random(*shape, seed=0):
@@ -83,12 +80,10 @@ def test_info_nce_equals_a_double_loop(tau, offset):
     assert abs(float(losses.info_nce(q, k, tau, offset)) - want) < 1e-12
 
 
-def test_constant_features_give_info_nce_the_log_of_the_number_of_keys_and_one_key_is_refused():
-    for keys in (2, 11, 256):
-        value = losses.info_nce(torch.ones(2, D), torch.ones(keys, D), 0.2)
-        assert abs(float(value) - math.log(keys)) < 1e-5
-    with pytest.raises(ValueError, match="at least 2"):
-        losses.info_nce(torch.ones(1, D), torch.ones(1, D), 0.2)
+@pytest.mark.parametrize("keys", [2, 11, 256])
+def test_constant_features_give_info_nce_the_log_of_the_number_of_keys(keys):
+    value = losses.info_nce(torch.ones(2, D), torch.ones(keys, D), 0.2)
+    assert abs(float(value) - math.log(keys)) < 1e-5
 
 
 @pytest.mark.parametrize("tau", [0.1, 0.2, 1.0])
@@ -102,32 +97,22 @@ def test_the_soft_term_equals_a_double_loop(tau):
 def test_unlabelled_rows_and_columns_add_nothing_to_the_soft_term_and_stay_in_info_nce():
     q, k, yq, yk = example()
     other_q = q.clone()
-    other_q[2] = -q[2]
+    other_q[2] *= -1
     other_k = k.clone()
-    other_k[4] = -k[4]
+    other_k[4] *= -1
     for new_q, new_k in ((other_q, k), (q, other_k)):
         assert torch.equal(losses.soft_contrastive(q, k, yq, yk),
                            losses.soft_contrastive(new_q, new_k, yq, yk))
         assert losses.info_nce(q, k, 0.2) != losses.info_nce(new_q, new_k, 0.2)
 
 
-def test_without_any_label_the_soft_term_is_zero_and_has_a_zero_gradient():
+def test_without_any_label_the_soft_term_and_its_gradient_are_zero():
     q, k, yq, yk = example()
     q.requires_grad_()
-    for a, b in ((0 * yq, yk), (yq, 0 * yk), (0 * yq, 0 * yk)):
+    for a, b in ((0 * yq, yk), (yq, 0 * yk)):
         value = losses.soft_contrastive(q, k, a, b)
         gradient, = torch.autograd.grad(value, q)
-        assert float(value.detach()) == 0
-        assert not gradient.any()
-
-
-def test_the_mean_over_the_ranks_is_the_soft_term_of_all_however_labels_are_spread():
-    for labelled in (range(M), [5], []):
-        q, k, yq, yk = example(n=M)
-        yq[[i for i in range(M) if i not in labelled]] = 0
-        single = [losses.soft_contrastive(q[i:i + 1], k, yq[i:i + 1], yk) for i in range(M)]
-        whole = losses.soft_contrastive(q, k, yq, yk)
-        assert torch.allclose(torch.stack(single).mean(), whole, atol=1e-12)
+        assert not value.any() and not gradient.any()
 
 
 def test_softcons_loss_is_info_nce_plus_weight_times_the_soft_term_at_its_own_temperature():
@@ -136,8 +121,6 @@ def test_softcons_loss_is_info_nce_plus_weight_times_the_soft_term_at_its_own_te
     assert torch.equal(hard, losses.info_nce(q, k, 0.3))
     assert torch.equal(soft, losses.soft_contrastive(q, k, yq, yk, 0.5))
     assert abs(float(hard + 0.7 * soft - loss)) < 1e-12
-    published = losses.softcon_loss(q, k, yq, yk)
-    assert torch.equal(published[0], losses.softcon_loss(q, k, yq, yk, 0.2, 0.5, 0.2)[0])
 
 
 def test_on_one_rank_gather_gives_the_rows_themselves_without_a_gradient():
@@ -161,13 +144,14 @@ def test_dino_loss_and_centre_follow_the_formulas_and_the_teachers_scores_get_no
         value = losses.dino_loss(s, t, centre.value, tau, tau_student)
         value.backward()
         assert s.grad.any() and t.grad is None
-        p_t = np.exp((t.detach().numpy() - c) / tau)
+        t = t.detach().numpy()
+        p_t = np.exp((t - c) / tau)
         p_s = np.exp(s.detach().numpy() / tau_student)
         p_t /= p_t.sum(1, keepdims=True)
         p_s /= p_s.sum(1, keepdims=True)
         assert abs(float(value.detach()) + (p_t * np.log(p_s)).sum() / 5) < 1e-9
-        centre.update(t)
-        c = 0.9 * c + 0.1 * t.detach().numpy().mean(0)
+        centre.update(torch.from_numpy(t))
+        c = 0.9 * c + 0.1 * t.mean(0)
     assert np.allclose(centre.value[0].numpy(), c, atol=1e-12)
 
 
@@ -182,15 +166,10 @@ def test_koleo_is_the_log_distance_to_the_nearest_other_row_on_the_sphere():
     assert torch.allclose(losses.koleo(x * torch.arange(1, 7)[:, None]), losses.koleo(x))
 
 
-def test_koleo_never_chooses_a_row_itself_and_one_row_is_refused():
+def test_koleo_never_chooses_a_row_itself_and_equal_rows_have_a_finite_gradient():
     angles = torch.tensor([0, 2, 4]).double() * math.pi / 3             # all cosines are negative
     triangle = torch.stack([angles.cos(), angles.sin()], 1)
     assert abs(float(losses.koleo(triangle)) + math.log(math.sqrt(3))) < 1e-6
-    with pytest.raises(ValueError, match="at least 2"):
-        losses.koleo(triangle[:1])
-
-
-def test_koleo_of_equal_rows_has_a_finite_gradient():
     same = torch.ones(3, 4, requires_grad=True)
     losses.koleo(same).backward()
     assert torch.isfinite(same.grad).all()
@@ -280,32 +259,24 @@ def test_masks_are_uniform_over_positions_and_follow_the_seed_alone():
     assert not torch.equal(sets[0], losses.disjoint_masks(20000, 36, generator=seeded(1))[0])
 
 
-@pytest.mark.parametrize("draw, message", [
+@pytest.mark.parametrize("call, message", [
+    (lambda: losses.info_nce(torch.ones(1, D), torch.ones(1, D), 0.2), "at least 2"),
+    (lambda: losses.koleo(torch.ones(1, D)), "at least 2"),
     (lambda: losses.disjoint_masks(1, 36, 0.5, 0.3, 0.3), "mask ratios 0.5 0.3 0.3 of 36 patches"),
     (lambda: losses.disjoint_masks(1, 4, 0.1, 0.3, 0.6), "mask ratios 0.1 0.3 0.6 of 4 patches"),
     (lambda: losses.disjoint_masks(1, 36, 0.2, 0.0, 0.8), "mask ratios 0.2 0.0 0.8 of 36 patches"),
-    (lambda: losses.disjoint_masks(1, 36, 0.4, 0.6, 0.0), "mask ratios 0.4 0.6 0.0 of 36 patches"),
     (lambda: losses.block_mask(2, (4, 4), 1.0), "mask ratio 1.0 leaves no patch of a 4 x 4 grid")])
-def test_shares_that_cannot_be_are_named(draw, message):
+def test_batches_and_shares_that_cannot_be_are_named(call, message):
     with pytest.raises(ValueError, match=message):
-        draw()
+        call()
 
 
-@pytest.mark.parametrize("grid", [(16, 16), (7, 5), (2, 3)])
-@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.6])
-def test_block_mask_leaves_the_exact_number_sorted_distinct_and_reproducible(grid, ratio):
-    patches = losses.block_mask(50, grid, ratio, seeded(3))
-    n = grid[0] * grid[1]
-    assert patches.shape == (50, n - round(ratio * n))
-    assert patches.min() >= 0 and patches.max() < n
-    assert (patches.diff(dim=1) > 0).all()
-    assert torch.equal(patches, losses.block_mask(50, grid, ratio, seeded(3)))
-    assert (patches != patches[0]).any() == (ratio > 0)
-
-
-def test_block_mask_covers_with_one_drawn_rectangle_after_another_and_cuts_the_last():
-    h, w, n_mask = 8, 6, round(0.4 * 48)
-    patches = losses.block_mask(20, (h, w), 0.4, seeded())
+@pytest.mark.parametrize("h, w, ratio", [(16, 16, 0.3), (8, 6, 0.4), (7, 5, 0.6), (2, 3, 0)])
+def test_block_mask_covers_with_one_drawn_rectangle_after_another_and_cuts_the_last(h, w, ratio):
+    """So that each image keeps exactly the same number of patches, in order."""
+    n_mask = round(ratio * h * w)
+    patches = losses.block_mask(20, (h, w), ratio, seeded())
+    assert patches.shape == (20, h * w - n_mask)
     drawn = torch.stack(losses.draw_blocks(20, (h, w), n_mask, seeded(), blocks=16), -1)
     for b in range(20):
         covered = []
@@ -337,24 +308,16 @@ def test_blank_patches_greys_all_patches_but_the_given_ones():
 # ------------------------------------------------------------------------------- what the log says
 
 
-def collapse_by_numpy(x):
-    """(std, effective rank) in float64, from the eigenvalues of the covariance matrix."""
-    z = x.double().numpy()
-    z = z / np.linalg.norm(z, axis=1, keepdims=True)
-    std = z.std(0, ddof=1).mean() * math.sqrt(z.shape[1])
-    eigenvalues = np.linalg.eigvalsh(np.cov(z.T)).clip(1e-30)
-    p = np.sqrt(eigenvalues)
-    p = p / p.sum()
-    return std, math.exp(-(p * np.log(p)).sum())
-
-
 def test_feature_std_and_effective_rank_equal_independent_formulas_and_are_0_and_1_if_constant():
+    """The formulas in float64, from the eigenvalues of the covariance matrix."""
     x = random(64, 8) * torch.arange(1, 9)
     for features in (x, x + 5, x + torch.arange(8)):                       # their means differ
         std, rank = losses.collapse(features.float())
-        want_std, want_rank = collapse_by_numpy(features)
-        assert abs(std - want_std) < 1e-4
-        assert abs(rank - want_rank) < 1e-3
+        z = (features / features.norm(dim=1, keepdim=True)).numpy()
+        p = np.sqrt(np.linalg.eigvalsh(np.cov(z.T)).clip(1e-30))
+        p = p / p.sum()
+        assert abs(std - z.std(0, ddof=1).mean() * math.sqrt(8)) < 1e-4
+        assert abs(rank - math.exp(-(p * np.log(p)).sum())) < 1e-3
     std, rank = losses.collapse(torch.ones(64, 32))
     assert std < 1e-6 and rank < 1.01
 

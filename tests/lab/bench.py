@@ -1,16 +1,16 @@
-"""Speed and memory, as ratios within one run where there is something to compare with.
+"""Speed and memory of what a training waits for, and the claims to check on a new GPU.
 
     python tests/lab/bench.py                            minutes on two CPU cores
     python tests/lab/bench.py --rows read step_vit_small
     python tests/lab/bench.py --gpu --json OUT           at most 8 minutes on one GPU
     python tests/lab/bench.py --small                    everything tiny, on the CPU: does it run?
 
-pack_*     images/s of `data.py pack`, of SSL4EO-S12 v1.0 (13 TIFFs an image), v1.1, a folder
-read       images/s of Pack.read by 1 to 8 threads, warm and cold (page cache dropped), beside
-           indexing a memory map and plain os.pread
-augment    crop, resize, flip and colours of a batch, and its share of a plain copy's bytes/s
-step_*     pretrain.train_step on random pixels at full size: images/s, operations, their rate as a
-           share of a matrix product's, peak memory of the process
+pack       images/s of `data.py pack`, of SSL4EO-S12 v1.0: 13 TIFFs an image
+read       images/s of Pack.read by 1 and 4 threads, warm and cold (page cache dropped), beside
+           indexing a memory map
+augment    images/s of crop, resize, flip and colours of a batch
+step_*     pretrain.train_step on random pixels at full size: images/s, peak memory of the process;
+           dry_run.py counts the operations
 
 and with --gpu, the most important ones first:
 
@@ -22,7 +22,8 @@ compile    --compile: how much faster the steps are, and whether the loss stays
 loader     the loop itself on a pack of 264 px: images/s, and the share that waits for data
 
 Each row runs in a process of its own, so one that crashes or takes too long is a row that says so;
-with --small all run in this process.  Rows that the time does not reach say so, too.
+with --small all run in this process.  Rows that the time does not reach say so, too.  Files lie in
+TMPDIR, on the disk that is measured.
 """
 import argparse
 import contextlib
@@ -38,23 +39,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import tifffile
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import pretrain  # noqa: E402
-
-
-class NotHere(Exception):
-    """A row cannot run here; the text says why."""
-
-
-def needs_cuda(options):
-    if options.device != "cuda":
-        raise NotHere("needs CUDA")
 
 
 # ---------------------------------------------------------------------------------------- measures
@@ -72,95 +62,17 @@ def fastest(work, device, times=3):
     return min(seconds)
 
 
-def product_speed(options, dtype):
-    """FLOP/s of a matrix product of this type: what the machine can do."""
-    n = {"cuda": 8192, "cpu": 2048}[options.device]
-    if options.small:
-        n = 256
-    a = torch.randn(n, n, device=options.device, dtype=dtype)
-    return 2 * n ** 3 / fastest(lambda: a @ a, options.device)
-
-
-def copy_speed(options):
-    """Bytes/s, read and written, of a copy in memory."""
-    n = 2 ** 20 if options.small else 2 ** 28
-    source = torch.ones(n, dtype=torch.uint8, device=options.device)
-    target = torch.ones_like(source)
-    return 2 * n / fastest(lambda: target.copy_(source), options.device)
-
-
-def attention_flops(q, k, *_, passes=1.0, **__):
-    """4 b h n m d a pass, for q (b,h,n,d) and k (b,h,m,d)."""
-    b, h, n, d = q
-    return int(4 * b * h * n * k[2] * d * passes)
-
-
-def backward_flops(gradient, q, k, *_, **__):
-    """As PyTorch counts its CUDA kernels."""
-    return attention_flops(q, k, passes=2.5)
-
-
-def count_flops(work):
-    """Operations of work(): matrix products, convolutions and attention."""
-    aten = torch.ops.aten
-    on_cpu = {                       # attention on the CPU, which PyTorch's counter does not know
-        aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward_flops}
-    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
-        work()
-    return counter.get_total_flops()
-
-
 # --------------------------------------------------------------------------------- packing, reading
 
 
-def pack_rate(archive, folder):
+def packing(options, folder):
+    scenes, size = (4, 24) if options.small else (24, 264)
+    world = data.make_toy(f"{folder}/toy", scenes, size)
+    archive = data.open_archive(world, data.SENSORS["s2c"])
     begin = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
         data.pack(archive, f"{folder}/pack")
     return {"images_per_s": len(archive.images) / (time.perf_counter() - begin)}
-
-
-def toy_archive(options, folder):
-    scenes, size = (4, 24) if options.small else (24, 264)
-    return data.open_archive(data.make_toy(f"{folder}/toy", scenes, size), data.SENSORS["s2c"])
-
-
-def pack_v10(options, folder):
-    return pack_rate(toy_archive(options, folder), folder)
-
-
-def pack_v11(options, folder):
-    """The same images as v1.1 has them: int16, +1000, in a zip, a chunk a season."""
-    try:
-        import zarr
-        import zarr.storage
-    except ImportError as error:
-        raise NotHere(str(error)) from error
-    images = toy_archive(options, folder).images
-    x = np.stack([image.read() for image in images]) + 1000                    # (n,C,H,W)
-    x = x.astype(np.int16).reshape(-1, 4, *x.shape[1:])                        # (m,4,C,H,W)
-    os.makedirs(f"{folder}/v11/S2L1C")
-    store = zarr.storage.ZipStore(f"{folder}/v11/S2L1C/a.zarr.zip", mode="w")
-    group = zarr.open_group(store, mode="w", zarr_format=2)
-    group.create_array("bands", data=x, chunks=(len(x), 1, *x.shape[2:]))
-    group.create_array("band", data=np.array(data.SENSORS["s2c"].bands))
-    group.create_array("sample", data=np.array([image.scene for image in images[::4]]))
-    products = [image.name.split("/")[-1] for image in images]
-    group.create_array("file_id", data=np.array(products).reshape(-1, 4))
-    store.close()
-    return pack_rate(data.open_archive(f"{folder}/v11", data.SENSORS["s2c"]), folder)
-
-
-def pack_folder(options, folder):
-    """RGB TIFFs."""
-    n, size = (8, 24) if options.small else (400, 264)
-    rng = np.random.default_rng(0)
-    os.makedirs(f"{folder}/images")
-    for i in range(n):
-        x = rng.integers(256, size=(size, size, 3), dtype=np.uint8)
-        tifffile.imwrite(f"{folder}/images/{i}.tif", x, photometric="rgb")
-    return pack_rate(data.open_archive(f"{folder}/images", data.SENSORS["rgb"]), folder)
 
 
 def random_pack(path, scenes, size):
@@ -181,34 +93,22 @@ def random_pack(path, scenes, size):
     return path
 
 
-def by_pack(pack, rows, out):
-    pack.read(rows, out)
-
-
-def by_memory_map(pack, rows, out):
-    out[:] = pack.images[rows]
-
-
-def by_pread(pack, rows, out):
-    size = out[0].size
-    for row, image in zip(rows, out):
-        pixels = os.pread(pack.file.fileno(), size, pack.images.offset + int(row) * size)
-        image[:] = np.frombuffer(pixels, np.uint8).reshape(image.shape)
-
-
-def reading_rate(path, how, threads, cold):
+def reading_rate(path, mapped, threads, cold):
     """Images/s of all images of a pack, in random order, eight at a time."""
     if cold:                          # pages leave the cache if no memory map has touched them
         os.sync()
         with open(f"{path}/images.npy", "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    pack = data.open_pack(path)
-    order = np.random.default_rng(1).permutation(len(pack.names))
-    shape = pack.images.shape[1:]
+    opened = data.open_pack(path)
+    order = np.random.default_rng(1).permutation(len(opened.names))
 
     def read_some(start):
         rows = order[start:start + 8]
-        how(pack, rows, np.empty((len(rows), *shape), np.uint8))
+        out = np.empty((len(rows), *opened.images.shape[1:]), np.uint8)
+        if mapped:
+            out[:] = opened.images[rows]
+        else:
+            opened.read(rows, out)
     begin = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(read_some, range(0, len(order), 8)))
@@ -220,15 +120,10 @@ def read(options, folder):
     path = random_pack(f"{folder}/pack", scenes, size)
     result = {}
     for state in ("warm", "cold"):
-        best = {}
-        for how in (by_pack, by_memory_map, by_pread):
-            rates = {}
-            for threads in (1, 2, 4, 8):
-                rates[threads] = reading_rate(path, how, threads, state == "cold")
-                result[f"{state} {how.__name__} x{threads}"] = rates[threads]
-            best[how] = max(rates.values())
-        plain = max(best[by_memory_map], best[by_pread])
-        result[f"{state}: best by_pack / best plain"] = best[by_pack] / plain
+        for how in ("pack", "map"):
+            for threads in (1, 4):
+                rate = reading_rate(path, how == "map", threads, state == "cold")
+                result[f"{state} {how} x{threads}"] = rate
     return result
 
 
@@ -280,12 +175,9 @@ class Steps:
 
 def step(options, folder, name):
     steps = Steps(options, name, options.device)
-    flops = count_flops(steps)                                  # this call warms up, too
+    steps()                                                     # warms up
     seconds = fastest(steps, options.device, 1 if options.small else 3)
-    dtype = torch.bfloat16 if steps.args.amp == "bf16" else torch.float32
-    return {"images_per_s": steps.images / seconds, "gflop_per_image": flops / steps.images / 1e9,
-            "of_a_matrix_product": flops / seconds / product_speed(options, dtype),
-            "peak_gb": pretrain.peak_memory_gb()}
+    return {"images_per_s": steps.images / seconds, "peak_gb": pretrain.peak_memory_gb()}
 
 
 def augment(options, folder):
@@ -295,8 +187,7 @@ def augment(options, folder):
     crops = data.draw_crops(n, generator)
     light = data.draw_colours(n, data.SENSORS["s2c"], generator)
     seconds = fastest(lambda: data.colour(data.crop(x, crops, side), light), options.device)
-    moved = n * 13 * (size ** 2 + 4 * side ** 2)                # bytes: uint8 in, float32 out
-    return {"images_per_s": n / seconds, "of_a_copy": moved / seconds / copy_speed(options)}
+    return {"images_per_s": n / seconds}
 
 
 # --------------------------------------------------------------------------- claims, for a new GPU
@@ -333,7 +224,6 @@ def train(options, pack, out, *flags):
 
 
 def bf16(options, folder):
-    needs_cuda(options)                                         # CPUs are slow in it
     pack = random_pack(f"{folder}/pack", 24, 24)
     log = train(options, pack, f"{folder}/run", "--amp", "bf16", "--max-steps", "60")
     first = float(np.mean([line["loss"] for line in log[:6]]))
@@ -344,24 +234,16 @@ def bf16(options, folder):
 def resume(options, folder):
     """2 steps are 1 step, a stop, and 1 step: to the bit on the CPU, else but for rounding."""
     pack = random_pack(f"{folder}/pack", 24, 24)
-    result = {}
-    methods = {"softcon": [], "pera": ["--local-size", "12"]}
-    if options.small:
-        del methods["softcon"]
-    for method, flags in methods.items():
-        flags = ["--method", method, *flags, "--drop-path", "0.1", "--amp", "off", "--max-steps"]
-        whole = train(options, pack, f"{folder}/{method}", *flags, "2")
-        train(options, pack, f"{folder}/{method}_1", *flags, "1")
-        resumed = train(options, pack, f"{folder}/{method}_1", *flags, "2", "--resume")
-        result[f"{method}_error"] = largest_error([line["loss"] for line in whole],
-                                                  [line["loss"] for line in resumed])
-    limit = 1e-3 if options.device == "cuda" else 0
-    return {"passed": max(result.values()) <= limit, **result}
+    flags = ["--method", "pera", "--local-size", "12", "--drop-path", "0.1", "--amp", "off"]
+    whole = train(options, pack, f"{folder}/whole", *flags, "--max-steps", "2")
+    train(options, pack, f"{folder}/stopped", *flags, "--max-steps", "1")
+    resumed = train(options, pack, f"{folder}/stopped", *flags, "--max-steps", "2", "--resume")
+    error = largest_error([line["loss"] for line in whole], [line["loss"] for line in resumed])
+    return {"passed": error <= (1e-3 if options.device == "cuda" else 0), "error": error}
 
 
 def memory(options, folder):
     """The GPU gives a hundredth of its memory; the batch takes more."""
-    needs_cuda(options)
     start = ("import runpy, torch; torch.cuda.set_per_process_memory_fraction(0.01); "
              "runpy.run_path('pretrain.py', run_name='__main__')")
     flags = [*SHORT, "--data", random_pack(f"{folder}/pack", 24, 24), "--out", f"{folder}/run",
@@ -374,7 +256,6 @@ def memory(options, folder):
 
 def compiled(options, folder):
     """The ViT's step."""
-    needs_cuda(options)
     plain = Steps(options, "vit_small", options.device)
     fast = Steps(options, "vit_small", options.device)
     pretrain.compile_networks(fast.net)
@@ -385,11 +266,9 @@ def compiled(options, folder):
 
 def loader(options, folder):
     """The second half of some steps."""
-    if options.small:
-        pack = random_pack(f"{folder}/pack", 16, 33)
-        flags = ["--max-steps", "2"]
-    else:
-        pack = random_pack(f"{folder}/pack", 512, 264)
+    pack = random_pack(f"{folder}/pack", *((16, 33) if options.small else (512, 264)))
+    flags = ["--max-steps", "2"]
+    if not options.small:
         flags = ["--max-steps", "12", "--arch", "vit_small", "--img-size", "224", "--patch-size",
                  "14", "--hidden", "4096", "--batch-size", "256"]
     log = train(options, pack, f"{folder}/run", *flags)
@@ -402,30 +281,28 @@ def loader(options, folder):
 
 # each takes the options and an empty folder, and returns {name: number}
 STEP_ROWS = {f"step_{name}": partial(step, name=name) for name in STEPS}
-HOUSE = {"pack_v10": pack_v10, "pack_v11": pack_v11, "pack_folder": pack_folder, "read": read,
-         "augment": augment, **STEP_ROWS}
+HOUSE = {"pack": packing, "read": read, "augment": augment, **STEP_ROWS}
 GPU = {**{f"agree_{name}": partial(agree, name=name) for name in STEPS}, "bf16": bf16,
        "resume": resume, "memory": memory, **STEP_ROWS, "compile": compiled, "augment": augment,
        "loader": loader}
 ROWS = HOUSE | GPU
+NEED_CUDA = ("bf16", "memory", "compile")
+ROW_SECONDS = 150                     # that a row may take
 
 
 def run_here(options, name):
     """A row in this process -> {"status", numbers or "reason"}."""
-    try:
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            result = ROWS[name](options, folder)
-    except NotHere as reason:
-        return {"status": "not run", "reason": str(reason)}
+    if name in NEED_CUDA and options.device != "cuda":
+        return {"status": "not run", "reason": "needs CUDA"}
+    with tempfile.TemporaryDirectory() as folder:
+        result = ROWS[name](options, folder)
     passed = result.pop("passed", True)
     return {"status": "passed" if passed else "failed", **result}
 
 
 def run_apart(options, name, limit):
     """A row in a process of its own that gets `limit` seconds."""
-    command = [sys.executable, __file__, "--row", name, "--folder", options.folder]
-    if options.gpu:
-        command.append("--gpu")
+    command = [sys.executable, __file__, "--row", name, *["--gpu"] * options.gpu]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
@@ -437,16 +314,12 @@ def run_apart(options, name, limit):
 
 
 def last_line(text):
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else "no output"
+    return (text.strip().splitlines() or ["no output"])[-1]
 
 
 def print_row(name, result):
-    facts = []
-    for key, value in result.items():
-        if isinstance(value, float):
-            value = f"{value:.4g}"
-        facts.append(f"{key} {value}")
+    facts = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+             for key, value in result.items()]
     print(f"{name:16} {', '.join(facts)}", flush=True)
 
 
@@ -458,9 +331,7 @@ def parse(argv):
     flag("--gpu", action="store_true", help="the rows of a GPU, at its batch sizes")
     flag("--small", action="store_true", help="all rows, tiny, on the CPU")
     flag("--minutes", type=float, default=8, help="stop after them (%(default)s)")
-    flag("--limit", type=float, default=150, help="seconds that a row may take (%(default)s)")
     flag("--json", metavar="OUT", help="write rows and machine to this file, after each row")
-    flag("--folder", default=tempfile.gettempdir(), help="on the disk to read from (%(default)s)")
     flag("--row", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.gpu and not torch.cuda.is_available():
@@ -487,7 +358,7 @@ def main(argv=None):
     deadline = time.monotonic() + 60 * options.minutes
     for name in options.rows or names:
         begin = time.monotonic()
-        limit = min(options.limit, deadline - begin)
+        limit = min(ROW_SECONDS, deadline - begin)
         if limit < 5:
             result = {"status": "not run", "reason": "no time left"}
         elif options.small:

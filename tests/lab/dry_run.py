@@ -25,8 +25,6 @@ import losses  # noqa: E402
 import model as models  # noqa: E402
 import pretrain  # noqa: E402
 
-HOUSEKEEPING = ["StepRandomness.of_this_rank"]  # functions that would say little in the listing
-
 # ------------------------------------------------------------------------- tracing the step's lines
 
 
@@ -82,7 +80,7 @@ class Tracer:
         if code.co_filename not in self.files or code.co_name.startswith("<"):
             return False
         lines = {number for _, _, number in code.co_lines()}
-        return len(lines) > 2 and code.co_qualname not in HOUSEKEEPING
+        return len(lines) > 2 and code.co_name != "of_this_rank"       # which would say little
 
     def show(self, before, frame, source, always=False):
         """A text with the tensors among the variables that changed since `before`."""
@@ -154,13 +152,6 @@ def storage(tensor):
 # ------------------------------------------------------------------------------------- the printing
 
 
-def print_flags(args, world):
-    """The preset, what differs from it, and every flag."""
-    print(pretrain.describe_run(args, pretrain.versions(args, world)))
-    flags = [f"{name} {value}" for name, value in pretrain.plain_flags(args).items()]
-    print(textwrap.fill(f"flags: {', '.join(flags)}", 100, subsequent_indent="    "))
-
-
 def count_parameters(branch):
     return sum(p.numel() for p in branch.parameters())
 
@@ -185,14 +176,6 @@ def print_costs(net, tokens, flops, activations, args, micro_batch, world):
           f"(float32; bf16: about half)")
 
 
-def print_schedules(args, steps_per_epoch):
-    total = args.epochs * steps_per_epoch
-    print(f"steps: {total}, {steps_per_epoch} an epoch")
-    for step in (0, total // 2, total - 1):
-        values = pretrain.schedules(args, step, total)
-        print(f"step {step}: {', '.join(f'{name} {value:.4g}' for name, value in values.items())}")
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     if os.environ.get("RANK", "0") != "0":
@@ -200,7 +183,9 @@ def main(argv=None):
     world = int(os.environ.get("WORLD_SIZE", 1))
     # a run that lies in --out does not matter, and the meta device knows no autocast
     args = pretrain.resolve_flags([*argv, "--resume", "--amp", "off"])
-    print_flags(args, world)
+    print(pretrain.describe_run(args, pretrain.versions(args, world)))
+    flags = [f"{name} {value}" for name, value in pretrain.plain_flags(args).items()]
+    print(textwrap.fill(f"flags: {', '.join(flags)}", 100, subsequent_indent="    "))
 
     pack = args.pack
     micro_batch = args.batch_size // world // args.accum
@@ -216,8 +201,12 @@ def main(argv=None):
     print("what each line makes; lines that come with the same shapes again are left out:")
     print("\n".join(texts))
     print_costs(net, tokens, flops, activations, args, micro_batch, world)
-    scenes = pretrain.scenes_to_train_on(pack, args.holdout)
-    print_schedules(args, len(scenes) // args.batch_size)
+    steps_per_epoch = len(args.scenes) // args.batch_size
+    total = args.epochs * steps_per_epoch
+    print(f"steps: {total}, {steps_per_epoch} an epoch")
+    for step in (0, total // 2, total - 1):
+        values = pretrain.schedules(args, step, total)
+        print(f"step {step}: {', '.join(f'{name} {value:.4g}' for name, value in values.items())}")
 
 
 if __name__ == "__main__":

@@ -126,11 +126,8 @@ TITLES = {"images": ("Images", "of the scene"),
 
 def view_flags(method, sensor):
     """What the functions that draw views read of the flags: the full preset's, of small views."""
-    flags = SimpleNamespace(method=method, **pretrain.PRESETS[method, "full"])
-    flags.sensor = sensor
-    flags.img_size = SIDE
-    flags.patch_size = PATCH
-    return flags
+    small = dict(method=method, sensor=sensor, img_size=SIDE, patch_size=PATCH)
+    return SimpleNamespace(**pretrain.PRESETS[method, "full"] | small)
 
 
 def area_of(patches):
@@ -138,7 +135,7 @@ def area_of(patches):
     side = SIDE // PATCH
     area = torch.zeros(side * side, dtype=torch.bool)
     area[patches] = True
-    return area.reshape(side, side).repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1)
+    return area.reshape(side, side).kron(torch.ones(PATCH, PATCH, dtype=torch.bool))
 
 
 def fill(colour):
@@ -158,11 +155,8 @@ def scene_pictures(pack, scenes, seed):
     labels (n,2,L) of the two views.
     """
     rng = np.random.default_rng(seed)
-    pairs = []                                    # two images of each scene, one twice if alone
-    for i in scenes:
-        rows = pack.rows[i]
-        pairs.append(rng.choice(rows, 2, replace=len(rows) < 2))
-    pairs = np.array(pairs)                                             # (n,2)
+    # two images of each scene, one twice if alone: (n,2)
+    pairs = np.array([rng.choice(pack.rows[i], 2, replace=len(pack.rows[i]) < 2) for i in scenes])
     x = torch.from_numpy(pack.images[pairs])                            # (n,2,C,H,W)
     n = len(scenes)
 
@@ -175,13 +169,14 @@ def scene_pictures(pack, scenes, seed):
     pictures = []
     for k, i in enumerate(scenes):
         view = views[k, bands]
-        masked = torch.where(area_of(kept[k]), view, fill(DARK))
-        sets = tint(fill(DARK), pera.student_view[k, bands], pera.student_patches[k], BLUE)
-        sets = tint(sets, pera.student_view[k, bands], pera.guessed_patches[k], YELLOW)
+        student = pera.student_view[k, bands]
+        sets = tint(fill(DARK), student, pera.student_patches[k], BLUE)
+        sets = tint(sets, student, pera.guessed_patches[k], YELLOW)
         sets = tint(sets, pera.teacher_view[k, bands], pera.teacher_patches[k], RED)
-        images = [shrink(pack.images[row][bands]) for row in pack.rows[i]]
-        pictures.append({"images": images, "views": [view, views[n + k, bands]],
-                         "softcon": [masked], "pera": [sets]})
+        pictures.append({"images": [shrink(pack.images[row][bands]) for row in pack.rows[i]],
+                         "views": [view, views[n + k, bands]],
+                         "softcon": [torch.where(area_of(kept[k]), view, fill(DARK))],
+                         "pera": [sets]})
     return pictures, torch.from_numpy(pack.labels[pairs])
 
 
@@ -260,8 +255,8 @@ def draw_similarity(svg, x, y, values):
 def draw_legend(svg, right, y):
     """What the colours of the masks and the numbers mean."""
     for line, (colour, words) in enumerate(MEANINGS.items()):
-        red, green, blue = [round(255 * value) for value in colour]
-        svg.rect(MARGIN, y + line * 18 - 10, 12, 12, f"rgb({red},{green},{blue})")
+        rgb = ",".join(str(round(255 * value)) for value in colour)
+        svg.rect(MARGIN, y + line * 18 - 10, 12, 12, f"rgb({rgb})")
         svg.text(MARGIN + 20, y + line * 18, words)
     for line, words in enumerate(NOTES):
         svg.text(right, y + line * 18, words)
@@ -330,12 +325,9 @@ TERMS = {"info_nce": "InfoNCE, eq. (2)",
 
 def read_log(path):
     """[{name: number}, ...] of a run's log.jsonl, a line each."""
-    try:
+    with data.reading(path, "not the log of a run"):
         rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    except json.JSONDecodeError as error:
-        raise data.InputError(f"{path}: not the log of a run ({error})") from error
-    data.require(len(rows) > 1 and "step" in rows[0], f"{path}: not the log of a run of two or "
-                 "more lines")
+        data.require(len(rows) > 1 and "step" in rows[0], "not two or more lines of a run")
     return rows
 
 
@@ -406,36 +398,31 @@ def draw_curve(log):
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    scenes = commands.add_parser("scenes", help="what the model sees", allow_abbrev=False)
-    scenes.add_argument("data", metavar="PACK", help="a pack, as `python data.py pack` makes them")
-    features = commands.add_parser("features", help="patch tokens as colours", allow_abbrev=False)
-    features.add_argument("checkpoint", help="a ViT that model.py reads")
-    features.add_argument("--data", metavar="PACK", required=True, help="a pack, as above")
-    features.add_argument("--img-size", type=int, default=0, help="pixels that the network sees")
-    curve = commands.add_parser("curve", help="the course of a run", allow_abbrev=False)
-    curve.add_argument("log", help="a run's log.jsonl")
-    for command, n in ((scenes, 4), (features, 8)):
-        command.add_argument("--n", type=int, default=n, help="scenes to draw (%(default)s)")
-        command.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
-    for command in (scenes, features, curve):
-        command.add_argument("--out", required=True, help="the SVG file to write")
-    return parser.parse_args(argv)
+    parser.add_argument("command", choices=["scenes", "features", "curve"])
+    parser.add_argument("path", help="scenes: a pack; features: a ViT that model.py reads; curve: "
+                                     "a run's log.jsonl")
+    parser.add_argument("--data", metavar="PACK", help="features: a pack")
+    parser.add_argument("--img-size", type=int, default=0, help="features: pixels of the network")
+    parser.add_argument("--n", type=int, help="scenes to draw (scenes 4, features 8)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
+    parser.add_argument("--out", required=True, help="the SVG file to write")
+    args = parser.parse_args(argv)
+    if args.command == "features" and not args.data:
+        parser.error("features: give a pack by --data")
+    return args
 
 
 def main(argv=None):
     args = parse(argv)
+    data.require(args.n is None or 1 <= args.n <= 26, f"--n {args.n}: must lie in 1 to 26")
     if args.command == "curve":
-        svg = draw_curve(read_log(args.log))
+        svg = draw_curve(read_log(args.path))
+    elif args.command == "scenes":
+        svg = draw_scenes(data.open_pack(args.path), args.seed, args.n or 4)
     else:
-        data.require(1 <= args.n <= 26, f"--n {args.n}: must lie in 1 to 26")
-        pack = data.open_pack(args.data)
-    if args.command == "scenes":
-        svg = draw_scenes(pack, args.seed, args.n)
-    if args.command == "features":
-        net = models.build_from(args.checkpoint)
-        name = Path(args.checkpoint).name
-        svg = draw_features(net, name, pack, args.seed, args.n, args.img_size)
+        net = models.build_from(args.path)
+        svg = draw_features(net, Path(args.path).name, data.open_pack(args.data), args.seed,
+                            args.n or 8, args.img_size)
     svg.save(args.out)
 
 
