@@ -3,11 +3,13 @@
     python tests/lab/show.py scenes toy_s2c --out scenes.svg
     python tests/lab/show.py features backbone.pt --data toy_s1 --out features.svg
     python tests/lab/show.py curve runs/softcon_s1/log.jsonl --out curve.svg
+    python tests/lab/show.py gains --out gains.svg
 
 scenes     scenes of a pack, one a row: their images, SoftCon's two views, the masks of both
            methods, the labels and their similarity; views as the full-size presets draw them
 features   images of a pack beside the principal components of a ViT's patch tokens
-curve      the loss terms and the effective rank of a run, from its log
+curve      the loss terms of a run and k-NN on held-out scenes, from its log
+gains      what the soft term adds on classes that it saw no label of, from lines of study.py
 
 The first run of pretrain.py makes the packs toy_s1 and toy_s2c.
 """
@@ -30,6 +32,7 @@ import data  # noqa: E402
 import losses  # noqa: E402
 import model as models  # noqa: E402
 import pretrain  # noqa: E402
+import study  # noqa: E402
 
 INK = "#222222"
 GREY = "#777777"
@@ -320,7 +323,7 @@ TERMS = {"info_nce": "InfoNCE, eq. (2)",
          "koleo": "KoLeo, eq. (8)",
          "pixel": "pixel loss, eq. (9)",
          "soft": "soft term, eq. (3)",
-         "effective_rank": "effective rank of the features"}
+         "knn": "k-NN on held-out scenes"}
 
 
 def read_log(path):
@@ -374,8 +377,8 @@ def draw_panel(svg, left, top, width, height, title, steps, values):
 
 
 def draw_curve(log):
-    """Draw the loss terms and the effective rank of a run's log over its steps."""
-    names = [name for name in TERMS if name in log[0]]
+    """Draw the loss terms and k-NN of a run's log over its steps."""
+    names = [name for name in TERMS if name in log[-1]]
     columns = 2 if len(names) == 4 else 3
     width = 900 // columns
     height = 230
@@ -383,12 +386,73 @@ def draw_curve(log):
     svg = Svg(900, lines * height + 30)
     svg.text(46, lines * height + 14, "Light: each line of the log. Dark: the mean over a tenth of "
              "the run.", 12, GREY)
-    steps = [row["step"] for row in log]
     for k, name in enumerate(names):
+        rows = [row for row in log if name in row]                # k-NN: where checkpoints are
+        steps = [row["step"] for row in rows]
         left = k % columns * width + 46
         top = k // columns * height + 36
-        values = [row[name] for row in log]
+        values = [row[name] for row in rows]
         draw_panel(svg, left, top, width - 64, height - 84, TERMS[name], steps, values)
+    return svg
+
+
+# -------------------------------------------------------------------------------------------- gains
+
+COLOURS = ("#1f5fa8", "#d98634", "#3a8f4d", "#b03060", "#7a5ca8")
+PANELS = {"17 labels, by batch": [f"17 labels, batch {size}" for size in (16, 64, 256)],
+          "other labels, batch 64": ["6 coarse, batch 64", "20 % wrong, batch 64"],
+          "weight and mask, batch 64": ["17 labels, weight 0.1, batch 64",
+                                        "17 labels, weight 2, batch 64",
+                                        "17 labels, mask, batch 64"]}
+
+
+def gains_of(lines, name):
+    """Mean and standard error, in points, of the paired gains of a setting of study.py's transfer
+    over InfoNCE: [(mean, error), ...] for 1, 3, 10 and all images of a class."""
+    setting, base = study.gains_over_info_nce([name])[name]
+    points = []
+    for column in study.TRANSFER[:len(study.SHOTS)]:              # of the ridge head
+        own, other = [study.by_seed(lines, study.TABLES["transfer"], run, "checkpoint", column)
+                      for run in (setting, base)]
+        gains = [100 * (own[seed] - other[seed]) for seed in own if seed in other]
+        if len(gains) > 1:
+            points.append((np.mean(gains), np.std(gains, ddof=1) / len(gains) ** 0.5))
+    return points
+
+
+def draw_gains(lines):
+    """Draw the gains of all settings, a panel for each question; bars are standard errors."""
+    svg = Svg(900, 262)
+    panels = {title: {name: gains_of(lines, name) for name in names}
+              for title, names in PANELS.items()}
+    ends = [mean + sign * error for series in panels.values() for points in series.values()
+            for mean, error in points for sign in (-1, 1)]
+    low, high = min([0, *ends]), max(ends)
+    height = 130
+
+    def y_of(gain):
+        return 40 + height * (high - gain) / (high - low)
+
+    for k, (title, series) in enumerate(panels.items()):
+        left = 46 + 292 * k
+        svg.text(left, 22, title, 13, font_weight="bold")
+        for value in ticks(low, high):
+            svg.line([(left, y_of(value)), (left + 240, y_of(value))], RULE)
+            svg.text(left - 6, y_of(value) + 4, f"{value:+g}", 11, GREY, text_anchor="end")
+        svg.line([(left, y_of(0)), (left + 240, y_of(0))], INK)
+        for j, shots in enumerate(study.SHOTS):
+            svg.text(left + 30 + 60 * j, 40 + height + 16, str(shots), 11, GREY, text_anchor="middle")
+        for i, (name, points) in enumerate(series.items()):
+            colour = COLOURS[i]
+            places = [left + 24 + 60 * j + 6 * i for j in range(len(points))]
+            svg.line([(x, y_of(mean)) for x, (mean, _) in zip(places, points)], colour, 2)
+            for x, (mean, error) in zip(places, points):
+                svg.line([(x, y_of(mean - error)), (x, y_of(mean + error))], colour, 2)
+            y = 40 + height + 34 + 15 * i
+            svg.line([(left, y - 4), (left + 16, y - 4)], colour, 2)
+            svg.text(left + 22, y, name, 11)
+    svg.text(46, 256, "Points of accuracy over InfoNCE with the same batch and mask, ridge head; "
+             "labelled images of each of 21 scene classes; paired over splits.", 11, GREY)
     return svg
 
 
@@ -398,9 +462,9 @@ def draw_curve(log):
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["scenes", "features", "curve"])
-    parser.add_argument("path", help="scenes: a pack; features: a ViT that model.py reads; curve: "
-                                     "a run's log.jsonl")
+    parser.add_argument("command", choices=["scenes", "features", "curve", "gains"])
+    parser.add_argument("path", nargs="?", help="scenes: a pack; features: a ViT that model.py "
+                                                "reads; curve: a run's log.jsonl")
     parser.add_argument("--data", metavar="PACK", help="features: a pack")
     parser.add_argument("--img-size", type=int, default=0, help="features: pixels of the network")
     parser.add_argument("--n", type=int, help="scenes to draw (scenes 4, features 8)")
@@ -409,6 +473,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.command == "features" and not args.data:
         parser.error("features: give a pack by --data")
+    if args.command != "gains" and not args.path:
+        parser.error(f"{args.command}: give a path")
     return args
 
 
@@ -417,6 +483,8 @@ def main(argv=None):
     data.require(args.n is None or 1 <= args.n <= 26, f"--n {args.n}: must lie in 1 to 26")
     if args.command == "curve":
         svg = draw_curve(read_log(args.path))
+    elif args.command == "gains":
+        svg = draw_gains(study.read_lines("transfer"))
     elif args.command == "scenes":
         svg = draw_scenes(data.open_pack(args.path), args.seed, args.n or 4)
     else:
