@@ -1,0 +1,103 @@
+"""A look at why the soft term helps or not: its gradient, and how classes lie in the features.
+
+    python tests/lab/why.py runs/study transfer       after study.py run transfer, in that --work
+
+A row for each run.  Of the features of the test images (CLS of the last block, of unit length):
+
+between      share of their variance that lies between the means of the 21 scene classes, which
+             pretraining saw no label of
+agreement    correlation of the cosine of two images with the similarity of their 17 labels
+rank         their effective rank
+
+and of SoftCon's runs, a mean over eight batches with the weights at the end of the run:
+
+embeddings   the soft term's share of the two terms' gradient norms, at the student's embeddings
+features     the same at the backbone's features, which is what reaches the backbone
+cosine       between these two gradients
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import data  # noqa: E402
+import losses  # noqa: E402
+import model  # noqa: E402
+import pretrain  # noqa: E402
+import probe  # noqa: E402
+import study  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+def structure(backbone, size, classes, labels):
+    """between, agreement, rank of a backbone; classes, labels: packs of the same images."""
+    rows = np.flatnonzero(classes.split == "test")
+    net = model.build_from(backbone)
+    x = [probe.to_network(probe.read_images(classes, batch), size, probe.Scaling())
+         for batch in probe.batches(rows)]
+    z = F.normalize(torch.cat([probe.describe(net, batch, "cls") for batch in x]))     # (n,D)
+    kind = torch.from_numpy(classes.labels[rows].argmax(1))                          # (n,)
+    means = torch.stack([z[kind == k].mean(0) for k in range(len(classes.classes))])
+    within = (z - means[kind]).square().sum()
+    between = 1 - within / (z - z.mean(0)).square().sum()
+    y = torch.from_numpy(labels.labels[rows])
+    pairs = torch.triu_indices(len(z), len(z), 1).unbind()
+    both = torch.stack([(z @ z.T)[pairs], losses.label_similarity(y, y)[pairs]])
+    return float(between), float(both.corrcoef()[0, 1]), losses.collapse(z)[1]
+
+
+def soft_gradients(flags, out, batches=8):
+    """embeddings, features, cosine of a run of SoftCon; flags: of pretrain.py."""
+    args = pretrain.resolve_flags([*flags, "--device", "cpu", "--resume"])
+    net = pretrain.networks(args, CPU, quiet=True)
+    state = torch.load(f"{out}/last.pt", weights_only=True)
+    net.student.load_state_dict(state["student"])
+    net.teacher.load_state_dict(state["teacher"])
+    rows = pretrain.draw_batches(args.scenes, args, 0, 1, 0, batches)
+    found = []
+    for step, (x, y) in enumerate(pretrain.read_ahead(args.pack, rows, CPU)):
+        views, kept = pretrain.softcon_views(
+            x, args, pretrain.StepRandomness(args.seed, step, 0, 0, 1))
+        with torch.no_grad():
+            k1, k2 = net.teacher(views)[0].chunk(2)
+        q, features = net.student(views, kept)
+        q1, q2 = q.chunk(2)
+        y1, y2 = y.unbind(1)
+        flags = [args.tau, args.soft_weight, args.soft_tau]
+        _, hard1, soft1 = losses.softcon_loss(q1, k2, y1, y2, *flags)
+        _, hard2, soft2 = losses.softcon_loss(q2, k1, y2, y1, *flags)
+        hard = (hard1 + hard2) / 2
+        soft = args.soft_weight * (soft1 + soft2) / 2
+        gradients = [torch.autograd.grad(term, features, retain_graph=True)[0].flatten()
+                     for term in (hard, soft)]
+        found.append([losses.soft_share(q, hard, soft), losses.soft_share(features, hard, soft),
+                      float(F.cosine_similarity(*gradients, dim=0))])
+    return np.mean(found, 0)
+
+
+def main(work, name):
+    print("run".ljust(36), "between agreement  rank   embeddings features cosine")
+    for run in study.all_runs():
+        out = f"{work}/runs/{run.key}".replace(" ", "_")
+        if run.study != name or not Path(out, "backbone.pt").exists():
+            continue
+        labels, classes = [data.open_pack(f"{work}/packs/ucm_{kind}_{run.seed}")
+                           for kind in ("labels", "classes")]
+        row = structure(f"{out}/backbone.pt", 64, classes, labels)
+        line = "{:36}{:9.3f}{:10.3f}{:6.1f}".format(run.key.partition("/")[2], *row)
+        if "labels" in run.name and "mask" not in run.name:
+            # the weights come from the run, so --init would be read for nothing
+            flags = [flag.replace("packs/", f"{work}/packs/") for flag in run.train]
+            place = flags.index("--init")
+            del flags[place:place + len(study.NATURAL)]
+            line += "{:13.3f}{:9.3f}{:7.3f}".format(*soft_gradients(flags, out))
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
