@@ -222,6 +222,8 @@ def test_to_input_gives_what_the_pack_holds(tmp_path):
     write(tmp_path / "a" / "0.tif", x)
     want = torch.tensor(packed(tmp_path / "a", sensor).images[0]) / 255
     assert torch.equal(data.to_input(x, sensor)[0], want)
+    with pytest.raises(data.InputError, match=r"shape .24, 24, 2.: power takes .2, height, width"):
+        data.to_input(np.zeros((24, 24, 2)), POWER)
 
 
 def test_an_image_of_another_size_is_its_central_square_resized(tmp_path):
@@ -523,10 +525,6 @@ def pack(**parts):
     return lambda root: data.open_pack(by_hand(root / "p", **parts))
 
 
-def pixels(x, sensor):
-    return lambda root: data.to_input(x, sensor)
-
-
 def archive(files, sensor, labels=None, **options):
     """Opens a folder with these files, and reads the first image in it.
 
@@ -606,8 +604,6 @@ def zipped(bands, dtype):
      "x.tif: its pixels are of the kind PALETTE"),
     (image("x.tif", NOISE[:1], photometric="miniswhite"), "of the kind MINISWHITE"),
     (image("x.tif", np.full((2, 24, 24), np.nan, "f4"), S1), "x.tif: NaN or infinite pixels"),
-    (pixels(np.zeros((24, 24, 2)), POWER), "shape (24, 24, 2): power takes (2, height, width)"),
-    (pixels(np.full((2, 4, 4), np.nan), S1), "NaN or infinite pixels"),
     (bands(S2C, B8A=Path.unlink), "B8A.tif: missing"),
     (bands(S2C, B4=lambda path: os.truncate(path, os.path.getsize(path) - 1)),
      "B4.tif: unreadable"),
@@ -655,7 +651,9 @@ def zipped(bands, dtype):
 def test_an_odd_input_is_refused_in_one_line_that_names_it(tmp_path, attempt, message):
     with pytest.raises(data.InputError) as error:
         attempt(tmp_path)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    line = str(error.value)
+    assert message in line and "\n" not in line
+    assert any(name in line for name in (str(tmp_path), "sensor my", "--labels", "product name"))
 
 
 # ------------------------------------------------------------------------------------ augmentation

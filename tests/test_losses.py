@@ -121,6 +121,8 @@ def test_softcons_loss_is_info_nce_plus_weight_times_the_soft_term_at_its_own_te
     assert torch.equal(hard, losses.info_nce(q, k, 0.3))
     assert torch.equal(soft, losses.soft_contrastive(q, k, yq, yk, 0.5))
     assert abs(float(hard + 0.7 * soft - loss)) < 1e-12
+    by_default = losses.softcon_loss(q, k, yq, yk)
+    assert torch.equal(by_default[0], losses.softcon_loss(q, k, yq, yk, 0.2, 0.5, 0.2)[0])
 
 
 def test_on_one_rank_gather_gives_the_rows_themselves_without_a_gradient():

@@ -307,6 +307,7 @@ def test_copernicus_bench_clips_radar_alone_to_the_quantiles_of_each_image_and_b
     low, high = np.quantile(x.numpy(), (0.01, 0.99), axis=(2, 3), keepdims=True)
     clipped = probe.to_network(x, 0, probe.choose_scaling(protocol, pack, []))
     assert np.allclose(clipped, np.clip(x.numpy(), low, high) / 255, atol=1e-5)
+    assert not probe.choose_scaling(probe.PROTOCOLS["ridge"], pack, []).clip
     pack.sensor = data.SENSORS["s2c"]
     assert not probe.choose_scaling(protocol, pack, []).clip
 
@@ -335,8 +336,9 @@ def test_flips_are_of_training_images_alone_and_the_network_stays_as_it_was(worl
         filled = split == "train" if dims else split != ""
         assert torch.allclose(view[filled], x[filled].flip(dims), atol=3e-4)
         assert not view[~filled].any()
+    used = split != ""
     stats = torch.cat([x.mean((2, 3)), x.std((2, 3))], 1)
-    assert torch.allclose(features(probe.BandStatistics())[0, filled], stats[filled], atol=3e-4)
+    assert torch.allclose(features(probe.BandStatistics())[0, used], stats[used], atol=3e-4)
 
     net = model.build("resnet18", 2).train()
     before = copy.deepcopy(net.state_dict())

@@ -177,7 +177,8 @@ def test_two_ranks_equal_one_rank_in_losses_gradients_and_all_that_moves(folder,
                 assert torch.allclose(a, b, rtol=1e-6, atol=1e-7), name
 
 
-def test_a_signal_to_one_rank_stops_both_and_resumed_they_log_what_one_rank_logs(folder, flags):
+def test_a_signal_to_one_rank_stops_both_and_resumed_they_end_as_one_rank_does(folder, flags):
+    """In what they log and in what they save; the optimiser's moments are of both steps."""
     said = (folder / "0.txt").read_text()
     assert "stopped at step 1, saved; the same command with --resume goes on" in said
     assert f"resumed {folder}/two/last.pt at step 1" in said
@@ -187,3 +188,7 @@ def test_a_signal_to_one_rank_stops_both_and_resumed_they_log_what_one_rank_logs
     for a, b in zip(map(json.loads, one), map(json.loads, two)):
         for name in a.keys() - {"images_per_s", "data_wait", "peak_memory_gb", "koleo"}:
             assert abs(a[name] - b[name]) <= 2e-6, name
+    saved = [torch.load(folder / name / "last.pt", weights_only=True) for name in ("one", "two")]
+    for part in ("student", "teacher", "centre", "optimiser"):
+        parts = [state[part] for state in saved]
+        torch.testing.assert_close(*parts, rtol=1e-5, atol=1e-7)
