@@ -635,7 +635,7 @@ if not importlib.util.find_spec("zarr"):
      "B5.tif: (24, 24) pixels, expected 12 x 12"),
     (archive("a", RGB), "no rgb images (.tif .tiff .png .jpg .jpeg) in it or its folders"),
     (archive("x.png", RGB, "classes"), "has no folders of classes"),
-    (two_of_one_name, "x.jpg and x.png have one name; if these are masks, move"),
+    (two_of_one_name, "x.jpg and x.png have one name; if these are masks, say --masks .png"),
     (archive("images.npy", RGB), "is a pack already"),
     (archive("s1", S1), "s1: no scenes"),
     (archive("s1", S1, "classes"), "--labels classes: "),
