@@ -64,6 +64,22 @@ def test_features_are_drawn_beside_their_images_and_a_curve_has_a_panel_a_term(p
     assert words.count("step") == 3
 
 
+def test_maps_are_drawn_as_image_mask_and_guess_with_the_names_of_the_classes(tmp_path):
+    x = np.full((8, 2, 16, 16), 50, np.uint8)
+    x[:, :, 8:] = 200
+    (tmp_path / "p").mkdir()
+    np.save(tmp_path / "p" / "images.npy", x)
+    np.save(tmp_path / "p" / "masks.npy", (x[:, 0] > 100).astype(np.uint8))
+    rows = [f"{i},{i},{'train' if i < 5 else 'test'}," for i in range(8)]
+    (tmp_path / "p" / "images.csv").write_text("\n".join(["scene,image,split,labels", *rows]))
+    (tmp_path / "p" / "pack.json").write_text('{"sensor": "s1", "mask_classes": ["sea", "land"]}')
+    torch.save(model.export_backbone(model.build("vit_tiny", 2, 16, 4)), tmp_path / "tiny.pt")
+    images, words = draw(tmp_path, "maps", tmp_path / "tiny.pt", "--data", tmp_path / "p", "--n", 2)
+    pixels = [image.get("href") for image in images]
+    assert len(pixels) == 6 and {"sea", "land", "image", "mask", "guess"} <= set(words)
+    assert pixels[1] == pixels[2] == pixels[4] == pixels[5] != pixels[0]      # a perfect guess
+
+
 def test_the_small_bench_gives_positive_numbers_or_says_what_is_missing(tmp_path):
     assert bench.main(["--small", "--json", str(tmp_path / "rows.json")]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
@@ -105,6 +121,19 @@ def test_the_tables_of_the_results_page_are_those_of_its_lines():
         names = {run.name for run in study.all_runs([0]) if run.study == table.study}
         for column in table.columns:
             assert {column.run.format(run) for run, _ in table.rows.values()} <= names
+
+
+def test_a_tile_is_left_out_and_masks_go_with_their_images(tmp_path):
+    rows = [f"tile{i // 4}/{i},tile{i // 4}/{i}.jpg/0_0,,sea" for i in range(12)]
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "images.csv").write_text("\n".join(["scene,image,split,labels", *rows]))
+    (tmp_path / "all" / "pack.json").write_text('{"sensor": "rgb", "mask_classes": ["sea"]}')
+    np.save(tmp_path / "all" / "images.npy", np.zeros((12, 3, 4, 4), np.uint8))
+    np.save(tmp_path / "all" / "masks.npy", np.zeros((12, 4, 4), np.uint8))
+    study.relabel(tmp_path / "all", tmp_path / "one", "tiles", seed=1)
+    pack = data.open_pack(str(tmp_path / "one"))
+    assert pack.split.tolist() == 4 * ["train"] + 4 * ["test"] + 4 * ["train"]
+    assert pack.masks.shape == (12, 4, 4) and pack.labels.all()
 
 
 def test_a_pack_gets_other_labels_and_a_split_of_each_class(tmp_path):

@@ -2,11 +2,13 @@
 
     python tests/lab/show.py scenes toy_s2c --out scenes.svg
     python tests/lab/show.py features backbone.pt --data toy_s1 --out features.svg
+    python tests/lab/show.py maps backbone.pt --data PACK_WITH_MASKS --out maps.svg
     python tests/lab/show.py curve runs/softcon_s1/log.jsonl --out curve.svg
 
 scenes     scenes of a pack, one a row: their images, SoftCon's two views, the masks of both
            methods, the labels and their similarity; views as the full-size presets draw them
 features   images of a pack beside the principal components of a ViT's patch tokens
+maps       test images of a pack with masks, their masks, and what the dense probe makes of a network
 curve      the loss terms and the effective rank of a run, from its log
 
 The first run of pretrain.py makes the packs toy_s1 and toy_s2c.
@@ -30,6 +32,7 @@ import data  # noqa: E402
 import losses  # noqa: E402
 import model as models  # noqa: E402
 import pretrain  # noqa: E402
+import probe  # noqa: E402
 
 INK = "#222222"
 GREY = "#777777"
@@ -318,6 +321,64 @@ def draw_features(net, name, pack, seed=0, n=8, size=0, side=100, columns=4):
     return svg
 
 
+# --------------------------------------------------------------------------------------------- maps
+
+CLASS_COLOURS = torch.tensor([
+    [0xe6, 0x55, 0x0d], [0xe8, 0xd1, 0x9a], [0x55, 0x55, 0x55], [0x2c, 0x9a, 0x3f],
+    [0x1f, 0x5f, 0xa8], [0x9d, 0x4e, 0xb5], [0xf2, 0xb7, 0x05], [0x7f, 0xd1, 0xc7]]) / 255
+
+
+def guessed_masks(checkpoint, path, seed, n):
+    """Probe a network as probe.py does -> its pack, n rows of test images, their guessed masks."""
+    flags = probe.resolve_flags(["--ckpt", checkpoint, "--data", path, "--protocol", "dense"])
+    pack = probe.open_pack(flags)
+    network = probe.load_network(checkpoint, flags.runs[checkpoint], pack, flags)
+    splits = probe.choose_splits(flags, pack, probe.scene_of_rows(pack), flags.runs)
+    protocol = probe.PROTOCOLS["dense"]
+    features = probe.compute_features(network, pack, splits, protocol, flags.feature,
+                                      probe.Scaling(), flags.device)[0]
+    train, test = [np.flatnonzero(splits[1.0, 0] == part) for part in ("train", "test")]
+    head = probe.fit_pixels(protocol, features[train], torch.from_numpy(pack.masks[train]),
+                            len(pack.classes), 0, "cpu")
+    rows = np.random.default_rng(seed).permutation(test)[:n]
+    with torch.no_grad():
+        guess = probe.pixel_logits(head, features[rows], pack.size).argmax(1)
+    return pack, rows, guess
+
+
+def coloured(mask):
+    """(H,W) class numbers -> (3,H,W) colours; unlabelled is white."""
+    colours = CLASS_COLOURS[mask % len(CLASS_COLOURS)]                  # (H,W,3)
+    colours[mask == data.UNLABELLED] = 1
+    return colours.permute(2, 0, 1)
+
+
+def draw_maps(checkpoint, path, seed=0, n=6, side=112, columns=2):
+    """Draw n test images, chosen by `seed`, each beside its mask and the guess of the probe."""
+    pack, rows, guess = guessed_masks(checkpoint, path, seed, n)
+    bands = visible_bands(pack.sensor)
+    triple = 3 * (side + 2) + 14                       # from one image to the next
+    svg = Svg(MARGIN + columns * triple, 74 + math.ceil(len(rows) / columns) * (side + 6))
+    x = MARGIN
+    for k, name in enumerate(pack.classes):
+        red, green, blue = (255 * CLASS_COLOURS[k % len(CLASS_COLOURS)]).int().tolist()
+        svg.rect(x, 14, 12, 12, f"rgb({red},{green},{blue})")
+        svg.text(x + 17, 24, name)
+        x += 34 + 7 * len(name)
+    svg.text(MARGIN, 44, "Frozen features, a linear head; white is unlabelled.", 12, GREY)
+    for j, row in enumerate(rows):
+        x = MARGIN + j % columns * triple
+        y = 68 + j // columns * (side + 6)
+        pictures = {"image": shrink(pack.images[row][bands], side),
+                    "mask": coloured(torch.tensor(pack.masks[row]).long()),
+                    "guess": coloured(guess[j])}
+        for place, (title, pixels) in enumerate(pictures.items()):
+            if j < columns:
+                svg.text(x + place * (side + 2), 62, title, 12, GREY)
+            svg.image(x + place * (side + 2), y, side, pixels)
+    return svg
+
+
 # -------------------------------------------------------------------------------------------- curve
 
 TERMS = {"info_nce": "InfoNCE, eq. (2)",
@@ -415,10 +476,13 @@ def parse(argv):
     features.add_argument("--img-size", type=int, default=0, help="pixels that the network sees")
     curve = commands.add_parser("curve", help="the course of a run", allow_abbrev=False)
     curve.add_argument("log", help="a run's log.jsonl")
-    for command, n in ((scenes, 4), (features, 8)):
+    maps = commands.add_parser("maps", help="masks and guessed masks", allow_abbrev=False)
+    maps.add_argument("checkpoint", help="as above, or a ResNet")
+    maps.add_argument("--data", metavar="PACK", required=True, help="a pack with masks")
+    for command, n in ((scenes, 4), (features, 8), (maps, 6)):
         command.add_argument("--n", type=int, default=n, help="scenes to draw (%(default)s)")
         command.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
-    for command in (scenes, features, curve):
+    for command in (scenes, features, maps, curve):
         command.add_argument("--out", required=True, help="the SVG file to write")
     return parser.parse_args(argv)
 
@@ -430,6 +494,8 @@ def main(argv=None):
     else:
         data.require(1 <= args.n <= 26, f"--n {args.n}: must lie in 1 to 26")
         pack = data.open_pack(args.data)
+    if args.command == "maps":
+        svg = draw_maps(args.checkpoint, args.data, args.seed, args.n)
     if args.command == "scenes":
         svg = draw_scenes(pack, args.seed, args.n)
     if args.command == "features":
