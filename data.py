@@ -401,8 +401,7 @@ last_picture = lru_cache(maxsize=2)(read_picture)   # an image and its mask: chi
 
 
 def read_pixels(path, bands, window=None):
-    """A TIFF, PNG or JPEG that should have so many bands -> (C,H,W) as stored; window: as read_page.
-    """
+    """A TIFF, PNG or JPEG that should have so many bands -> (C,H,W) as stored, all or a window."""
     if path.lower().endswith(TIFF):
         return read_tiff(path, bands, window)
     if window is None:
@@ -411,12 +410,15 @@ def read_pixels(path, bands, window=None):
     return last_picture(path, bands)[:, top:top + side, left:left + side]
 
 
-def size_of(path):
-    """Height and width of a TIFF, PNG or JPEG."""
-    if not path.lower().endswith(TIFF):
-        return read_picture(path).shape[1:]
-    with reading(path), tifffile.TiffFile(path) as tiff:
-        return tiff.pages.first.imagelength, tiff.pages.first.imagewidth
+def size_of(path, mask=None):
+    """Height and width of a TIFF, PNG or JPEG.  InputError: its mask has others."""
+    if path.lower().endswith(TIFF):
+        with reading(path), tifffile.TiffFile(path) as tiff:
+            size = (tiff.pages.first.imagelength, tiff.pages.first.imagewidth)
+    else:
+        size = read_picture(path).shape[1:]
+    require(not mask or size_of(mask) == size, f"{mask}: not as large as its image")
+    return size
 
 
 def read_file(path, sensor, bands, channels=(), window=None):
@@ -509,9 +511,8 @@ class Image:
     read: Callable      # read() -> (C,H,W) in the sensor's units, NaN where nothing was measured
     labels: tuple = ()  # names of classes; empty: unlabelled
     split: str = ""     # "train", "val" or "test", where the archive says so
-    path: str = ""      # of its file, if it has one alone: that can be cut into chips
+    size: Callable = None        # size() -> (H,W), if it can be cut into chips
     mask: Callable = None        # mask() -> (H,W) uint8, see read_mask
-    mask_path: str = ""
 
 
 @dataclass
@@ -535,14 +536,10 @@ def open_archive(root, sensor, labels=None, masks=None, colours=None):
     """
     folders = set(subfolders(root))
     require(not os.path.exists(f"{root}/images.npy"), f"{root}: is a pack already")
-    is_bigearthnet = bool(folders & set().union(*BEN_FOLDERS.values()))
-    is_ssl4eo = folders & {"s1", "s2c", "s2a"} or find_zips(root, sensor)
-    require(not masks or not (is_bigearthnet or is_ssl4eo),
-            f"--masks {masks}: goes with folders of images, {root} is another archive")
-    if is_bigearthnet:
+    if folders & set().union(*BEN_FOLDERS.values()):
         require(not labels, f"--labels {labels}: BigEarthNet brings its own")
         return read_bigearthnet(root, sensor)
-    if is_ssl4eo:
+    if folders & {"s1", "s2c", "s2a"} or find_zips(root, sensor):
         require(labels != "classes", f"--labels classes: {root} holds products of SSL4EO-S12")
         return read_ssl4eo(root, sensor, labels)
     return read_folder(root, sensor, labels, masks, colours)
@@ -848,17 +845,14 @@ def read_folder(root, sensor, labels=None, masks=None, colours=None):
     """All images in a folder and the folders in it, each a scene named by its path.
 
     TIFFs that hold all bands, and for up to four bands of 8 or 16 bits PNG and JPEG as well.
-    labels: "classes", the first folders of the paths, a table, see labels_from_table, or "masks",
-    which is what None means if there are masks.  masks: see find_masks; colours: see read_colours.
+    labels: "classes", the first folders of the paths, or a table, see labels_from_table; None: the
+    classes in the masks, if any.  masks: see find_masks; colours: see read_colours.
     """
     archive = Archive([], sensor)
     names = find_images(root, sensor)
-    mask_of = {}                                         # {image: path of its mask}
+    mask_of = find_masks(root, names, masks) if masks else dict.fromkeys(names)
+    names = [*mask_of]
     number_of = None
-    if masks:
-        mask_of = find_masks(root, names, masks)
-        names = list(mask_of)
-        labels = labels or "masks"
     if colours:
         archive.mask_classes, number_of = read_colours(colours)
     first = {name: name.rpartition("/")[0].partition("/")[0] for name in names}      # folder or ""
@@ -870,13 +864,12 @@ def read_folder(root, sensor, labels=None, masks=None, colours=None):
         archive.classes = tuple(folders)
         archive.labels_from = "the names of the folders"
         found = {name: (folder,) for name, folder in first.items()}
-    elif labels == "masks":
-        require(masks, "--labels masks: there are none without --masks")
-        archive.classes = archive.mask_classes
-        archive.labels_from = FROM_MASKS                 # see write_images
     elif labels:
         archive.classes, found = labels_from_table(labels, root, names)
         archive.labels_from = Path(labels).name
+    elif masks:
+        archive.classes = archive.mask_classes
+        archive.labels_from = FROM_MASKS                 # see write_images
     elif 1 < len(folders) <= 30:
         archive.notes.append(f"no labels; --labels classes takes the folders: {', '.join(folders)}")
 
@@ -888,11 +881,9 @@ def read_folder(root, sensor, labels=None, masks=None, colours=None):
         image_of[scene] = name
         path = f"{root}/{name}"
         read = partial(read_file, path, sensor, len(sensor.bands), sensor.channels)
-        image = Image(scene, name, read, found.get(name, ()), path=path)
-        if masks:
-            image.mask_path = mask_of[name]
-            image.mask = partial(read_mask, image.mask_path, number_of)
-        archive.images.append(image)
+        mask = partial(read_mask, mask_of[name], number_of) if masks else None
+        size = partial(size_of, path, mask_of[name])
+        archive.images.append(Image(scene, name, read, found.get(name, ()), size=size, mask=mask))
     looks_like = [name for name in folders if name.lower() in ("mask", "masks", "labels", "gt")]
     if looks_like:
         archive.notes.append(f"the files in {', '.join(looks_like)} are packed as images; if they "
@@ -1000,7 +991,7 @@ def pack(archive, out, size=0, skip_bad=False, workers=os.cpu_count(), chip=0, s
     require(";" not in "".join(archive.classes), "a name of a class has a semicolon in it")
     require(chip or not stride, "--stride: goes with --chip")
     if chip:
-        require(archive.images[0].path, "--chip: goes with folders of images, this is an archive")
+        require(archive.images[0].size, "--chip: goes with folders of images, this is an archive")
         job = partial(chips_of, chip=chip, stride=stride or chip)
         chips = [*chain(*in_parallel(job, archive.images, workers, "sizes"))]
         note = f"{len(archive.images)} images, cut into {len(chips)} of up to {chip} x {chip}"
@@ -1050,11 +1041,10 @@ def chips_of(image, chip, stride):
     chip stays whole, and so does one with a fault, which is named when it is packed.
     """
     try:
-        H, W = size_of(image.path)
-        fits = not image.mask or size_of(image.mask_path) == (H, W)
+        H, W = image.size()
     except InputError:
         return [image]
-    if not fits or min(H, W) < chip or max(H, W) == chip:
+    if min(H, W) < chip or max(H, W) == chip:
         return [image]
     chips = []
     for top in [*range(0, H - chip, stride), H - chip]:
@@ -1140,8 +1130,8 @@ def pack_image(image, sensor, size):
     try:
         x = image.read()
         mask = image.mask and image.mask()
-        require(not image.mask or mask.shape == x.shape[1:], f"{image.mask_path}: not of the "
-                f"{x.shape[2]} x {x.shape[1]} pixels of its image")
+        require(not image.mask or mask.shape == x.shape[1:],
+                f"{image.name}: {x.shape[1:]} pixels, its mask {np.shape(mask)}")
     except InputError as error:
         return None, None, (), str(error)
     H, W = x.shape[1:]
@@ -1566,10 +1556,10 @@ def parse(argv):
     flag("out", help="a new folder")
     flag("--modality", required=True, **modality)
     flag("--labels", metavar="FILE", help="the json of SSL4EO-S12-ML; a table of an image, then 0 "
-                                          "or 1 for each class; classes: the folders' names; masks: "
-                                          "classes of 5 %% of an image, the default with --masks")
+                                          "or 1 for each class; or classes: the folders' names")
     flag("--masks", metavar="DIR", help="folder of masks, named as their images, or what masks have "
-                                        "instead of their images' ending: .png, _mask.tif")
+                                        "instead of their images' ending: .png, _mask.tif; without "
+                                        "--labels, classes of 5 %% of an image are its labels")
     flag("--colours", metavar="FILE", help='json {class: "#RRGGBB"} of the masks, several with '
                                            'spaces; "unlabelled"; default: masks hold numbers')
     flag("--skip-bad", action="store_true", help="leave out images that cannot be read")
@@ -1614,6 +1604,7 @@ def main(argv=None):
         require(args.masks or not args.colours, "--colours: goes with --masks")
         archive = open_archive(args.root, find_sensor(args.modality), args.labels, args.masks,
                                args.colours)
+        require(not args.masks or archive.images[0].mask, "--masks: goes with folders of images")
         pack(archive, args.out, args.size, args.skip_bad, args.workers, args.chip, args.stride)
     elif args.modality:
         archive = open_archive(args.root, find_sensor(args.modality))

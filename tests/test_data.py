@@ -597,7 +597,7 @@ def test_a_png_beside_a_jpeg_is_its_mask_and_a_table_goes_before_labels_of_masks
     (tmp_path / "a" / "x.jpg").write_bytes(JPEG)
     write(tmp_path / "a" / "x.png", np.full((1, 24, 24), 255, np.uint8) * 0 + 1)
     (tmp_path / "t.csv").write_text("image,dry\nx,1\n")
-    for labels, want in ((None, ["1"]), ("masks", ["1"]), (str(tmp_path / "t.csv"), ["dry"])):
+    for labels, want in ((None, ["1"]), (str(tmp_path / "t.csv"), ["dry"])):
         archive = data.open_archive(str(tmp_path / "a"), RGB, labels, masks=".png")
         out = str(tmp_path / f"p{len(os.listdir(tmp_path))}")
         data.pack(archive, out, workers=1)
@@ -607,7 +607,7 @@ def test_a_png_beside_a_jpeg_is_its_mask_and_a_table_goes_before_labels_of_masks
 
 @pytest.mark.parametrize("harm, message", [
     (lambda mask: write(mask, COLOURS[np.zeros((30, 30), int)].transpose(2, 0, 1)),
-     "0_mask.png: not of the 41 x 50 pixels of its image"),
+     "0.tif: (50, 41) pixels, its mask (30, 30)"),
     (lambda mask: write(mask, np.full((3, 50, 41), 9, np.uint8)),
      "0_mask.png: colour #090909 is not in --colours"),
     (lambda mask: mask.unlink(), "0_mask.png: missing"),
@@ -705,6 +705,11 @@ def archive(name, sensor, labels=None, masks=None):
             (root / name).mkdir(parents=True)
         data.open_archive(str(root), sensor, labels, masks)
     return attempt
+
+
+def commanded(write_archive, sensor, root, *flags):
+    write_archive(root, sensor)
+    data.main(["pack", f"{root}/a", f"{root}/p", "--modality", sensor.name, *flags])
 
 
 def two_of_one_name(root):
@@ -836,9 +841,11 @@ if not importlib.util.find_spec("zarr"):
     (masks(np.zeros((5, 8, 8), "i2")), "masks.npy: int16 (5, 8, 8), expected uint8 (5, 8, 8)"),
     (masks(np.zeros((5, 8, 8), "u1")), "pack.json: no mask_classes"),
     (lambda root: colours(root, '{"a": "red"}'), "colours.json: not {class: "),
-    (lambda root: archive("s1", S1, masks=".png")(root), "--masks .png: goes with folders of"),
+    (lambda root: commanded(tree, S1, root, "--masks", ".png"), "--masks: goes with folders of"),
+    (lambda root: commanded(tree, S1, root, "--chip", "9"), "--chip: goes with folders of images"),
+    (lambda root: commanded(folder, RGB, root, "--stride", "9"), "--stride: goes with --chip"),
+    (lambda root: commanded(folder, RGB, root, "--colours", "x"), "--colours: goes with --masks"),
     (archive("x.png", RGB, masks=".png"), "--masks .png: leaves no image in"),
-    (archive("x.png", RGB, "masks"), "--labels masks: there are none without --masks"),
     (lambda root: data.open_pack(str(root)), "NEW_FOLDER --modality"),
 ])
 def test_an_odd_input_is_refused_in_one_line_that_names_it(tmp_path, attempt, message):
@@ -846,7 +853,7 @@ def test_an_odd_input_is_refused_in_one_line_that_names_it(tmp_path, attempt, me
         attempt(tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert "sensor my: " in str(error.value) or str(tmp_path) in str(error.value) \
-        or "--labels" in message or "no date" in message or "--masks" in message
+        or "--labels" in message or "no date" in message or message.startswith("--")
 
 
 # ------------------------------------------------------------------------------------ augmentation
