@@ -167,7 +167,7 @@ def dense_runs(seed):
     pack = f"packs/dubai_tiles_{seed}"
     probes = {side: ["--data", pack, "--img-size", side] for side in SIDES}
     for name, flags in DENSE.items():
-        train = ["--modality", "rgb", "--data", pack, "--epochs", "4", *NATURAL, *flags]
+        train = ["--modality", "rgb", "--data", pack, "--epochs", "3", *NATURAL, *flags]
         runs.append(Run("dense", name, seed, train, probes))
     return runs
 
