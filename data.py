@@ -1228,7 +1228,7 @@ class Pack:
         self.one_label = bool(most == 1)                 # there are labels, one an image
         self.labels_from = index.get("labels_from", "")  # in words
         self.chip = index.get("chip", 0)                 # side of chips as cut; 0: whole images
-        self.masks = None                                # (n,H,W) uint8, read only, if there are any
+        self.masks = None                                # (n,H,W) uint8, read only; None: has none
         self.mask_classes = index.get("mask_classes", [])            # names; 255 is unlabelled
         if os.path.exists(f"{path}/masks.npy"):
             with reading(f"{path}/masks.npy"):
@@ -1557,11 +1557,12 @@ def parse(argv):
     flag("--modality", required=True, **modality)
     flag("--labels", metavar="FILE", help="the json of SSL4EO-S12-ML; a table of an image, then 0 "
                                           "or 1 for each class; or classes: the folders' names")
-    flag("--masks", metavar="DIR", help="folder of masks, named as their images, or what masks have "
-                                        "instead of their images' ending: .png, _mask.tif; without "
-                                        "--labels, classes of 5 %% of an image are its labels")
-    flag("--colours", metavar="FILE", help='json {class: "#RRGGBB"} of the masks, several with '
-                                           'spaces; "unlabelled"; default: masks hold numbers')
+    flag("--masks", metavar="DIR",
+         help="folder of masks, named as their images, or how masks beside their images end: .png, "
+              "_mask.tif; classes of 5 %% of an image are its labels, unless --labels is given")
+    flag("--colours", metavar="FILE",
+         help='json {class: "#RRGGBB #RRGGBB"} of the masks, "unlabelled" too; default: they hold '
+              'numbers, 255 unlabelled')
     flag("--skip-bad", action="store_true", help="leave out images that cannot be read")
     flag("--size", type=int, default=0, metavar="N", help="side in pixels; default: the usual one")
     flag("--chip", type=number(int, 1, 2**31), default=0, metavar="N",

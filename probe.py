@@ -99,7 +99,7 @@ PROTOCOLS = {
         source="torchgeo-bench [3]: z-scores, logistic regression, C by validation, then refitted",
         head="validated logistic", features=("mean",), size=224, zscore=True,
         shares=(0.6, 0.2, 0.2), validates=True),
-    # the head is theirs; we found its rate, batch and length stated nowhere: these are ours
+    # the head is theirs; rate, batch and number of steps are ours, nobody states theirs
     "dense": Protocol(
         source="torchgeo-bench's linear head [3]: batch norm, 1 x 1 convolution, AdamW; of a pixel",
         head="dense", features=BLOCKS,
@@ -496,11 +496,11 @@ def confusion(head, x, masks, L, device):
 
 def fit_dense(protocol, features, pack, split, seed, device):
     """Train a head for pixels on the training images: its confusion (m,L,L) on the test images."""
-    train, test = [np.flatnonzero(split == part) for part in ("train", "test")]
-    masks = [torch.from_numpy(pack.masks[rows]) for rows in (train, test)]
     L = len(pack.classes)
-    head = fit_pixels(protocol, features[0, train], masks[0], L, seed, device)
-    return confusion(head, features[0, test], masks[1], L, device)
+    x = features[0]                                            # (n,D,h,w)
+    masks = torch.from_numpy(np.array(pack.masks))
+    head = fit_pixels(protocol, x[split == "train"], masks[split == "train"], L, seed, device)
+    return confusion(head, x[split == "test"], masks[split == "test"], L, device)
 
 
 # ----------------------------------------------------------------------------------------- metrics
@@ -548,7 +548,7 @@ def accuracy(scores, targets):
     return float(np.mean(scores.argmax(1) == targets.argmax(1)))
 
 
-def class_iou(counts, targets=None):
+def class_iou(counts):
     """Intersection over union of each class (L,), over all pixels of the images in counts (m,L,L).
 
     NaN: neither in the masks nor guessed.
@@ -633,13 +633,12 @@ def open_pack(args):
           f"{len(pack.classes)} classes", *pack.notes, sep="\n")
     if args.protocol == "dense":
         data.require(pack.masks is not None, f"{path}: has no masks: pack it with --masks")
+        L = len(pack.mask_classes)
+        found = np.stack([np.bincount(mask.ravel(), minlength=256) > 0 for mask in pack.masks])
+        data.require(not found[:, L:data.UNLABELLED].any(), f"{path}: masks.npy has numbers beyond "
+                                                            f"its {L} classes")
         pack.classes = pack.mask_classes
-        pack.labels = np.stack([np.bincount(mask.ravel(), minlength=256) > 0
-                                for mask in pack.masks])[:, :data.UNLABELLED]      # (n,255)
-        L = len(pack.classes)
-        data.require(not pack.labels[:, L:].any(), f"{path}: masks.npy has numbers beyond its {L} "
-                                                   f"classes")
-        pack.labels = pack.labels[:, :L]
+        pack.labels = found[:, :L]                             # (n,L)
         pack.one_label = False
     data.require(pack.labels.any(), f"{path}: its images have no labels: pack it with --labels")
     wanted = PROTOCOLS[args.protocol].wants

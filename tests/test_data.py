@@ -485,7 +485,10 @@ def test_the_scenes_held_out_depend_on_their_names_alone():
 # --------------------------------------------------------------------------------- chips and masks
 
 
-def colours_file(root, text='{"sea": "#0000ff", "land": "#00FF00 #FF0000", "unlabelled": "#000000"}'):
+THREE = '{"sea": "#0000ff", "land": "#00FF00 #FF0000", "unlabelled": "#000000"}'
+
+
+def colours_file(root, text=THREE):
     (root / "colours.json").write_text(text)
     return str(root / "colours.json")
 
@@ -495,7 +498,7 @@ NUMBERS = np.uint8([0, 1, 1, 255])                         # of these colours, b
 
 
 def masked_images(root, sizes, ending="png"):
-    """Images of these sizes (H,W) in root/a, and coloured masks beside them -> {name: (x, mask)}."""
+    """Images of these sizes (H,W) in root/a, coloured masks beside them -> {name: (x, mask)}."""
     rng = np.random.default_rng(0)
     found = {}
     for i, (H, W) in enumerate(sizes):

@@ -427,7 +427,7 @@ def test_the_head_of_pixels_is_plain_pytorch_written_out():
     optimiser = torch.optim.AdamW(parameters, 1e-2, weight_decay=1e-4)
     up = torch.from_numpy(enlarged(3, 12))                     # (12,3)
     batches = []
-    for step in range(7):                                      # two epochs of 3 batches and one more
+    for step in range(7):                                      # two epochs of 3 batches, one more
         batches = batches or list(torch.randperm(10, generator=draws).split(4))
         rows = batches.pop()
         scale, shift, W, b = parameters

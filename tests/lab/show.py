@@ -8,7 +8,7 @@
 scenes     scenes of a pack, one a row: their images, SoftCon's two views, the masks of both
            methods, the labels and their similarity; views as the full-size presets draw them
 features   images of a pack beside the principal components of a ViT's patch tokens
-maps       test images of a pack with masks, their masks, and what the dense probe makes of a network
+maps       test images of a pack with masks, their masks, and what the dense probe guesses
 curve      the loss terms and the effective rank of a run, from its log
 
 The first run of pretrain.py makes the packs toy_s1 and toy_s2c.
