@@ -328,9 +328,12 @@ CLASS_COLOURS = torch.tensor([
     [0x1f, 0x5f, 0xa8], [0x9d, 0x4e, 0xb5], [0xf2, 0xb7, 0x05], [0x7f, 0xd1, 0xc7]]) / 255
 
 
-def guessed_masks(checkpoint, path, seed, n):
+def guessed_masks(checkpoint, path, seed, n, size):
     """Probe a network as probe.py does -> its pack, n rows of test images, their guessed masks."""
-    flags = probe.resolve_flags(["--ckpt", checkpoint, "--data", path, "--protocol", "dense"])
+    flags = ["--ckpt", checkpoint, "--data", path, "--protocol", "dense"]
+    if size:
+        flags += ["--img-size", str(size)]
+    flags = probe.resolve_flags(flags)
     pack = probe.open_pack(flags)
     network = probe.load_network(checkpoint, flags.runs[checkpoint], pack, flags)
     splits = probe.choose_splits(flags, pack, probe.scene_of_rows(pack), flags.runs)
@@ -353,9 +356,12 @@ def coloured(mask):
     return colours.permute(2, 0, 1)
 
 
-def draw_maps(checkpoint, path, seed=0, n=6, side=112, columns=2):
-    """Draw n test images, chosen by `seed`, each beside its mask and the guess of the probe."""
-    pack, rows, guess = guessed_masks(checkpoint, path, seed, n)
+def draw_maps(checkpoint, path, seed=0, n=6, size=0, side=112, columns=2):
+    """Draw n test images, chosen by `seed`, each beside its mask and the guess of the probe.
+
+    size: pixels of an image as the network sees it, 0 for the probe's choice.
+    """
+    pack, rows, guess = guessed_masks(checkpoint, path, seed, n, size)
     bands = visible_bands(pack.sensor)
     triple = 3 * (side + 2) + 14                       # from one image to the next
     svg = Svg(MARGIN + columns * triple, 74 + math.ceil(len(rows) / columns) * (side + 6))
@@ -473,12 +479,13 @@ def parse(argv):
     features = commands.add_parser("features", help="patch tokens as colours", allow_abbrev=False)
     features.add_argument("checkpoint", help="a ViT that model.py reads")
     features.add_argument("--data", metavar="PACK", required=True, help="a pack, as above")
-    features.add_argument("--img-size", type=int, default=0, help="pixels that the network sees")
     curve = commands.add_parser("curve", help="the course of a run", allow_abbrev=False)
     curve.add_argument("log", help="a run's log.jsonl")
     maps = commands.add_parser("maps", help="masks and guessed masks", allow_abbrev=False)
     maps.add_argument("checkpoint", help="as above, or a ResNet")
     maps.add_argument("--data", metavar="PACK", required=True, help="a pack with masks")
+    for command in (features, maps):
+        command.add_argument("--img-size", type=int, default=0, help="pixels that the network sees")
     for command, n in ((scenes, 4), (features, 8), (maps, 6)):
         command.add_argument("--n", type=int, default=n, help="scenes to draw (%(default)s)")
         command.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
@@ -495,7 +502,7 @@ def main(argv=None):
         data.require(1 <= args.n <= 26, f"--n {args.n}: must lie in 1 to 26")
         pack = data.open_pack(args.data)
     if args.command == "maps":
-        svg = draw_maps(args.checkpoint, args.data, args.seed, args.n)
+        svg = draw_maps(args.checkpoint, args.data, args.seed, args.n, args.img_size)
     if args.command == "scenes":
         svg = draw_scenes(pack, args.seed, args.n)
     if args.command == "features":
