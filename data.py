@@ -1002,7 +1002,7 @@ def pack(archive, out, size=0, skip_bad=False, workers=os.cpu_count(), chip=0, s
         notes = archive.notes + notes
         bad = f"{len(left_out)} of {len(archive.images)} images cannot be read"
         require(skip_bad or not left_out, f"{bad}, see above; --skip-bad leaves them out")
-        require(images, f"{bad}: nothing to pack")
+        require(images, "; ".join([f"nothing to pack: {bad}", *notes]))
         if left_out:
             notes.append(f"{bad} and are left out: {', '.join([*left_out][:5])}")
         with open(f"{folder}/images.csv", "w", newline="", encoding="utf-8") as file:
@@ -1109,7 +1109,7 @@ def pack_notes(path, archive, size, remarks, are_chips):
                      f"square is resized")
     if remarks["cropped"]:
         notes.append(f"{remarks['cropped']} of {n} images lose more than a tenth of their pixels "
-                     f"by that; --chip {size} cuts images into chips instead")
+                     f"by that; --chip {size} cuts those that are larger into chips")
     if are_chips and remarks["empty"]:
         notes.append(f"{remarks['empty']} of {n} chips are mostly without data and left out")
     x = np.load(path, mmap_mode="r")
@@ -1140,7 +1140,7 @@ def pack_image(image, sensor, size):
     left = (W - side) // 2
     central = np.s_[..., top:top + side, left:left + side]
     remarks = {"resized": (H, W) != (size, size), "cropped": side < 0.9 * max(H, W),
-               "empty": np.isnan(x).mean() > 0.5}
+               "empty": np.count_nonzero(np.isnan(x)) > x.size / 2}
     if image.mask:                             # each pixel has one class: that at its centre
         centres = ((np.arange(size) + 0.5) * side / size).astype(int)
         mask = mask[central][np.ix_(centres, centres)]

@@ -572,6 +572,9 @@ def test_chips_that_are_mostly_without_data_are_left_out_and_counted(tmp_path):
     pack = packed(tmp_path / "a", sensor, chip=24)
     assert pack.names == ["0.tif/0_24"]
     assert "1 of 2 chips are mostly without data and left out" in pack.notes
+    write(tmp_path / "b" / "0.tif", 0 * x)
+    with pytest.raises(data.InputError, match="nothing to pack: .*; 2 of 2 chips are mostly"):
+        packed(tmp_path / "b", sensor, chip=24)
 
 
 def test_an_image_that_loses_more_than_a_tenth_to_the_central_square_is_said(tmp_path):
