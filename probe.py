@@ -12,7 +12,8 @@ those of "random", the same architecture with random weights, and on "stats", th
 of each band, which need no network.  All are tested on the same images, and a checkpoint is worth
 what it gains over the other two.  (How good the weights are that a run started from, the same run
 tells with --max-steps 1 --lr 0, as one more --ckpt.)  The last line of the output is a JSON object,
-values from 0 to 1.
+values from 0 to 1.  Where a pack has masks, the head tells the class of each pixel from a map of
+features, and "stats" are those of a window around it.
 
 Which images train the head and which test it, the first of these rules that applies decides, and a
 line of the output says so: (1) --lists; (2) the pack's own split; (3) if a checkpoint's run trained
