@@ -1228,15 +1228,10 @@ class Pack:
         self.one_label = bool(most == 1)                 # there are labels, one an image
         self.labels_from = index.get("labels_from", "")  # in words
         self.chip = index.get("chip", 0)                 # side of chips as cut; 0: whole images
-        self.masks = None                                # (n,H,W) uint8, read only; None: has none
+        self.masks = open_masks(f"{path}/masks.npy", (n, side, side))
         self.mask_classes = index.get("mask_classes", [])            # names; 255 is unlabelled
-        if os.path.exists(f"{path}/masks.npy"):
-            with reading(f"{path}/masks.npy"):
-                self.masks = np.load(f"{path}/masks.npy", mmap_mode="r")
-            require(self.masks.dtype == np.uint8 and self.masks.shape == (n, side, side),
-                    f"{path}/masks.npy: {self.masks.dtype} {self.masks.shape}, expected uint8 "
-                    f"{(n, side, side)} as images.npy")
-            require(self.mask_classes, f"{path}/pack.json: no mask_classes, which masks.npy needs")
+        require(self.masks is None or self.mask_classes,
+                f"{path}/pack.json: no mask_classes, which masks.npy needs")
         self.notes = index.get("notes", [])              # lines for the user
         self.file = open(f"{path}/images.npy", "rb", buffering=0)
 
@@ -1254,6 +1249,17 @@ class Pack:
                 require(count > 0, f"{self.path}/images.npy: ends before image {row}")
                 memory = memory[count:]
                 place += count
+
+
+def open_masks(path, shape):
+    """masks.npy, (n,H,W) uint8, read only; None: the pack has none."""
+    if not os.path.exists(path):
+        return None
+    with reading(path):
+        masks = np.load(path, mmap_mode="r")
+    require(masks.dtype == np.uint8 and masks.shape == shape,
+            f"{path}: {masks.dtype} {masks.shape}, expected uint8 {shape} as images.npy")
+    return masks
 
 
 def open_pack(path):
@@ -1552,23 +1558,7 @@ def parse(argv):
     flag("--seed", type=int, default=0, help="another seed, another world")
 
     packs = command("pack", help="put all images into one array and one table", parents=[source])
-    flag = packs.add_argument
-    flag("out", help="a new folder")
-    flag("--modality", required=True, **modality)
-    flag("--labels", metavar="FILE", help="the json of SSL4EO-S12-ML; a table of an image, then 0 "
-                                          "or 1 for each class; or classes: the folders' names")
-    flag("--masks", metavar="DIR",
-         help="folder of masks, named as their images, or how masks beside their images end: .png, "
-              "_mask.tif; classes of 5 %% of an image are its labels, unless --labels is given")
-    flag("--colours", metavar="FILE",
-         help='json {class: "#RRGGBB #RRGGBB"} of the masks, "unlabelled" too; default: they hold '
-              'numbers, 255 unlabelled')
-    flag("--skip-bad", action="store_true", help="leave out images that cannot be read")
-    flag("--size", type=int, default=0, metavar="N", help="side in pixels; default: the usual one")
-    flag("--chip", type=number(int, 1, 2**31), default=0, metavar="N",
-         help="cut images larger than N pixels into chips of N x N, as stored")
-    flag("--stride", type=number(int, 1, 2**31), default=0, metavar="N",
-         help="from a chip to the next (default: --chip)")
+    add_pack_flags(packs.add_argument, modality)
 
     stats = command("stats", help="measure each band; make a sensor", parents=[source])
     either = stats.add_mutually_exclusive_group(required=True)
@@ -1590,6 +1580,26 @@ def parse(argv):
             require(getattr(args, name) == stats.get_default(name),
                     f"--{name}: goes with --bands; --modality says it already")
     return args
+
+
+def add_pack_flags(flag, modality):
+    """The flags that `pack` has and `stats` has not; modality: how both describe --modality."""
+    flag("out", help="a new folder")
+    flag("--modality", required=True, **modality)
+    flag("--labels", metavar="FILE", help="the json of SSL4EO-S12-ML; a table of an image, then 0 "
+                                          "or 1 for each class; or classes: the folders' names")
+    flag("--masks", metavar="DIR",
+         help="folder of masks, named as their images, or how masks beside their images end: .png, "
+              "_mask.tif; classes of 5 %% of an image are its labels, unless --labels is given")
+    flag("--colours", metavar="FILE",
+         help='json {class: "#RRGGBB #RRGGBB"} of the masks, "unlabelled" too; default: they hold '
+              'numbers, 255 unlabelled')
+    flag("--skip-bad", action="store_true", help="leave out images that cannot be read")
+    flag("--size", type=int, default=0, metavar="N", help="side in pixels; default: the usual one")
+    flag("--chip", type=number(int, 1, 2**31), default=0, metavar="N",
+         help="cut images larger than N pixels into chips of N x N, as stored")
+    flag("--stride", type=number(int, 1, 2**31), default=0, metavar="N",
+         help="from a chip to the next (default: --chip)")
 
 
 # fields of a sensor that no file tells
