@@ -6,8 +6,10 @@ them, scales them, joins their labels and meets their bad files; everything else
     images.npy    (n,C,H,W) uint8, all images of a scene one after another
     images.csv    a row an image: scene, image, split, labels (names of classes, joined by ;)
     pack.json     the sensor, the classes, where the labels come from, what was left out and why
+    masks.npy     where images have masks: (n,H,W) uint8, the class of each pixel, 255 unlabelled
 
-A scene is a place with one or more images, its seasons.  These are the archives:
+A scene is a place with one or more images, its seasons.  Of a large image that is cut into chips
+it is the image, and each chip is one of its images.  These are the archives:
 
     read_ssl4eo        root/{s1,s2c,s2a}/{0000000}/{product}/{band}.tif           [1], v1.0
                        root/{S1GRD,S2L1C,S2L2A,S2RGB}/*.zarr.zip                  [1], v1.1
@@ -41,9 +43,10 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 
 import imagecodecs
@@ -328,13 +331,14 @@ def resize(x, size):
 
 TIFF = (".tif", ".tiff")
 PICTURES = (".png", ".jpg", ".jpeg")
+UNLABELLED = 255                                                     # in a mask
 
 
-def read_tiff(path, bands=1):
+def read_tiff(path, bands=1, window=None):
     """A TIFF -> (C,H,W) as stored.  InputError: missing, cut off, no TIFF, or colours in disguise.
 
     Its channels are those of all its pages.  Smaller copies and masks in the file are passed over;
-    of bands + 1 channels one of opacity is left out.
+    of bands + 1 channels one of opacity is left out.  window: see read_page.
     """
     with reading(path), open(path, "rb") as file, tifffile.TiffFile(file) as tiff:
         pages = [page for page in tiff.pages if not (page.is_reduced or page.is_mask)]
@@ -342,7 +346,7 @@ def read_tiff(path, bands=1):
         for kind in ("PALETTE", "MINISWHITE"):
             require(page.photometric != tifffile.PHOTOMETRIC[kind],
                     f"its pixels are of the kind {kind}; save it as grey or RGB")
-        x = np.stack([page.asarray() for page in pages])             # (pages,H,W) or with channels
+        x = np.stack([read_page(page, window) for page in pages])    # (pages,H,W) or with channels
         if page.axes == "YXS":
             x = np.moveaxis(x, 3, 1)                                 # (pages,channels,H,W)
         x = x.reshape(-1, *x.shape[-2:])                             # (C,H,W)
@@ -350,6 +354,35 @@ def read_tiff(path, bands=1):
         if len(x) == bands + 1 and opacity & {*page.extrasamples[-1:]}:
             x = x[:bands]
         return x.astype(x.dtype.newbyteorder("="), copy=False)       # the machine's byte order
+
+
+def read_page(page, window=None):
+    """The pixels of a TIFF's page, or of its window (top, left, side), in the order of its axes.
+
+    Of a window only the tiles or strips that it touches are read.
+    """
+    if window is None:
+        return page.asarray()
+    top, left, side = window
+    if page.is_memmappable:                                          # its pixels lie in one piece
+        part = {"Y": slice(top, top + side), "X": slice(left, left + side)}
+        pixels = page.asarray(out="memmap")
+        return np.array(pixels[tuple(part.get(axis, slice(None)) for axis in page.axes)])
+    planes, _, _, _, channels = page.shaped
+    pixels = np.full((planes, side, side, channels), page.nodata, page.dtype)
+    tables = {"jpegtables": page.jpegtables} if page.jpegtables else {}
+    file = page.parent.filehandle
+    for i, (offset, length) in enumerate(zip(page.dataoffsets, page.databytecounts)):
+        _, (plane, _, y, x, _), (_, height, width, _) = page.decode(None, i)     # where it lies
+        rows = slice(max(y, top), min(y + height, top + side))
+        columns = slice(max(x, left), min(x + width, left + side))
+        if length and rows.start < rows.stop and columns.start < columns.stop:
+            file.seek(offset)
+            segment = page.decode(file.read(length), i, **tables)[0][0]          # (h,w,channels)
+            inside = np.s_[rows.start - y:rows.stop - y, columns.start - x:columns.stop - x]
+            pixels[plane, rows.start - top:rows.stop - top,
+                   columns.start - left:columns.stop - left] = segment[inside]
+    return pixels.reshape([side if axis in "YX" else -1 for axis in page.axes])
 
 
 def read_picture(path, bands=3):
@@ -369,19 +402,38 @@ def read_picture(path, bands=3):
     return x
 
 
-def read_pixels(path, bands):
-    """A TIFF, PNG or JPEG that should have so many bands -> (C,H,W) as stored."""
-    read = read_tiff if path.lower().endswith(TIFF) else read_picture
-    return read(path, bands)
+last_picture = lru_cache(maxsize=2)(read_picture)   # an image and its mask: chips come in order
 
 
-def read_file(path, sensor, bands, channels=()):
+def read_pixels(path, bands, window=None):
+    """A TIFF, PNG or JPEG that should have so many bands -> (C,H,W) as stored, all or a window."""
+    if path.lower().endswith(TIFF):
+        return read_tiff(path, bands, window)
+    if window is None:
+        return read_picture(path, bands)
+    top, left, side = window
+    return last_picture(path, bands)[:, top:top + side, left:left + side]
+
+
+def size_of(path, mask=None):
+    """Height and width of a TIFF, PNG or JPEG.  InputError: its mask has others."""
+    if path.lower().endswith(TIFF):
+        with reading(path), tifffile.TiffFile(path) as tiff:
+            size = (tiff.pages.first.imagelength, tiff.pages.first.imagewidth)
+    else:
+        size = read_picture(path).shape[1:]
+    require(not mask or size_of(mask) == size, f"{mask}: not as large as its image")
+    return size
+
+
+def read_file(path, sensor, bands, channels=(), window=None):
     """An image file -> its `bands` bands (bands,H,W) in the sensor's units.
 
     channels: where in the file they lie; empty: in this order, and it has no others.  rgb: a grey
-    image has three equal bands.  InputError: other channels or another type, NaN, and as read_tiff.
+    image has three equal bands.  window: see read_page.  InputError: other channels or another
+    type, NaN, and as read_tiff.
     """
-    x = read_pixels(path, bands)
+    x = read_pixels(path, bands, window)
     if sensor.kind == "rgb" and len(x) == 1:
         x = np.repeat(x, bands, axis=0)
     with reading(path):
@@ -392,6 +444,42 @@ def read_file(path, sensor, bands, channels=()):
                 f"{x.dtype} {x.shape}, expected {bands} bands of {sensor.dtype}; a sensor's "
                 f"`channels` pick some of a file's")
         return to_units(x, sensor)
+
+
+def read_colours(path):
+    """A json {class: "#RRGGBB", or several} -> (names of classes, {colour, an int: class number}).
+
+    Those of "unlabelled" have the number 255.
+    """
+    table = read_json(path)
+    classes = [name for name in table if name != "unlabelled"]
+    number_of = {}
+    with reading(path, 'not {class: "#RRGGBB"}'):
+        for name, colours in table.items():
+            number = classes.index(name) if name in classes else UNLABELLED
+            number_of |= {int(colour.removeprefix("#"), 16): number for colour in colours.split()}
+    return classes, number_of
+
+
+def read_mask(path, number_of=None, window=None):
+    """A mask -> (H,W) uint8, the number of each pixel's class, 255: unlabelled.
+
+    number_of: of each colour, see read_colours; None: the file holds the numbers.  window: see
+    read_page.  InputError: neither numbers nor known colours.
+    """
+    channels = 3 if number_of else 1
+    x = read_pixels(path, channels, window)
+    with reading(path):
+        require(len(x) == channels and x.dtype.kind in "iu" and 0 <= x.min() and x.max() < 256,
+                f"{x.dtype} {x.shape}, no mask of 1 channel of numbers below 256, or with "
+                f"--colours of 3")
+        if not number_of:
+            return x[0].astype(np.uint8)
+        red, green, blue = x.astype(int)
+        colours, place = np.unique(red << 16 | green << 8 | blue, return_inverse=True)
+        for colour in colours:
+            require(colour in number_of, f"colour #{colour:06X} is not in --colours")
+        return np.uint8([number_of[colour] for colour in colours])[place].reshape(red.shape)
 
 
 def read_bands(prefix, sensor):
@@ -428,6 +516,8 @@ class Image:
     read: Callable      # read() -> (C,H,W) in the sensor's units, NaN where nothing was measured
     labels: tuple = ()  # names of classes; empty: unlabelled
     split: str = ""     # "train", "val" or "test", where the archive says so
+    size: Callable = None        # size() -> (H,W), if it can be cut into chips
+    mask: Callable = None        # mask() -> (H,W) uint8, see read_mask
 
 
 @dataclass
@@ -438,14 +528,16 @@ class Archive:
     classes: tuple = ()
     labels_from: str = ""    # where the labels come from, in words
     notes: list = field(default_factory=list)    # lines for the user
+    mask_classes: tuple = ()                     # empty: masks, if there are any, have numbers
 
 
-def open_archive(root, sensor, labels=None):
+def open_archive(root, sensor, labels=None, masks=None, colours=None):
     """The archive in `root`, by the reader for what lies there.
 
     labels: for SSL4EO-S12 the json of SSL4EO-S12-ML (None: the one in root, if any); for folders of
     images a table, see labels_from_table, or "classes", the folders; None: they are unlabelled.
-    BigEarthNet brings its own.  InputError: nothing there that suits the sensor.
+    BigEarthNet brings its own.  masks, colours: see read_folder.  InputError: nothing there that
+    suits the sensor.
     """
     folders = set(subfolders(root))
     require(not os.path.exists(f"{root}/images.npy"), f"{root}: is a pack already")
@@ -455,7 +547,7 @@ def open_archive(root, sensor, labels=None):
     if folders & {"s1", "s2c", "s2a"} or find_zips(root, sensor):
         require(labels != "classes", f"--labels classes: {root} holds products of SSL4EO-S12")
         return read_ssl4eo(root, sensor, labels)
-    return read_folder(root, sensor, labels)
+    return read_folder(root, sensor, labels, masks, colours)
 
 
 def subfolders(folder):
@@ -750,14 +842,24 @@ def read_patch(prefix, on_disk, sensor):
 # -------------------------------------------------------------------------------- image folders
 
 
-def read_folder(root, sensor, labels=None):
+FROM_MASKS = "the masks: classes of 5 % of the pixels or more"
+LABEL_SHARE = 0.05
+
+
+def read_folder(root, sensor, labels=None, masks=None, colours=None):
     """All images in a folder and the folders in it, each a scene named by its path.
 
     TIFFs that hold all bands, and for up to four bands of 8 or 16 bits PNG and JPEG as well.
-    labels: "classes", the first folders of the paths, or a table, see labels_from_table.
+    labels: "classes", the first folders of the paths, or a table, see labels_from_table; None: the
+    classes in the masks, if any.  masks: see find_masks; colours: see read_colours.
     """
     archive = Archive([], sensor)
     names = find_images(root, sensor)
+    mask_of = find_masks(root, names, masks) if masks else dict.fromkeys(names)
+    names = [*mask_of]
+    number_of = None
+    if colours:
+        archive.mask_classes, number_of = read_colours(colours)
     first = {name: name.rpartition("/")[0].partition("/")[0] for name in names}      # folder or ""
     folders = sorted(set(first.values()))
     found = {}                                           # {image: its classes}
@@ -770,6 +872,9 @@ def read_folder(root, sensor, labels=None):
     elif labels:
         archive.classes, found = labels_from_table(labels, root, names)
         archive.labels_from = Path(labels).name
+    elif masks:
+        archive.classes = archive.mask_classes
+        archive.labels_from = FROM_MASKS                 # see write_images
     elif 1 < len(folders) <= 30:
         archive.notes.append(f"no labels; --labels classes takes the folders: {', '.join(folders)}")
 
@@ -777,14 +882,17 @@ def read_folder(root, sensor, labels=None):
     for name in names:
         scene = os.path.splitext(name)[0]
         require(scene not in image_of, f"{root}: {image_of.get(scene)} and {name} have one name; "
-                                       f"if these are masks, move them elsewhere")
+                                       f"if these are masks, say --masks .png")
         image_of[scene] = name
-        read = partial(read_file, f"{root}/{name}", sensor, len(sensor.bands), sensor.channels)
-        archive.images.append(Image(scene, name, read, found.get(name, ())))
-    masks = [folder for folder in folders if folder.lower() in ("mask", "masks", "labels", "gt")]
-    if masks:
-        archive.notes.append(f"the files in {', '.join(masks)} are packed as images; if they are "
-                             f"masks, move them elsewhere")
+        path = f"{root}/{name}"
+        read = partial(read_file, path, sensor, len(sensor.bands), sensor.channels)
+        mask = partial(read_mask, mask_of[name], number_of) if masks else None
+        size = partial(size_of, path, mask_of[name])
+        archive.images.append(Image(scene, name, read, found.get(name, ()), size=size, mask=mask))
+    looks_like = [name for name in folders if name.lower() in ("mask", "masks", "labels", "gt")]
+    if looks_like:
+        archive.notes.append(f"the files in {', '.join(looks_like)} are packed as images; if they "
+                             f"are masks, say --masks {root}/{looks_like[0]}")
     return archive
 
 
@@ -800,6 +908,28 @@ def find_images(root, sensor):
                   if name.lower().endswith(endings) and not name.startswith(".")]
     require(paths, f"{root}: no {sensor.name} images ({' '.join(endings)}) in it or its folders")
     return [path.as_posix() for path in sorted(paths)]
+
+
+def find_masks(root, names, masks):
+    """Of the files `names` in root those that are images -> {image: path of its mask}.
+
+    masks: a folder, in which a mask has the path of its image in root but for the ending, .png or
+    .tif; or what masks beside their images have instead of the ending: .png, _mask.tif.
+    """
+    if os.path.isdir(masks):
+        inside = os.path.relpath(masks, root) + "/"
+        images = [name for name in names if not name.startswith(inside)]
+        folder, endings = masks, (".png", *TIFF)
+    else:
+        images = [name for name in names if not name.endswith(masks)]
+        folder, endings = root, (masks,)
+    require(images, f"--masks {masks}: leaves no image in {root}")
+    mask_of = {}
+    for name in images:
+        stem = f"{folder}/{os.path.splitext(name)[0]}"
+        paths = [stem + ending for ending in endings if os.path.exists(stem + ending)]
+        mask_of[name] = paths[0] if paths else stem + endings[0]     # missing: said when it is read
+    return mask_of
 
 
 def labels_from_table(path, root, names):
@@ -854,22 +984,30 @@ def whole_folder(path):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def pack(archive, out, size=0, skip_bad=False, workers=os.cpu_count()):
+def pack(archive, out, size=0, skip_bad=False, workers=os.cpu_count(), chip=0, stride=0):
     """Read, scale and write all images of an archive into the pack `out`, a new folder.
 
     size: side in pixels, to which the central square of each image is resized; 0: the side that
     most images have.  skip_bad: leave out the images that cannot be read, and name them.
+    chip, stride: see chips_of; chips that are mostly without data are left out.
     InputError: bad images, after all are listed; a full disk.
     """
     require(not os.path.exists(out), f"{out}: exists; pack never overwrites")
     require(";" not in "".join(archive.classes), "a name of a class has a semicolon in it")
-    size = size or usual_size(archive.images)
+    require(chip or not stride, "--stride: goes with --chip")
+    if chip:
+        require(archive.images[0].size, "--chip: goes with folders of images, this is an archive")
+        job = partial(chips_of, chip=chip, stride=stride or chip)
+        chips = [*chain(*in_parallel(job, archive.images, workers, "sizes"))]
+        note = f"{len(archive.images)} images, cut into {len(chips)} of up to {chip} x {chip}"
+        archive = replace(archive, images=chips, notes=[*archive.notes, note])
+    size = size or chip or usual_size(archive.images)
     with whole_folder(out) as folder:
-        images, left_out, notes = write_images(f"{folder}/images.npy", archive, size, workers)
+        images, left_out, notes = write_images(folder, archive, size, workers, chip > 0)
         notes = archive.notes + notes
         bad = f"{len(left_out)} of {len(archive.images)} images cannot be read"
         require(skip_bad or not left_out, f"{bad}, see above; --skip-bad leaves them out")
-        require(images, f"{bad}: nothing to pack")
+        require(images, "; ".join([f"nothing to pack: {bad}", *notes]))
         if left_out:
             notes.append(f"{bad} and are left out: {', '.join([*left_out][:5])}")
         with open(f"{folder}/images.csv", "w", newline="", encoding="utf-8") as file:
@@ -878,7 +1016,8 @@ def pack(archive, out, size=0, skip_bad=False, workers=os.cpu_count()):
             for image in images:
                 table.writerow([image.scene, image.name, image.split, ";".join(image.labels)])
         index = {"sensor": dataclasses.asdict(archive.sensor), "classes": archive.classes,
-                 "labels_from": archive.labels_from, "notes": notes, "left_out": left_out}
+                 "labels_from": archive.labels_from, "notes": notes, "left_out": left_out,
+                 "chip": chip, "mask_classes": archive.mask_classes}
         Path(folder, "pack.json").write_text(json.dumps(index, indent=1))
     scenes = {image.scene for image in images}
     labelled = sum(len(image.labels) > 0 for image in images)
@@ -899,33 +1038,89 @@ def usual_size(images):
     return sides.most_common(1)[0][0]
 
 
-def write_images(path, archive, size, workers):
-    """Write images.npy -> (the Images in it, {name: what is wrong} of the others, notes)."""
+def chips_of(image, chip, stride):
+    """An Image -> those of its chips, squares of `chip` pixels as stored, `stride` pixels apart.
+
+    The last of a row or column ends where the image does and overlaps the one before it: so no
+    pixel is lost.  A chip is named by its first row and column.  An image that is no larger than a
+    chip stays whole, and so does one with a fault, which is named when it is packed.
+    """
+    try:
+        H, W = image.size()
+    except InputError:
+        return [image]
+    if min(H, W) < chip or max(H, W) == chip:
+        return [image]
+    chips = []
+    for top in [*range(0, H - chip, stride), H - chip]:
+        for left in [*range(0, W - chip, stride), W - chip]:
+            window = (top, left, chip)
+            mask = image.mask and partial(image.mask, window=window)
+            chips.append(replace(image, name=f"{image.name}/{top}_{left}", mask=mask,
+                                 read=partial(image.read, window=window)))
+    return chips
+
+
+def write_images(folder, archive, size, workers, are_chips=False):
+    """Write images.npy and masks.npy -> (their Images, {name: what is wrong} of the others, notes).
+    """
     images = []
     left_out = {}
-    resized = 0
+    remarks = Counter()
+    pixels = np.zeros(256, int)                          # of each class, over all masks
+    classes = archive.mask_classes or [str(k) for k in range(UNLABELLED)]
+    masked = archive.images[0].mask is not None
+    n = len(archive.images)
     bands = len(archive.sensor.bands)
     job = partial(pack_image, sensor=archive.sensor, size=size)
-    with open(path, "wb") as file:
-        write_header(file, (len(archive.images), bands, size, size))
+    with (open(f"{folder}/images.npy", "wb") as file,
+          open(f"{folder}/masks.npy", "wb") if masked else nullcontext() as mask_file):
+        write_header(file, (n, bands, size, size))
+        if masked:
+            write_header(mask_file, (n, size, size))
         results = in_parallel(job, archive.images, workers, "packing")
-        for image, (x, was_resized, problem) in zip(archive.images, results):
+        for image, (x, mask, said, problem) in zip(archive.images, results):
+            remarks.update(said)
             if problem:
                 left_out[image.name] = problem
                 tqdm.write(problem)
+            if problem or are_chips and "empty" in said:
                 continue
             file.write(np.ascontiguousarray(x))
+            if masked:
+                mask_file.write(mask)
+                count = np.bincount(mask.ravel(), minlength=256)
+                pixels += count
+            if archive.labels_from == FROM_MASKS:
+                image.labels = [name for name, area in zip(classes, count)
+                                if area >= LABEL_SHARE * mask.size]
             images.append(image)
-            resized += was_resized
         write_header(file, (len(images), bands, size, size))
+        if masked:
+            write_header(mask_file, (len(images), size, size))
+    if masked and not archive.mask_classes:
+        archive.mask_classes = classes[:pixels[:UNLABELLED].nonzero()[0].max(initial=-1) + 1]
+    if archive.labels_from == FROM_MASKS:
+        archive.classes = archive.mask_classes
+    return images, left_out, pack_notes(f"{folder}/images.npy", archive, size, remarks, are_chips)
+
+
+def pack_notes(path, archive, size, remarks, are_chips):
+    """Lines for the user; remarks: how often pack_image said what."""
     notes = []
-    if resized:
-        notes.append(f"{resized} of {len(images)} images are not {size} x {size}: their central "
+    n = len(archive.images)
+    if remarks["resized"]:
+        notes.append(f"{remarks['resized']} of {n} images are not {size} x {size}: their central "
                      f"square is resized")
-    if images:
-        sample = np.load(path, mmap_mode="r")[::max(1, len(images) // 16)]
-        notes += suspicious_bands(sample, archive.sensor)
-    return images, left_out, notes
+    if remarks["cropped"]:
+        notes.append(f"{remarks['cropped']} of {n} images lose more than a tenth of their pixels "
+                     f"by that; --chip {size} cuts those that are larger into chips")
+    if are_chips and remarks["empty"]:
+        notes.append(f"{remarks['empty']} of {n} chips are mostly without data and left out")
+    x = np.load(path, mmap_mode="r")
+    if len(x):
+        notes += suspicious_bands(x[::max(1, len(x) // 16)], archive.sensor)
+    return notes
 
 
 def write_header(file, shape):
@@ -936,17 +1131,26 @@ def write_header(file, shape):
 
 
 def pack_image(image, sensor, size):
-    """An Image -> (uint8 (C,size,size), was it resized, ""), or (None, False, what is wrong)."""
+    """An Image -> (uint8 (C,size,size), its mask or None, what is remarkable, what is wrong)."""
     try:
         x = image.read()
+        mask = image.mask and image.mask()
+        require(not image.mask or mask.shape == x.shape[1:],
+                f"{image.name}: {x.shape[1:]} pixels, its mask {np.shape(mask)}")
     except InputError as error:
-        return None, False, str(error)
+        return None, None, (), str(error)
     H, W = x.shape[1:]
     side = min(H, W)
     top = (H - side) // 2
     left = (W - side) // 2
-    square = resize(x[:, top:top + side, left:left + side], size)
-    return to_uint8(square, sensor), x.shape[1:] != (size, size), ""
+    central = np.s_[..., top:top + side, left:left + side]
+    remarks = {"resized": (H, W) != (size, size), "cropped": side < 0.9 * max(H, W),
+               "empty": np.count_nonzero(np.isnan(x)) > x.size / 2}
+    if image.mask:                             # each pixel has one class: that at its centre
+        centres = ((np.arange(size) + 0.5) * side / size).astype(int)
+        mask = mask[central][np.ix_(centres, centres)]
+    return (to_uint8(resize(x[central], size), sensor), mask,
+            [remark for remark, holds in remarks.items() if holds], "")
 
 
 def in_parallel(job, items, workers, title):
@@ -1028,6 +1232,11 @@ class Pack:
         most = self.labels.sum(1).max(initial=0)
         self.one_label = bool(most == 1)                 # there are labels, one an image
         self.labels_from = index.get("labels_from", "")  # in words
+        self.chip = index.get("chip", 0)                 # side of chips as cut; 0: whole images
+        self.masks = open_masks(f"{path}/masks.npy", (n, side, side))
+        self.mask_classes = index.get("mask_classes", [])            # names; 255 is unlabelled
+        require(self.masks is None or self.mask_classes,
+                f"{path}/pack.json: no mask_classes, which masks.npy needs")
         self.notes = index.get("notes", [])              # lines for the user
         self.file = open(f"{path}/images.npy", "rb", buffering=0)
 
@@ -1045,6 +1254,17 @@ class Pack:
                 require(count > 0, f"{self.path}/images.npy: ends before image {row}")
                 memory = memory[count:]
                 place += count
+
+
+def open_masks(path, shape):
+    """masks.npy, (n,H,W) uint8, read only; None: the pack has none."""
+    if not os.path.exists(path):
+        return None
+    with reading(path):
+        masks = np.load(path, mmap_mode="r")
+    require(masks.dtype == np.uint8 and masks.shape == shape,
+            f"{path}: {masks.dtype} {masks.shape}, expected uint8 {shape} as images.npy")
+    return masks
 
 
 def open_pack(path):
@@ -1316,6 +1536,7 @@ EXAMPLES = """examples:
   python data.py pack SSL4EO packed --modality s2c        v1.0 or v1.1, with the labels in it
   python data.py pack EuroSAT euro --modality eurosat --labels classes
   python data.py pack DIR mine --modality rgb --labels table.csv --size 128
+  python data.py pack DIR mine --modality rgb --chip 224 --masks .png --colours colours.json
   python data.py stats SSL4EO --modality s2c              mean, std and range of each band
   python data.py stats DIR --bands B2 B3 B4 B8 --out my.json          a sensor for --modality
 """
@@ -1342,13 +1563,7 @@ def parse(argv):
     flag("--seed", type=int, default=0, help="another seed, another world")
 
     packs = command("pack", help="put all images into one array and one table", parents=[source])
-    flag = packs.add_argument
-    flag("out", help="a new folder")
-    flag("--modality", required=True, **modality)
-    flag("--labels", metavar="FILE", help="the json of SSL4EO-S12-ML; a table of an image, then 0 "
-                                          "or 1 for each class; or classes: the folders' names")
-    flag("--skip-bad", action="store_true", help="leave out images that cannot be read")
-    flag("--size", type=int, default=0, metavar="N", help="side in pixels; default: the usual one")
+    add_pack_flags(packs.add_argument, modality)
 
     stats = command("stats", help="measure each band; make a sensor", parents=[source])
     either = stats.add_mutually_exclusive_group(required=True)
@@ -1372,6 +1587,26 @@ def parse(argv):
     return args
 
 
+def add_pack_flags(flag, modality):
+    """The flags that `pack` has and `stats` has not; modality: how both describe --modality."""
+    flag("out", help="a new folder")
+    flag("--modality", required=True, **modality)
+    flag("--labels", metavar="FILE", help="the json of SSL4EO-S12-ML; a table of an image, then 0 "
+                                          "or 1 for each class; or classes: the folders' names")
+    flag("--masks", metavar="DIR",
+         help="folder of masks, named as their images, or how masks beside their images end: .png, "
+              "_mask.tif; classes of 5 %% of an image are its labels, unless --labels is given")
+    flag("--colours", metavar="FILE",
+         help='json {class: "#RRGGBB #RRGGBB"} of the masks, "unlabelled" too; default: they hold '
+              'numbers, 255 unlabelled')
+    flag("--skip-bad", action="store_true", help="leave out images that cannot be read")
+    flag("--size", type=int, default=0, metavar="N", help="side in pixels; default: the usual one")
+    flag("--chip", type=number(int, 1, 2**31), default=0, metavar="N",
+         help="cut images larger than N pixels into chips of N x N, as stored")
+    flag("--stride", type=number(int, 1, 2**31), default=0, metavar="N",
+         help="from a chip to the next (default: --chip)")
+
+
 # fields of a sensor that no file tells
 NEW_SENSOR = ("bands", "kind", "channels", "scale", "offset", "decibels", "nodata")
 
@@ -1382,8 +1617,11 @@ def main(argv=None):
     if args.command == "toy":
         make_toy(args.root, args.scenes, args.size, args.seed)
     elif args.command == "pack":
-        archive = open_archive(args.root, find_sensor(args.modality), args.labels)
-        pack(archive, args.out, args.size, args.skip_bad, args.workers)
+        require(args.masks or not args.colours, "--colours: goes with --masks")
+        archive = open_archive(args.root, find_sensor(args.modality), args.labels, args.masks,
+                               args.colours)
+        require(not args.masks or archive.images[0].mask, "--masks: goes with folders of images")
+        pack(archive, args.out, args.size, args.skip_bad, args.workers, args.chip, args.stride)
     elif args.modality:
         archive = open_archive(args.root, find_sensor(args.modality))
         print_statistics(archive, args.out, args.workers)

@@ -248,6 +248,10 @@ def resolve_flags(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.scenes = scenes_to_train_on(args.pack, args.holdout)
+    images = sum(not args.scenes.keys().isdisjoint(rows) for rows in args.pack.rows)
+    if args.pack.chip and images < args.batch_size:
+        args.pack.notes.append(f"the chips come from {images} images, fewer than a batch of "
+                               f"{args.batch_size}: neighbours count as different places")
     args.out = args.out or f"runs/{args.method}_{asked.name}"
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -402,12 +406,18 @@ def scenes_to_train_on(pack, holdout):
     """{number of a scene: numbers of its images}, of the images that training may see.
 
     They are the split "train" if the pack has splits, else all of the scenes that are not held out.
+    A chip is a place of its own here, though a whole image is held out: so an epoch sees all chips,
+    and SoftCon takes two views of one chip, never two chips, for the same place.
     """
+    in_train = pack.split == "train"                                 # (n,)
     if (pack.split == "").all():
-        held_out = data.held_out(pack.scenes, holdout)               # (m,) bool
-        return {i: rows for i, rows in enumerate(pack.rows) if not held_out[i]}
-    in_train = [rows[pack.split[rows] == "train"] for rows in pack.rows]
-    return {i: rows for i, rows in enumerate(in_train) if len(rows)}
+        held_out = data.held_out(pack.scenes, holdout)               # (m,)
+        for i, rows in enumerate(pack.rows):
+            in_train[rows] = not held_out[i]
+    if pack.chip:
+        return {row: [row] for row in np.flatnonzero(in_train)}
+    scenes = {i: rows[in_train[rows]] for i, rows in enumerate(pack.rows)}
+    return {i: rows for i, rows in scenes.items() if len(rows)}
 
 
 def draw_batches(scenes, args, rank, world, start, stop):

@@ -4,6 +4,7 @@
     python probe.py --ckpt a.pt b.pt --data PACK                  two networks side by side
     python probe.py --ckpt a.pt --data PACK --protocol copernicus-bench --seeds 3
     python probe.py --ckpt a.pt --data PACK --lists train.txt test.txt --train-frac 0.01 0.1 1
+    python probe.py --ckpt a.pt --data PACK_WITH_MASKS            what it knows of each pixel
 
 The backbone never trains.  Each image becomes a row of features, once, and a small head learns to
 tell the labels from these rows.  The same head is trained on the features of the checkpoint, on
@@ -11,7 +12,8 @@ those of "random", the same architecture with random weights, and on "stats", th
 of each band, which need no network.  All are tested on the same images, and a checkpoint is worth
 what it gains over the other two.  (How good the weights are that a run started from, the same run
 tells with --max-steps 1 --lr 0, as one more --ckpt.)  The last line of the output is a JSON object,
-values from 0 to 1.
+values from 0 to 1.  Where a pack has masks, the head tells the class of each pixel from a map of
+features, and "stats" are those of a window around it.
 
 Which images train the head and which test it, the first of these rules that applies decides, and a
 line of the output says so: (1) --lists; (2) the pack's own split; (3) if a checkpoint's run trained
@@ -27,7 +29,8 @@ different protocols do not compare.
 [2] Copernicus-Bench of zhu-xlab/Copernicus-FM, 2025, by SoftCon's first author
 [3] torchgeo-bench 0.4, 2026
 
-Letters: n images, V views of an image, C bands, H W pixels, D features, L classes, m test images
+Letters: n images, V views of an image, C bands, H W pixels, D features, L classes, m test images,
+h w cells of a map of features
 """
 import argparse
 import json
@@ -51,6 +54,7 @@ import model as models
 # --------------------------------------------------------------------------------------- protocols
 
 ANY_FEATURE = ("cls", "cls+mean", "mean", "4cls")              # see `describe`
+BLOCKS = ("1", "4")                                            # of a map: see `feature_map`
 FOUR_FLIPS = ((), (3,), (2,), (2, 3))                          # dimensions of (B,C,H,W) to mirror
 
 
@@ -67,8 +71,9 @@ class Protocol:
     wants: str = ""                # of EuroSAT: the sensor that the pack should have
     shares: tuple = (0.7, 0, 0.3)  # of each class to train, validate and test on, if rule 5 decides
     validates: bool = False        # do validation images choose the penalty?
-    # of SGD on one linear layer
+    # of SGD on one linear layer; dense: of AdamW, and a pixel has one label
     epochs: int = 0
+    steps: int = 0                 # or so many, however few the images
     batch_size: int = 0
     weight_decay: float = 0.0
     lr_one_label: float = 0.0
@@ -95,6 +100,11 @@ PROTOCOLS = {
         source="torchgeo-bench [3]: z-scores, logistic regression, C by validation, then refitted",
         head="validated logistic", features=("mean",), size=224, zscore=True,
         shares=(0.6, 0.2, 0.2), validates=True),
+    # the head is theirs; rate, batch and number of steps are ours, nobody states theirs
+    "dense": Protocol(
+        source="torchgeo-bench's linear head [3]: batch norm, 1 x 1 convolution, AdamW; of a pixel",
+        head="dense", features=BLOCKS,
+        steps=500, batch_size=16, weight_decay=1e-4, lr_one_label=1e-2),
 }
 
 # ---------------------------------------------------------------------------------------- features
@@ -120,6 +130,19 @@ class BandStatistics(torch.nn.Module):
 
     def forward(self, x):
         return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1)
+
+
+class WindowStatistics(torch.nn.Module):
+    """Its like for each cell of 4 x 4 pixels: values, and mean and deviation of 16 x 16 around it.
+
+    As maps of a ResNet: x (B,C,H,W) -> (B,C,H/4,W/4), (B,2C,H/4,W/4).
+    """
+
+    def feature_maps(self, x):
+        around = partial(F.avg_pool2d, kernel_size=16, stride=4, padding=6, count_include_pad=False)
+        mean = around(x)
+        variance = around(x.square()) - mean.square()
+        return F.avg_pool2d(x, 4), torch.cat([mean, variance.clamp(min=0).sqrt()], 1)
 
 
 def batches(rows):
@@ -185,8 +208,10 @@ def describe(net, x, feature):
 
     Of a ViT these are its tokens after the final norm: "cls", "mean" of the last block's patches,
     "cls+mean" side by side, or "4cls", the CLS tokens of the last four blocks.  Any other network
-    has only its output.
+    has only its output.  "1" and "4" are maps.
     """
+    if feature in BLOCKS:
+        return feature_map(net, x, int(feature))
     if not isinstance(net, models.ViT):
         return net(x)
     blocks = net.last_blocks(x, 4)                             # 4 x (cls (B,D), patches (B,N,D))
@@ -200,9 +225,24 @@ def describe(net, x, feature):
     return torch.cat(parts[feature], 1)
 
 
+def feature_map(net, x, blocks):
+    """Turn images x (B,C,H,W), float, into maps of features (B,D,h,w).
+
+    Of a ViT these are the patch tokens of its last blocks, side by side, after the final norm; of a
+    ResNet its last two maps, the coarse one resized to the finer one.
+    """
+    if isinstance(net, models.ViT):
+        grid = models.check_grid(*x.shape[2:], net.patch_size)
+        tokens = [patches for _, patches in net.last_blocks(x, blocks)]        # (B,N,D) each
+        return torch.cat(tokens, 2).mT.unflatten(2, grid)
+    fine, coarse = net.feature_maps(x)[-2:]
+    return torch.cat([fine, F.interpolate(coarse, fine.shape[2:], mode="bilinear")], 1)
+
+
 @torch.no_grad()
 def compute_features(network, pack, splits, protocol, feature, scaling, device):
     """The features of the images in the splits, under each view: (V,n,D) float16, on the CPU.
+    Maps are (V,n,D,h,w).
 
     View 0 is the image as it is, in which it is tested; the others are of training images alone.
     What is not computed is 0 and takes no memory: the system gives only what is written.
@@ -216,9 +256,9 @@ def compute_features(network, pack, splits, protocol, feature, scaling, device):
             x = read_images(pack, batch).to(device)            # (B,C,H,W)
             found = describe(net, to_network(x, network.size, scaling, mirrored), feature)
             if features is None:
-                shape = len(protocol.views), len(pack.names), found.shape[1]
+                shape = len(protocol.views), len(pack.names), *found.shape[1:]
                 features = np.zeros(shape, np.float16)
-            features[v, batch] = found.half().cpu()            # (B,D)
+            features[v, batch] = found.half().cpu()            # (B,D), (B,D,h,w)
     data.require(np.isfinite(features).all(), "features are not finite: NaN in the weights, or "
                                                "beyond float16")
     return torch.from_numpy(features)
@@ -412,6 +452,63 @@ def fit_head(protocol, features, labels, scene, split, one_label, seed, device):
     return scores.cpu().numpy()
 
 
+# ------------------------------------------------------------------------------- the head of pixels
+
+
+def pixel_logits(head, x, size):
+    """Scores of each class (B,L,size,size) from maps of features x (B,D,h,w)."""
+    return F.interpolate(head(x.float()), (size, size), mode="bilinear")
+
+
+def fit_pixels(protocol, x, masks, L, seed, device):
+    """Train batch norm and a 1 x 1 convolution on maps x (n,D,h,w) and masks (n,H,W) uint8.
+
+    The loss is the mean over the labelled pixels of a batch; the rate falls with a cosine to 0.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    n, D = x.shape[:2]
+    head = torch.nn.Sequential(torch.nn.BatchNorm2d(D), torch.nn.Conv2d(D, L, 1))
+    torch.nn.init.normal_(head[1].weight, std=0.01, generator=generator)
+    torch.nn.init.zeros_(head[1].bias)
+    head.to(device)
+    optimiser = torch.optim.AdamW(head.parameters(), protocol.lr_one_label,
+                                  weight_decay=protocol.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, protocol.steps)
+    order = []                                                 # batches that are left of an epoch
+    for _ in tqdm(range(protocol.steps), "head", leave=False):
+        order = order or [*torch.randperm(n, generator=generator).split(protocol.batch_size)]
+        rows = order.pop()
+        y = masks[rows].to(device)                             # (B,H,W)
+        logits = pixel_logits(head, x[rows].to(device), y.shape[-1])
+        loss = F.cross_entropy(logits, y.long(), ignore_index=data.UNLABELLED)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    return head.eval()
+
+
+@torch.no_grad()
+def confusion(head, x, masks, L, device):
+    """(m,L,L): how many pixels of each image are of class i and taken for class j."""
+    counts = []
+    for maps, y in zip(x.split(16), masks.split(16)):
+        guess = pixel_logits(head, maps.to(device), y.shape[-1]).argmax(1).cpu()
+        for guessed, mask in zip(guess, y.long()):             # (H,W) each
+            pairs = (mask * L + guessed)[mask != data.UNLABELLED]
+            counts.append(pairs.bincount(minlength=L * L).view(L, L))
+    return torch.stack(counts).numpy()
+
+
+def fit_dense(protocol, features, pack, split, seed, device):
+    """Train a head for pixels on the training images: its confusion (m,L,L) on the test images."""
+    L = len(pack.classes)
+    x = features[0]                                            # (n,D,h,w)
+    masks = torch.from_numpy(np.array(pack.masks))
+    head = fit_pixels(protocol, x[split == "train"], masks[split == "train"], L, seed, device)
+    return confusion(head, x[split == "test"], masks[split == "test"], L, device)
+
+
 # ----------------------------------------------------------------------------------------- metrics
 #
 # A metric takes scores (m,L) and labels (m,L), 0 or 1, and gives a number from 0 to 1.
@@ -455,6 +552,26 @@ def average_precision(scores, targets, average="micro"):
 
 def accuracy(scores, targets):
     return float(np.mean(scores.argmax(1) == targets.argmax(1)))
+
+
+def class_iou(counts):
+    """Intersection over union of each class (L,), over all pixels of the images in counts (m,L,L).
+
+    NaN: neither in the masks nor guessed.
+    """
+    total = counts.sum(0)
+    hits = np.diag(total)
+    with np.errstate(invalid="ignore"):
+        return hits / (total.sum(0) + total.sum(1) - hits)
+
+
+def pixel_metrics(classes):
+    """The metrics of masks, of counts (m,L,L), {name: function}.  mIoU leaves out what is NaN."""
+    metrics = {"miou": lambda counts, targets: float(np.nanmean(class_iou(counts))),
+               "pixel_accuracy": lambda counts, targets: np.trace(counts.sum(0)) / counts.sum()}
+    for k, name in enumerate(classes):
+        metrics[name] = lambda counts, targets, k=k: float(np.nan_to_num(class_iou(counts)[k]))
+    return metrics
 
 
 def metrics_of(one_label):
@@ -505,11 +622,12 @@ def read_run(ckpt):
                pack["checksum"], pack["by_split"])
 
 
-def open_pack(args, runs):
-    """Open --data, else the pack that the first known run trained on, else the toy world's."""
+def open_pack(args):
+    """Open --data, or the toy world's pack.
+
+    For a dense probe the labels of an image are the classes in its mask: by them splits are chosen.
+    """
     path = args.data
-    for run in runs:
-        path = path or (run and run.pack)
     if not path:
         channels = models.build_from(args.ckpt[0]).in_chans
         toy = {2: "s1", 13: "s2c"}
@@ -519,6 +637,15 @@ def open_pack(args, runs):
     pack = data.open_pack(path)
     print(f"{path}: {len(pack.names)} images of {len(pack.scenes)} scenes, {pack.sensor.name}, "
           f"{len(pack.classes)} classes", *pack.notes, sep="\n")
+    if args.protocol == "dense":
+        data.require(pack.masks is not None, f"{path}: has no masks: pack it with --masks")
+        L = len(pack.mask_classes)
+        found = np.stack([np.bincount(mask.ravel(), minlength=256) > 0 for mask in pack.masks])
+        data.require(not found[:, L:data.UNLABELLED].any(), f"{path}: masks.npy has numbers beyond "
+                                                            f"its {L} classes")
+        pack.classes = pack.mask_classes
+        pack.labels = found[:, :L]                             # (n,L)
+        pack.one_label = False
     data.require(pack.labels.any(), f"{path}: its images have no labels: pack it with --labels")
     wanted = PROTOCOLS[args.protocol].wants
     if wanted and pack.sensor.name == "eurosat":
@@ -727,8 +854,10 @@ def resolve_flags(argv=None):
     flag("--ckpt", nargs="+", required=True, help="of a run, or released; several are compared")
     flag("--data", metavar="PACK", help="a folder that `python data.py pack` made; else the pack "
          "that the run trained on, or the toy world")
-    flag("--protocol", choices=list(PROTOCOLS), default="ridge", help="who measures (%(default)s)")
-    flag("--feature", choices=ANY_FEATURE, help="of a ViT; else the protocol's first")
+    flag("--protocol", choices=list(PROTOCOLS), help="who measures; else dense if the pack has "
+                                                     "masks, or ridge")
+    flag("--feature", choices=[*ANY_FEATURE, *BLOCKS], help="of a ViT; else the protocol's first; "
+                                                            "dense: of its last or last 4 blocks")
     flag("--img-size", type=data.number(int, 1, 4096), metavar="N",
          help="pixels a side; else the protocol's, the run's, the network's, or 224")
     flag("--lists", nargs="+", metavar="FILE", help="names to train on, [to validate on,] to test")
@@ -742,6 +871,12 @@ def resolve_flags(argv=None):
     flag("--device", default="auto", help="cpu, cuda, mps ...; auto: a GPU if there is one")
     args = parser.parse_args(argv)
 
+    args.runs = {path: read_run(path) for path in args.ckpt}
+    for run in args.runs.values():
+        args.data = args.data or (run and run.pack)
+    if not args.protocol:
+        has_masks = os.path.exists(f"{args.data}/masks.npy")
+        args.protocol = "dense" if has_masks else "ridge"
     protocol = PROTOCOLS[args.protocol]
     args.feature = args.feature or protocol.features[0]
     data.require(args.feature in protocol.features, f"--feature {args.feature}: protocol "
@@ -817,18 +952,20 @@ def main(argv=None):
     protocol = PROTOCOLS[args.protocol]
 
     # -------------------------------------------------------------------------- pack and networks
-    runs = {path: read_run(path) for path in args.ckpt}
-    pack = open_pack(args, runs.values())
+    runs = args.runs
+    dense = protocol.head == "dense"
+    pack = open_pack(args)
     networks = {path: load_network(path, run, pack, args) for path, run in runs.items()}
     if len(networks) == 1:
         networks = {"checkpoint": networks[args.ckpt[0]]}
     first = next(iter(networks))
-    networks |= {"random": None, "stats": Network(BandStatistics(), 0)}        # random: by the seed
+    stats = WindowStatistics() if dense else BandStatistics()
+    networks |= {"random": None, "stats": Network(stats, 0)}                   # random: by the seed
 
     # ------------------------------------------------------------------------------------- images
     scene = scene_of_rows(pack)
     splits = choose_splits(args, pack, scene, runs)            # {(share, seed): (n,)}
-    metrics = metrics_of(pack.one_label)
+    metrics = pixel_metrics(pack.classes) if dense else metrics_of(pack.one_label)
     value, metric = next(iter(metrics.items()))
 
     # ----------------------------- one matrix of features a network, one head a share and a seed
@@ -847,8 +984,11 @@ def main(argv=None):
             scores = {}                                        # {name: (m,L)}
             targets = pack.labels[split == "test"]             # (m,L)
             for name, x in features.items():
-                scores[name] = fit_head(protocol, x, pack.labels, scene, split, pack.one_label,
-                                        seed, args.head_device)
+                if dense:
+                    scores[name] = fit_dense(protocol, x, pack, split, seed, args.head_device)
+                else:
+                    scores[name] = fit_head(protocol, x, pack.labels, scene, split,
+                                            pack.one_label, seed, args.head_device)
                 row = table.setdefault(name, {m: [] for m in metrics})
                 for m, function in metrics.items():
                     row[m].append(round(function(scores[name], targets), 5))

@@ -462,6 +462,164 @@ def test_the_scenes_held_out_depend_on_their_names_alone():
     assert (data.held_out(names, 0.3) | ~out).all() and not data.held_out(names, 0).any()
 
 
+# --------------------------------------------------------------------------------- chips and masks
+
+
+THREE = '{"sea": "#0000ff", "land": "#00FF00 #FF0000", "unlabelled": "#000000"}'
+
+
+def colours_file(root, text=THREE):
+    (root / "colours.json").write_text(text)
+    return str(root / "colours.json")
+
+
+COLOURS = np.uint8([[0, 0, 255], [0, 255, 0], [255, 0, 0], [0, 0, 0]])
+NUMBERS = np.uint8([0, 1, 1, 255])                         # of these colours, by colours_file
+
+
+def masked_images(root, sizes, ending="png"):
+    """Images of these sizes (H,W) in root/a, coloured masks beside them -> {name: (x, mask)}."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for i, (H, W) in enumerate(sizes):
+        x = rng.integers(0, 255, (3, H, W), np.uint8)
+        place = rng.integers(0, 4, (H, W))
+        write(root / "a" / f"{i}.tif", x, photometric="rgb", tile=(16, 16), compression="zlib")
+        write(root / "a" / f"{i}_mask.{ending}", COLOURS[place].transpose(2, 0, 1))
+        found[f"{i}.tif"] = (x, NUMBERS[place])
+    return found
+
+
+def pack_of(root, **options):
+    archive = data.open_archive(str(root / "a"), RGB, masks="_mask.png", colours=colours_file(root))
+    data.pack(archive, str(root / "p"), workers=1, **options)
+    return data.open_pack(str(root / "p"))
+
+
+@pytest.mark.parametrize("stride", [0, 10])
+def test_chips_and_their_masks_are_slices_of_the_image_and_cover_it_bit_for_bit(tmp_path, stride):
+    images = masked_images(tmp_path, [(50, 41), (20, 20), (10, 30)])
+    pack = pack_of(tmp_path, chip=20, stride=stride)
+    assert pack.chip == 20 and pack.scenes == ["0", "1", "2"] and pack.size == 20
+    seen = np.zeros((50, 41), bool)
+    for name, x, mask in zip(pack.names, pack.images, pack.masks, strict=True):
+        if not name.startswith("0.tif/"):
+            continue
+        top, left = map(int, name.removeprefix("0.tif/").split("_"))
+        want_x, want_mask = images["0.tif"]
+        assert np.array_equal(x, want_x[:, top:top + 20, left:left + 20])
+        assert np.array_equal(mask, want_mask[top:top + 20, left:left + 20])
+        seen[top:top + 20, left:left + 20] = True
+    assert seen.all() and len(pack.rows[0]) == (9 if stride == 0 else 16)
+    assert pack.names[-2:] == ["1.tif", "2.tif"]           # no larger than a chip: whole
+    assert np.array_equal(pack.images[-2], images["1.tif"][0])
+    assert "1 of " in pack.notes[1] and "their central square is resized" in pack.notes[1]
+
+
+@pytest.mark.parametrize("options", [
+    {"tile": (16, 32)}, {"tile": (16, 16), "compression": "zlib", "predictor": True},
+    {"rowsperstrip": 7, "compression": "lzw"}, {"rowsperstrip": 7}, {}, {"byteorder": ">"},
+    {"tile": (16, 16), "planarconfig": "separate"}])
+def test_a_window_of_any_tiff_is_the_slice_of_the_whole(tmp_path, options):
+    x = np.random.default_rng(0).integers(0, 60000, (3, 70, 90), np.uint16)
+    stored = x if "planarconfig" in options else x.transpose(1, 2, 0)
+    tifffile.imwrite(tmp_path / "x.tif", stored, photometric="rgb", metadata=None, **options)
+    for top, left, side in ((0, 0, 70), (0, 0, 5), (13, 31, 20), (50, 70, 20)):
+        got = data.read_tiff(tmp_path / "x.tif", 3, (top, left, side))
+        assert np.array_equal(got, x[:, top:top + side, left:left + side])
+
+
+def test_of_a_tiled_tiff_only_the_tiles_under_the_window_are_read(tmp_path):
+    x = np.random.default_rng(0).integers(0, 255, (1, 64, 64), np.uint8)
+    write(tmp_path / "x.tif", x, tile=(16, 16), compression="zlib")
+    with tifffile.TiffFile(tmp_path / "x.tif") as file:
+        places = zip(file.pages[0].dataoffsets, file.pages[0].databytecounts)
+    raw = bytearray((tmp_path / "x.tif").read_bytes())
+    for i, (place, length) in enumerate(places):
+        if i not in (5, 6):                                # damage all tiles but two
+            raw[place:place + length] = bytes(length)
+    (tmp_path / "x.tif").write_bytes(raw)
+    assert np.array_equal(data.read_tiff(tmp_path / "x.tif", 1, (17, 20, 14)), x[:, 17:31, 20:34])
+    with pytest.raises(data.InputError, match="x.tif: unreadable"):
+        data.read_tiff(tmp_path / "x.tif", 1, (17, 20, 20))
+
+
+def test_chips_that_are_mostly_without_data_are_left_out_and_counted(tmp_path):
+    sensor = data.make_sensor(PLANET | {"nodata": 0})
+    x = np.full((4, 24, 48), 600, np.uint16)
+    x[:, :, 4:36] = 0                                      # of chips of 24: 20 columns, and 12
+    write(tmp_path / "a" / "0.tif", x)
+    pack = packed(tmp_path / "a", sensor, chip=24)
+    assert pack.names == ["0.tif/0_24"]
+    assert "1 of 2 chips are mostly without data and left out" in pack.notes
+    write(tmp_path / "b" / "0.tif", 0 * x)
+    with pytest.raises(data.InputError, match="nothing to pack: .*; 2 of 2 chips are mostly"):
+        packed(tmp_path / "b", sensor, chip=24)
+
+
+def test_an_image_that_loses_more_than_a_tenth_to_the_central_square_is_said(tmp_path):
+    for i, width in enumerate((24, 26, 27)):
+        write(tmp_path / "a" / f"{i}.png", NOISE[:, :, :1].repeat(width, axis=2))
+    notes = packed(tmp_path / "a", RGB).notes
+    assert [note for note in notes if note.startswith("1 of 3 images lose more than a tenth")]
+
+
+def test_a_mask_is_cut_and_resized_as_its_image_and_labels_it_by_classes_of_5_percent(tmp_path):
+    write(tmp_path / "a" / "0.jpg", NOISE[:, :20])         # 20 x 24
+    mask = np.zeros((20, 24), np.uint8)
+    mask[:, 4:6] = 2
+    mask[:2, 7:10] = 1                                     # 6 of 400 pixels: no label
+    mask[:, :2] = 3                                        # outside the central square
+    write(tmp_path / "a" / "masks" / "0.png", mask[None])
+    archive = data.open_archive(str(tmp_path / "a"), RGB, masks=f"{tmp_path}/a/masks")
+    data.pack(archive, str(tmp_path / "p"), workers=1, size=10)
+    pack = data.open_pack(str(tmp_path / "p"))
+    assert np.array_equal(pack.masks[0], mask[1::2, 3:22:2]) and pack.names == ["0.jpg"]
+    assert pack.mask_classes == ["0", "1", "2"] and classes_of(pack, 0) == ["0", "2"]
+
+
+def test_a_png_beside_a_jpeg_is_its_mask_and_a_table_goes_before_labels_of_masks(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.jpg").write_bytes(JPEG)
+    write(tmp_path / "a" / "x.png", np.full((1, 24, 24), 255, np.uint8) * 0 + 1)
+    (tmp_path / "t.csv").write_text("image,dry\nx,1\n")
+    for labels, want in ((None, ["1"]), (str(tmp_path / "t.csv"), ["dry"])):
+        archive = data.open_archive(str(tmp_path / "a"), RGB, labels, masks=".png")
+        out = str(tmp_path / f"p{len(os.listdir(tmp_path))}")
+        data.pack(archive, out, workers=1)
+        pack = data.open_pack(out)
+        assert pack.names == ["x.jpg"] and classes_of(pack, 0) == want and (pack.masks == 1).all()
+
+
+@pytest.mark.parametrize("harm, message", [
+    (lambda mask: write(mask, COLOURS[np.zeros((30, 30), int)].transpose(2, 0, 1)),
+     "0.tif: (50, 41) pixels, its mask (30, 30)"),
+    (lambda mask: write(mask, np.full((3, 50, 41), 9, np.uint8)),
+     "0_mask.png: colour #090909 is not in --colours"),
+    (lambda mask: mask.unlink(), "0_mask.png: missing"),
+    (lambda mask: write(mask, np.zeros((1, 50, 41), np.uint8)),
+     "0_mask.png: uint8 (1, 20, 20), no mask of 1 channel")])
+def test_a_bad_mask_is_named_and_its_image_left_out_only_if_asked(tmp_path, capsys, harm, message):
+    masked_images(tmp_path, [(50, 41), (20, 20)])
+    harm(tmp_path / "a" / "0_mask.png")
+    with pytest.raises(data.InputError, match="images cannot be read, see above; --skip-bad"):
+        pack_of(tmp_path, chip=20)
+    printed = capsys.readouterr().out.splitlines()
+    assert all(message in line for line in printed) and len(printed) in (1, 9)
+    pack = pack_of(tmp_path, chip=20, skip_bad=True)
+    assert pack.names == ["1.tif"] and pack.masks.shape == (1, 20, 20)
+
+
+def test_two_processes_cut_the_same_chips_as_one(tmp_path):
+    masked_images(tmp_path, [(50, 41), (20, 20), (44, 61)])
+    pack_of(tmp_path, chip=20)
+    archive = data.open_archive(str(tmp_path / "a"), RGB, masks="_mask.png",
+                                colours=colours_file(tmp_path))
+    data.pack(archive, str(tmp_path / "two"), workers=2, chip=20)
+    for name in ("images.npy", "masks.npy", "images.csv", "pack.json"):
+        assert (tmp_path / "p" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
 # -------------------------------------------------------------------------- stats and command line
 
 
@@ -521,11 +679,29 @@ def sensor(**change):
     return lambda root: data.make_sensor(PLANET | change, "my")
 
 
+def commanded(write_archive, sensor, root, *flags):
+    write_archive(root, sensor)
+    data.main(["pack", f"{root}/a", f"{root}/p", "--modality", sensor.name, *flags])
+
+
 def pack(**parts):
     return lambda root: data.open_pack(by_hand(root / "p", **parts))
 
 
-def archive(files, sensor, labels=None, **options):
+def masks(y):
+    """Opens a pack with these masks."""
+    def attempt(root):
+        by_hand(root / "p")
+        np.save(root / "p" / "masks.npy", y)
+        data.open_pack(str(root / "p"))
+    return attempt
+
+
+def colours(root, text):
+    data.read_colours(colours_file(root, text))
+
+
+def archive(files, sensor, labels=None, masks=None, **options):
     """Opens a folder with these files, and reads the first image in it.
 
     files: {path: pixels (C,H,W), bytes or text, a function of the path, None for a folder}
@@ -543,7 +719,7 @@ def archive(files, sensor, labels=None, **options):
             else:
                 path.write_bytes(content.encode() if isinstance(content, str) else content)
         table = labels if labels in (None, "classes") else str(root / labels)
-        opened = data.open_archive(str(root), sensor, table)
+        opened = data.open_archive(str(root), sensor, table, masks)
         opened.images[0].read()
         return opened
     return attempt
@@ -613,7 +789,7 @@ def zipped(bands, dtype):
     (archive({"a": None}, RGB), "no rgb images (.tif .tiff .png .jpg .jpeg) in it or its folders"),
     (archive({"x.png": PNG}, RGB, "classes"), "has no folders of classes"),
     (archive({"x.jpg": PNG, "x.png": PNG}, RGB),
-     "x.jpg and x.png have one name; if these are masks, move"),
+     "x.jpg and x.png have one name; if these are masks, say --masks .png"),
     (archive({"images.npy": b""}, RGB), "is a pack already"),
     (archive({"s1": None}, S1), "s1: no scenes"),
     (archive({"s1": None}, S1, "classes"), "--labels classes: "),
@@ -646,6 +822,14 @@ def zipped(bands, dtype):
     (pack(x=X[:1], rows=["a,a,,lake"], index={"sensor": "rgb", "classes": ["sea"]}),
      "images.csv: class 'lake' is not in pack.json"),
     (pack(index={"sensor": "s9"}), "pack.json: --modality s9: unknown"),
+    (masks(np.zeros((5, 8, 8), "i2")), "masks.npy: int16 (5, 8, 8), expected uint8 (5, 8, 8)"),
+    (masks(np.zeros((5, 8, 8), "u1")), "pack.json: no mask_classes"),
+    (lambda root: colours(root, '{"a": "red"}'), "colours.json: not {class: "),
+    (lambda root: commanded(tree, S1, root, "--masks", ".png"), "--masks: goes with folders of"),
+    (lambda root: commanded(tree, S1, root, "--chip", "9"), "--chip: goes with folders of images"),
+    (lambda root: commanded(folder, RGB, root, "--stride", "9"), "--stride: goes with --chip"),
+    (lambda root: commanded(folder, RGB, root, "--colours", "x"), "--colours: goes with --masks"),
+    (archive({"x.png": PNG}, RGB, masks=".png"), "--masks .png: leaves no image in"),
     (lambda root: data.open_pack(str(root)), "NEW_FOLDER --modality"),
 ])
 def test_an_odd_input_is_refused_in_one_line_that_names_it(tmp_path, attempt, message):
@@ -653,7 +837,8 @@ def test_an_odd_input_is_refused_in_one_line_that_names_it(tmp_path, attempt, me
         attempt(tmp_path)
     line = str(error.value)
     assert message in line and "\n" not in line
-    assert any(name in line for name in (str(tmp_path), "sensor my", "--labels", "product name"))
+    assert any(name in line for name in (str(tmp_path), "sensor my", "--labels", "product name",
+                                     "--masks", "--chip", "--stride"))
 
 
 # ------------------------------------------------------------------------------------ augmentation

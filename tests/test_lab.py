@@ -36,6 +36,22 @@ def test_show_draws_scenes_features_and_a_curve(packs, tmp_path):
         assert len([*root.iter("{http://www.w3.org/2000/svg}image")]) == images
 
 
+def test_maps_are_drawn_as_image_mask_and_guess_with_the_names_of_the_classes(tmp_path):
+    x = np.full((8, 2, 16, 16), 50, np.uint8)
+    x[:, :, 8:] = 200
+    (tmp_path / "p").mkdir()
+    np.save(tmp_path / "p" / "images.npy", x)
+    np.save(tmp_path / "p" / "masks.npy", (x[:, 0] > 100).astype(np.uint8))
+    rows = [f"{i},{i},{'train' if i < 5 else 'test'}," for i in range(8)]
+    (tmp_path / "p" / "images.csv").write_text("\n".join(["scene,image,split,labels", *rows]))
+    (tmp_path / "p" / "pack.json").write_text('{"sensor": "s1", "mask_classes": ["sea", "land"]}')
+    torch.save(model.export_backbone(model.build("vit_tiny", 2, 16, 4)), tmp_path / "tiny.pt")
+    images, words = draw(tmp_path, "maps", tmp_path / "tiny.pt", "--data", tmp_path / "p", "--n", 2)
+    pixels = [image.get("href") for image in images]
+    assert len(pixels) == 6 and {"sea", "land", "image", "mask", "guess"} <= set(words)
+    assert pixels[1] == pixels[2] == pixels[4] == pixels[5] != pixels[0]      # a perfect guess
+
+
 def test_the_small_bench_gives_positive_numbers_or_says_what_is_missing(tmp_path):
     assert bench.main(["--small", "--json", str(tmp_path / "rows.json")]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]

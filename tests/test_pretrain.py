@@ -377,6 +377,26 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_moves(method):
 # ------------------------------------------------------------------------------------------- runs
 
 
+def test_an_epoch_sees_every_chip_of_the_images_it_may_see_twice_and_few_images_are_said(
+        packs, tmp_path):
+    """A pack of chips is one in which `chip` says so; its scenes are the images."""
+    shutil.copytree(packs["s1"], tmp_path / "p")
+    index = json.loads((tmp_path / "p" / "pack.json").read_text())
+    (tmp_path / "p" / "pack.json").write_text(json.dumps(index | {"chip": 24}))
+    pack = data.open_pack(str(tmp_path / "p"))
+    held_out = data.held_out(pack.scenes, 0.4)
+    args = pretrain.resolve_flags(flags_of(pack.path, tmp_path, "--holdout", 0.4))
+    assert not any("fewer than a batch" in note for note in args.pack.notes)
+    seen = np.concatenate([*pretrain.draw_batches(args.scenes, args, 0, 1, 0,
+                                                  len(args.scenes) // 8)])       # (.,2)
+    allowed = np.concatenate([rows for i, rows in enumerate(pack.rows) if not held_out[i]])
+    assert (seen[:, 0] == seen[:, 1]).all() and len(set(seen[:, 0])) == len(seen)
+    assert set(seen[:, 0]) <= set(allowed) and len(allowed) - len(seen) < 8
+    flags = flags_of(pack.path, tmp_path, "--holdout", 0.4, "--batch-size", len(allowed))
+    note = pretrain.resolve_flags(flags).pack.notes[-1]
+    assert note.startswith(f"the chips come from {(~held_out).sum()} images, fewer than a batch")
+
+
 def test_a_run_leaves_four_files_which_say_what_it_was(packs, tmp_path, capsys):
     out = tmp_path / "r"
     state = run(packs["s2c"], out, "--modality", "s2c", "--holdout", 0.5, "--epochs", 1)

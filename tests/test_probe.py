@@ -41,6 +41,7 @@ def world(tmp_path_factory):
     make_pack(folder / "single", one_label=True)
     make_pack(folder / "unlabelled", scenes=3, unlabelled=6)
     make_pack(folder / "optical", scenes=3, sensor="s2c")
+    masked_pack(folder / "wrong", classes=["dark"])
     save_backbone(folder / "resnet.pt", "resnet18", 2, seed=5)
     for seed in (0, 1):
         save_backbone(folder / f"vit{seed}.pt", "vit_tiny", 2, 24, 6, seed=seed)
@@ -260,7 +261,10 @@ def test_copernicus_benchs_head_is_sgd_written_out(one_label, first_rate):
     assert torch.allclose(got.double(), torch.cat([W.T + b, b[None]]), atol=1e-4)
 
 
-@pytest.mark.parametrize("protocol", probe.PROTOCOLS.values(), ids=probe.PROTOCOLS)
+OF_IMAGES = {name: protocol for name, protocol in probe.PROTOCOLS.items() if name != "dense"}
+
+
+@pytest.mark.parametrize("protocol", OF_IMAGES.values(), ids=OF_IMAGES)
 def test_every_head_learns_and_the_labels_of_test_images_have_no_say(protocol):
     x, y = blobs()
     y = y.numpy()
@@ -344,6 +348,128 @@ def test_flips_are_of_training_images_alone_and_the_network_stays_as_it_was(worl
     before = copy.deepcopy(net.state_dict())
     features(net)
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+
+
+# --------------------------------------------------------------------------------- dense: of pixels
+
+
+def masked_pack(path, scenes=24, unlabelled=0, classes=("dark", "bright"), noise=10):
+    """A pack by hand of 32 px: where band VH is bright, which are quarters, the mask is 1.
+
+    unlabelled: so many more images, of noise, whose masks say nothing.
+    """
+    rng = np.random.default_rng(0)
+    bright = rng.random((scenes, 2, 2)) < 0.5
+    masks = bright.repeat(16, 1).repeat(16, 2).astype(np.uint8)
+    x = rng.integers(0, 256, (scenes, 2, 32, 32))
+    x[:, 1] = 80 + 80 * masks + rng.integers(-noise, noise + 1, masks.shape)
+    masks[:, :3, :5] = 255
+    x = np.concatenate([x, rng.integers(0, 256, (unlabelled, 2, 32, 32))])
+    masks = np.concatenate([masks, np.full((unlabelled, 32, 32), 255, np.uint8)])
+    parts = ["train"] * (scenes * 2 // 3) + ["test"] * (scenes - scenes * 2 // 3)
+    rows = [f"{i},{i}.tif,{parts[i % scenes]}," for i in range(scenes + unlabelled)]
+    path.mkdir()
+    np.save(path / "images.npy", x.astype(np.uint8))
+    np.save(path / "masks.npy", masks)
+    (path / "images.csv").write_text("\n".join(["scene,image,split,labels", *rows]) + "\n")
+    (path / "pack.json").write_text(json.dumps({"sensor": "s1", "mask_classes": classes}))
+    return str(path)
+
+
+def test_a_mask_that_is_a_function_of_one_band_is_found_and_unlabelled_images_change_nothing(
+        here, tmp_path):
+    """Maps of 4 px cells: of a network with such patches, and of the statistics."""
+    vit = save_backbone(tmp_path / "fine.pt", "vit_tiny", 2, 32, 4)
+    out = [probe.main(["--ckpt", vit, "--data", masked_pack(tmp_path / str(k), unlabelled=k)])
+           for k in (0, 5)]
+    assert out[0]["metric"] == "miou" and out[0]["protocol"] == "dense"
+    assert out[0]["stats"] > 0.98 and out[0]["value"] > 0.98
+    assert list(out[0]["all"]["stats"]) == ["miou", "pixel_accuracy", "dark", "bright"]
+    assert out[0]["all"] == out[1]["all"] and out[0]["n_train"] == out[1]["n_train"] == 16
+
+
+def test_the_head_of_pixels_is_plain_pytorch_written_out():
+    """Sums over labelled pixels alone, in float64; the draws in their order: weights, epochs."""
+    protocol = dataclasses.replace(probe.PROTOCOLS["dense"], steps=7, batch_size=4)
+    rng = torch.Generator().manual_seed(1)
+    x = (3 + 2 * torch.randn(10, 5, 3, 3, generator=rng)).half()
+    y = torch.randint(0, 4, (10, 12, 12), generator=rng).byte()
+    y[y == 3] = 255
+    head = probe.fit_pixels(protocol, x, y, 3, 7, "cpu")
+
+    draws = torch.Generator().manual_seed(7)
+    W = torch.empty(3, 5, 1, 1).normal_(std=0.01, generator=draws)[:, :, 0, 0].double()
+    parameters = [torch.ones(5), torch.zeros(5), W, torch.zeros(3)]
+    parameters = [p.double().requires_grad_() for p in parameters]
+    optimiser = torch.optim.AdamW(parameters, 1e-2, weight_decay=1e-4)
+    up = torch.from_numpy(enlarged(3, 12))                     # (12,3)
+    batches = []
+    for step in range(7):                                      # two epochs of 3 batches, one more
+        batches = batches or list(torch.randperm(10, generator=draws).split(4))
+        rows = batches.pop()
+        scale, shift, W, b = parameters
+        z = x[rows].double()
+        mean = z.mean((0, 2, 3), keepdim=True)
+        variance = (z - mean).square().mean((0, 2, 3), keepdim=True)
+        z = (z - mean) / (variance + 1e-5).sqrt() * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+        scores = torch.einsum("ld,bdhw,yh,xw->byxl", W, z, up, up) + b
+        known = y[rows] != 255
+        p = scores.log_softmax(3)[known]                       # (pixels,3)
+        loss = -p[range(len(p)), y[rows][known].long()].sum() / known.sum()
+        optimiser.param_groups[0]["lr"] = 1e-2 * (1 + math.cos(math.pi * step / 7)) / 2
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    for got, want in zip(head.parameters(), parameters, strict=True):
+        assert torch.allclose(got.double().squeeze(), want, atol=1e-5)
+
+
+def enlarged(length, size):
+    """(size,length): how much each of `length` cells counts for each of `size` pixels, bilinear."""
+    weights = np.zeros((size, length))
+    for i in range(size):
+        place = np.clip((i + 0.5) * length / size - 0.5, 0, length - 1)
+        low = min(int(place), length - 2)
+        weights[i, low:low + 2] = [1 - place + low, place - low]
+    return weights
+
+
+def test_mean_iou_equals_sets_of_pixels_and_counts_unlabelled_ones_nowhere():
+    rng = np.random.default_rng(0)
+    y = rng.choice([0, 1, 2, 255], (6, 8, 8)).astype(np.uint8)
+    logits = torch.from_numpy(rng.standard_normal((6, 4, 8, 8))).float()       # class 3 is nowhere
+    logits[:, 3] = -9
+    counts = probe.confusion(torch.nn.Identity(), logits, torch.from_numpy(y), 4, "cpu")
+    guess = logits.argmax(1).numpy()
+    known = y != 255
+    iou = [(known & (y == k) & (guess == k)).sum() / (known & ((y == k) | (guess == k))).sum()
+           for k in range(3)]
+    metrics = probe.pixel_metrics("abcd")
+    got = {name: metric(counts, None) for name, metric in metrics.items()}
+    want = {"miou": np.mean(iou), "pixel_accuracy": (y == guess)[known].mean(), "a": iou[0],
+            "b": iou[1], "c": iou[2], "d": 0}
+    assert got == pytest.approx(want)
+    assert counts.shape == (6, 4, 4) and (counts.sum((1, 2)) == known.sum((1, 2))).all()
+
+
+def test_maps_are_the_patches_of_the_last_blocks_or_the_last_two_maps_of_a_resnet():
+    x = torch.rand(2, 2, 24, 36)
+    vit = model.build("vit_tiny", 2, 24, 6, 3).eval()
+    resnet = model.build("resnet18", 2).eval()
+    with torch.no_grad():
+        for feature in (1, 4):
+            got = probe.describe(vit, x, str(feature))         # (2,192 blocks,4,6)
+            want = torch.cat([patches for _, patches in vit.last_blocks(x, feature)], 2)
+            assert torch.equal(got.flatten(2).mT, want) and got.shape[2:] == (4, 6)
+        fine, coarse = resnet.feature_maps(x)[2:]
+        got = probe.describe(resnet, x, "1")
+        assert torch.equal(got[:, :256], fine) and got.shape[1:] == (768, 2, 3)
+        assert torch.allclose(got[:, 256:, 0, 0], coarse[:, :, 0, 0])
+        values, around = probe.WindowStatistics().feature_maps(x)
+        assert torch.allclose(values[0, 1, 2, 5], x[0, 1, 8:12, 20:24].mean())
+        window = x[0, 1, 2:18, 14:30]
+        want = torch.stack([window.mean(), window.std(correction=0)])
+        assert torch.allclose(around[0, 1::2, 2, 5], want, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------ splits
@@ -488,8 +614,8 @@ def test_a_run_brings_its_pack_its_size_and_what_it_held_out(here, capsys):
 def test_a_pack_without_the_statistics_that_the_protocol_wants_is_told(
         tmp_path, capsys, sensor, protocol, said):
     pack = make_pack(tmp_path / "pack", one_label=True, sensor=sensor, scenes=3)
-    probe.open_pack(probe.resolve_flags(["--ckpt", "-", "--data", pack, "--protocol", protocol]),
-                    [])
+    flags = ["--ckpt", "-", "--data", pack, "--protocol", protocol]
+    probe.open_pack(probe.resolve_flags(flags))
     assert ("pack it with --modality eurosat-own" in capsys.readouterr().out) == said
 
 
@@ -508,6 +634,9 @@ def test_a_pack_without_the_statistics_that_the_protocol_wants_is_told(
     (None, ["--lists", "rest.txt", "some.txt", "--holdout", "1"], "--holdout: the split is given"),
     (None, ["--feature", "cls", "--protocol", "copernicus-bench"], "copernicus-bench takes mean"),
     (None, ["--device", "nothing"], "--device nothing"),
+    (None, ["--protocol", "dense"], "several: has no masks: pack it with --masks"),
+    (None, ["--feature", "4"], "--feature 4: protocol ridge takes cls"),
+    (None, ["--data", "wrong"], "wrong: masks.npy has numbers beyond its 1 classes"),
     (None, ["--data", "nowhere"], "nowhere"),
     (None, ["--data", "unlabelled"], "unlabelled: its images have no labels"),
     (None, ["--data", "optical"], "resnet.pt: takes 2 channels, optical has the 13 bands B1"),

@@ -2,12 +2,14 @@
 
     python tests/lab/show.py scenes toy_s2c --out scenes.svg
     python tests/lab/show.py features backbone.pt --data toy_s1 --out features.svg
+    python tests/lab/show.py maps backbone.pt --data PACK_WITH_MASKS --out maps.svg
     python tests/lab/show.py curve runs/softcon_s1/log.jsonl --out curve.svg
     python tests/lab/show.py gains --out gains.svg
 
 scenes     scenes of a pack, one a row: their images, SoftCon's two views, the masks of both
            methods, the labels and their similarity; views as the full-size presets draw them
 features   images of a pack beside the principal components of a ViT's patch tokens
+maps       test images of a pack with masks, their masks, and what the dense probe guesses
 curve      the loss terms of a run and k-NN on held-out scenes, from its log
 gains      what the soft term adds on classes that it saw no label of, from lines of study.py
 
@@ -32,6 +34,7 @@ import data  # noqa: E402
 import losses  # noqa: E402
 import model as models  # noqa: E402
 import pretrain  # noqa: E402
+import probe  # noqa: E402
 import study  # noqa: E402
 
 INK = "#222222"
@@ -316,6 +319,70 @@ def draw_features(net, name, pack, seed=0, n=8, size=0, side=100, columns=4):
     return svg
 
 
+# --------------------------------------------------------------------------------------------- maps
+
+CLASS_COLOURS = torch.tensor([
+    [0xe6, 0x55, 0x0d], [0xe8, 0xd1, 0x9a], [0x55, 0x55, 0x55], [0x2c, 0x9a, 0x3f],
+    [0x1f, 0x5f, 0xa8], [0x9d, 0x4e, 0xb5], [0xf2, 0xb7, 0x05], [0x7f, 0xd1, 0xc7]]) / 255
+
+
+def guessed_masks(checkpoint, path, seed, n, size):
+    """Probe a network as probe.py does -> its pack, n rows of test images, their guessed masks."""
+    flags = ["--ckpt", checkpoint, "--data", path, "--protocol", "dense"]
+    if size:
+        flags += ["--img-size", str(size)]
+    flags = probe.resolve_flags(flags)
+    pack = probe.open_pack(flags)
+    network = probe.load_network(checkpoint, flags.runs[checkpoint], pack, flags)
+    splits = probe.choose_splits(flags, pack, probe.scene_of_rows(pack), flags.runs)
+    protocol = probe.PROTOCOLS["dense"]
+    features = probe.compute_features(network, pack, splits, protocol, flags.feature,
+                                      probe.Scaling(), flags.device)[0]
+    train, test = [np.flatnonzero(splits[1.0, 0] == part) for part in ("train", "test")]
+    head = probe.fit_pixels(protocol, features[train], torch.from_numpy(pack.masks[train]),
+                            len(pack.classes), 0, "cpu")
+    rows = np.random.default_rng(seed).permutation(test)[:n]
+    with torch.no_grad():
+        guess = probe.pixel_logits(head, features[rows], pack.size).argmax(1)
+    return pack, rows, guess
+
+
+def coloured(mask):
+    """(H,W) class numbers -> (3,H,W) colours; unlabelled is white."""
+    colours = CLASS_COLOURS[mask % len(CLASS_COLOURS)]                  # (H,W,3)
+    colours[mask == data.UNLABELLED] = 1
+    return colours.permute(2, 0, 1)
+
+
+def draw_maps(checkpoint, path, seed=0, n=6, size=0, side=112, columns=2):
+    """Draw n test images, chosen by `seed`, each beside its mask and the guess of the probe.
+
+    size: pixels of an image as the network sees it, 0 for the probe's choice.
+    """
+    pack, rows, guess = guessed_masks(checkpoint, path, seed, n, size)
+    bands = visible_bands(pack.sensor)
+    triple = 3 * (side + 2) + 14                       # from one image to the next
+    svg = Svg(MARGIN + columns * triple, 74 + math.ceil(len(rows) / columns) * (side + 6))
+    x = MARGIN
+    for k, name in enumerate(pack.classes):
+        red, green, blue = (255 * CLASS_COLOURS[k % len(CLASS_COLOURS)]).int().tolist()
+        svg.rect(x, 14, 12, 12, f"rgb({red},{green},{blue})")
+        svg.text(x + 17, 24, name)
+        x += 34 + 7 * len(name)
+    svg.text(MARGIN, 44, "Frozen features, a linear head; white is unlabelled.", 12, GREY)
+    for j, row in enumerate(rows):
+        x = MARGIN + j % columns * triple
+        y = 68 + j // columns * (side + 6)
+        pictures = {"image": shrink(pack.images[row][bands], side),
+                    "mask": coloured(torch.tensor(pack.masks[row]).long()),
+                    "guess": coloured(guess[j])}
+        for place, (title, pixels) in enumerate(pictures.items()):
+            if j < columns:
+                svg.text(x + place * (side + 2), 62, title, 12, GREY)
+            svg.image(x + place * (side + 2), y, side, pixels)
+    return svg
+
+
 # -------------------------------------------------------------------------------------------- curve
 
 TERMS = {"info_nce": "InfoNCE, eq. (2)",
@@ -462,17 +529,17 @@ def draw_gains(lines):
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["scenes", "features", "curve", "gains"])
-    parser.add_argument("path", nargs="?", help="scenes: a pack; features: a ViT that model.py "
-                                                "reads; curve: a run's log.jsonl")
-    parser.add_argument("--data", metavar="PACK", help="features: a pack")
-    parser.add_argument("--img-size", type=int, default=0, help="features: pixels of the network")
-    parser.add_argument("--n", type=int, help="scenes to draw (scenes 4, features 8)")
+    parser.add_argument("command", choices=["scenes", "features", "maps", "curve", "gains"])
+    parser.add_argument("path", nargs="?", help="scenes: a pack; features, maps: a checkpoint; "
+                                                "curve: a run's log.jsonl")
+    parser.add_argument("--data", metavar="PACK", help="features, maps: a pack")
+    parser.add_argument("--img-size", type=int, default=0, help="pixels that the network sees")
+    parser.add_argument("--n", type=int, help="scenes to draw (scenes 4, features 8, maps 6)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
     parser.add_argument("--out", required=True, help="the SVG file to write")
     args = parser.parse_args(argv)
-    if args.command == "features" and not args.data:
-        parser.error("features: give a pack by --data")
+    if args.command in ("features", "maps") and not args.data:
+        parser.error(f"{args.command}: give a pack by --data")
     if args.command != "gains" and not args.path:
         parser.error(f"{args.command}: give a path")
     return args
@@ -487,6 +554,8 @@ def main(argv=None):
         svg = draw_gains(study.read_lines("transfer"))
     elif args.command == "scenes":
         svg = draw_scenes(data.open_pack(args.path), args.seed, args.n or 4)
+    elif args.command == "maps":
+        svg = draw_maps(args.path, args.data, args.seed, args.n or 6, args.img_size)
     else:
         net = models.build_from(args.path)
         svg = draw_features(net, Path(args.path).name, data.open_pack(args.data), args.seed,

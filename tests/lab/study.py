@@ -16,9 +16,11 @@ transfer  labels of another kind, batch, weight and mask on UC Merced; the test 
           classes, of 1, 3, 10 and all training images of a class
 halves    RGB chips of EuroSAT: pretraining sees labels of five classes, the test has the others
 chips     EuroSAT's 13 bands from natural images, without labels
+dense     chips of 224 px of six tiles of Dubai from natural images: IoU of five classes of pixels,
+          seen at 112 and 224 px; SoftCon has the labels of the training chips
 
 The seed also draws the split: 80 % of each class train the network and the head, 20 % test; of the
-RGB chips 128 and 200 of each class.
+RGB chips 128 and 200 of each class; of `dense` it is the tile that neither sees and that tests.
 
 DIR holds public data, each in a folder of its own:
 
@@ -28,6 +30,8 @@ ucm_multilabel/LandUse_Multilabeled.txt    its 17 labels, several an image; Chau
     no licence stated, citation asked; bigearth.eu/datasets
 eurosat_ms/{class}/*.tif, eurosat_rgb/{class}/*.jpg    EuroSAT, 13 bands and RGB, 64 px, 10 folders;
     MIT, zenodo.org/records/7711810; here 1,180 and 21,600 chips
+dubai_segmentation/tile{1..6}/image_part_*.jpg, .png    aerial images of Dubai and their masks, nine
+    a tile, 509 to 1,126 px; CC0, Humans in the Loop; two more tiles are left out
 vit_tiny_in1k/vit_tiny_patch16_224.pth    ViT-Tiny/16 of natural images, Apache-2.0, from
     huggingface.co/timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k
 """
@@ -176,10 +180,28 @@ def chips_runs(seed):
     return runs
 
 
-def all_runs(seeds=range(3)):
+DENSE = {"frozen": FROZEN, "InfoNCE": INFO_NCE, "SoftCon": [], "PerA": ["--method", "pera"]}
+SIDES = ("112", "224")                            # at which the probe shows the chips
+
+
+def dense_runs(seed):
     runs = []
-    for study in (toy_runs, ucm_runs, transfer_runs, halves_runs, chips_runs):
-        for seed in seeds:
+    pack = f"packs/dubai_tiles_{seed}"
+    probes = {side: ["--data", pack, "--img-size", side] for side in SIDES}
+    for name, flags in DENSE.items():
+        train = ["--modality", "rgb", "--data", pack, "--epochs", "3", *NATURAL, *flags]
+        runs.append(Run("dense", name, seed, train, probes))
+    return runs
+
+
+STUDIES = {toy_runs: 3, ucm_runs: 3, transfer_runs: 3, halves_runs: 3, chips_runs: 3,
+           dense_runs: 6}                         # seeds
+
+
+def all_runs(seeds=None):
+    runs = []
+    for study, count in STUDIES.items():
+        for seed in seeds or range(count):
             for run in study(seed):
                 run.train += ["--seed", str(seed)]
                 runs.append(run)
@@ -227,15 +249,17 @@ def relabel(source, out, labelling, seed):
     """A pack of the same images, which are linked, with other labels and a split of its own.
 
     Of each class folder 80 %, drawn by `seed`, are "train", the others "test"; of large ones 128
-    and 200.
+    and 200; with the labelling "tiles" all of the folders but number `seed` are "train".
     """
     with open(f"{source}/images.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     rng = np.random.default_rng(seed)
     folders = np.array([class_of(row) for row in rows])
-    for name in np.unique(folders):
+    for number, name in enumerate(np.unique(folders)):
         members = rng.permutation(np.flatnonzero(folders == name))
         trained = min(128, round(0.8 * len(members)))
+        if labelling == "tiles":
+            trained = 0 if number == seed else len(members)
         for i in members[:trained]:
             rows[i]["split"] = "train"
         for i in members[trained:trained + 200]:
@@ -252,13 +276,16 @@ def relabel(source, out, labelling, seed):
     about.pop("classes", None)                    # they are the names in images.csv
     about["labels_from"] = f"study.py: {labelling}"
     Path(out, "pack.json").write_text(json.dumps(about, indent=1))
-    os.symlink(os.path.abspath(f"{source}/images.npy"), f"{out}/images.npy")
+    for path in Path(source).absolute().glob("*.npy"):             # images, and masks if any
+        os.symlink(path, f"{out}/{path.name}")
 
 
 SOURCES = {        # flags of data.py pack
     "rgbchips": ["DIR/eurosat_rgb", "packs/rgbchips", "--modality", "rgb", "--labels", "classes"],
     "ucm": ["DIR/ucm_multilabel/images", "packs/ucm", "--modality", "rgb", "--labels",
             "DIR/ucm_multilabel/LandUse_Multilabeled.txt"],
+    "dubai": ["DIR/dubai_segmentation", "packs/dubai", "--modality", "rgb", "--chip", "224",
+              "--masks", ".png", "--colours", str(Path(__file__).parent / "dubai_colours.json")],
     "chips": ["DIR/eurosat_ms", "packs/chips", "--modality", "eurosat", "--labels", "classes"]}
 
 
@@ -450,6 +477,11 @@ TRANSFER = [Column(f"{head}, {shots}", head, "accuracy", share_of(shots, 64))
             for head in ("ridge", "knn") for shots in SHOTS]
 HALF = [Column(f"{head}, {shots}", head, "accuracy", share_of(shots, 128))
         for head in ("ridge", "knn") for shots in SHOTS]
+IOU = [Column(f"{words}, {side} px", side, metric) for side in SIDES
+       for metric, words in (("miou", "mean IoU"), ("pixel_accuracy", "right pixels"))]
+DENSE_GAINS = {f"{name} over frozen": (name, "frozen") for name in [*DENSE][1:]}
+DENSE_GAINS |= {"SoftCon over InfoNCE": ("SoftCon", "InfoNCE"),
+                "PerA over SoftCon": ("PerA", "SoftCon")}
 TABLES = {
     "toy": Table("toy", rows_of(METHODS, "InfoNCE"), TOY),
     "toy gains": Table("toy", SOFT_GAINS, TOY, gains=True),
@@ -463,7 +495,9 @@ TABLES = {
                                      "InfoNCE over frozen": ("InfoNCE", "frozen")}, HALF,
                           gains=True),
     "chips": Table("chips", rows_of(CHIPS, "frozen, rgb"),
-                   [Column(head, head, "accuracy") for head in ("ridge", "logistic")])}
+                   [Column(head, head, "accuracy") for head in ("ridge", "logistic")]),
+    "dense": Table("dense", rows_of(DENSE, "frozen"), IOU),
+    "dense gains": Table("dense", DENSE_GAINS, IOU, gains=True)}
 
 
 def read_lines(pattern="*"):
