@@ -359,30 +359,15 @@ def read_tiff(path, bands=1, window=None):
 def read_page(page, window=None):
     """The pixels of a TIFF's page, or of its window (top, left, side), in the order of its axes.
 
-    Of a window only the tiles or strips that it touches are read.
+    Of a window only the tiles or strips that it touches are read, which needs the package zarr.
     """
     if window is None:
         return page.asarray()
+    import zarr
     top, left, side = window
-    if page.is_memmappable:                                          # its pixels lie in one piece
-        part = {"Y": slice(top, top + side), "X": slice(left, left + side)}
-        pixels = page.asarray(out="memmap")
-        return np.array(pixels[tuple(part.get(axis, slice(None)) for axis in page.axes)])
-    planes, _, _, _, channels = page.shaped
-    pixels = np.full((planes, side, side, channels), page.nodata, page.dtype)
-    tables = {"jpegtables": page.jpegtables} if page.jpegtables else {}
-    file = page.parent.filehandle
-    for i, (offset, length) in enumerate(zip(page.dataoffsets, page.databytecounts)):
-        _, (plane, _, y, x, _), (_, height, width, _) = page.decode(None, i)     # where it lies
-        rows = slice(max(y, top), min(y + height, top + side))
-        columns = slice(max(x, left), min(x + width, left + side))
-        if length and rows.start < rows.stop and columns.start < columns.stop:
-            file.seek(offset)
-            segment = page.decode(file.read(length), i, **tables)[0][0]          # (h,w,channels)
-            inside = np.s_[rows.start - y:rows.stop - y, columns.start - x:columns.stop - x]
-            pixels[plane, rows.start - top:rows.stop - top,
-                   columns.start - left:columns.stop - left] = segment[inside]
-    return pixels.reshape([side if axis in "YX" else -1 for axis in page.axes])
+    part = {"Y": slice(top, top + side), "X": slice(left, left + side)}
+    pixels = zarr.open_array(page.aszarr(), mode="r")
+    return pixels[tuple(part.get(axis, slice(None)) for axis in page.axes)]
 
 
 def read_picture(path, bands=3):

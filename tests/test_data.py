@@ -484,9 +484,9 @@ def masked_images(root, sizes, ending="png"):
     for i, (H, W) in enumerate(sizes):
         x = rng.integers(0, 255, (3, H, W), np.uint8)
         place = rng.integers(0, 4, (H, W))
-        write(root / "a" / f"{i}.tif", x, photometric="rgb", tile=(16, 16), compression="zlib")
+        write(root / "a" / f"{i}.png", x)
         write(root / "a" / f"{i}_mask.{ending}", COLOURS[place].transpose(2, 0, 1))
-        found[f"{i}.tif"] = (x, NUMBERS[place])
+        found[f"{i}.png"] = (x, NUMBERS[place])
     return found
 
 
@@ -503,16 +503,16 @@ def test_chips_and_their_masks_are_slices_of_the_image_and_cover_it_bit_for_bit(
     assert pack.chip == 20 and pack.scenes == ["0", "1", "2"] and pack.size == 20
     seen = np.zeros((50, 41), bool)
     for name, x, mask in zip(pack.names, pack.images, pack.masks, strict=True):
-        if not name.startswith("0.tif/"):
+        if not name.startswith("0.png/"):
             continue
-        top, left = map(int, name.removeprefix("0.tif/").split("_"))
-        want_x, want_mask = images["0.tif"]
+        top, left = map(int, name.removeprefix("0.png/").split("_"))
+        want_x, want_mask = images["0.png"]
         assert np.array_equal(x, want_x[:, top:top + 20, left:left + 20])
         assert np.array_equal(mask, want_mask[top:top + 20, left:left + 20])
         seen[top:top + 20, left:left + 20] = True
     assert seen.all() and len(pack.rows[0]) == (9 if stride == 0 else 16)
-    assert pack.names[-2:] == ["1.tif", "2.tif"]           # no larger than a chip: whole
-    assert np.array_equal(pack.images[-2], images["1.tif"][0])
+    assert pack.names[-2:] == ["1.png", "2.png"]           # no larger than a chip: whole
+    assert np.array_equal(pack.images[-2], images["1.png"][0])
     assert "1 of " in pack.notes[1] and "their central square is resized" in pack.notes[1]
 
 
@@ -521,6 +521,7 @@ def test_chips_and_their_masks_are_slices_of_the_image_and_cover_it_bit_for_bit(
     {"rowsperstrip": 7, "compression": "lzw"}, {"rowsperstrip": 7}, {}, {"byteorder": ">"},
     {"tile": (16, 16), "planarconfig": "separate"}])
 def test_a_window_of_any_tiff_is_the_slice_of_the_whole(tmp_path, options):
+    pytest.importorskip("zarr")
     x = np.random.default_rng(0).integers(0, 60000, (3, 70, 90), np.uint16)
     stored = x if "planarconfig" in options else x.transpose(1, 2, 0)
     tifffile.imwrite(tmp_path / "x.tif", stored, photometric="rgb", metadata=None, **options)
@@ -530,6 +531,7 @@ def test_a_window_of_any_tiff_is_the_slice_of_the_whole(tmp_path, options):
 
 
 def test_of_a_tiled_tiff_only_the_tiles_under_the_window_are_read(tmp_path):
+    pytest.importorskip("zarr")
     x = np.random.default_rng(0).integers(0, 255, (1, 64, 64), np.uint8)
     write(tmp_path / "x.tif", x, tile=(16, 16), compression="zlib")
     with tifffile.TiffFile(tmp_path / "x.tif") as file:
@@ -545,14 +547,15 @@ def test_of_a_tiled_tiff_only_the_tiles_under_the_window_are_read(tmp_path):
 
 
 def test_chips_that_are_mostly_without_data_are_left_out_and_counted(tmp_path):
+    pytest.importorskip("zarr")
     sensor = data.make_sensor(PLANET | {"nodata": 0})
     x = np.full((4, 24, 48), 600, np.uint16)
     x[:, :, 4:36] = 0                                      # of chips of 24: 20 columns, and 12
-    write(tmp_path / "a" / "0.tif", x)
+    write(tmp_path / "a" / "0.png", x)
     pack = packed(tmp_path / "a", sensor, chip=24)
-    assert pack.names == ["0.tif/0_24"]
+    assert pack.names == ["0.png/0_24"]
     assert "1 of 2 chips are mostly without data and left out" in pack.notes
-    write(tmp_path / "b" / "0.tif", 0 * x)
+    write(tmp_path / "b" / "0.png", 0 * x)
     with pytest.raises(data.InputError, match="nothing to pack: .*; 2 of 2 chips are mostly"):
         packed(tmp_path / "b", sensor, chip=24)
 
@@ -593,7 +596,7 @@ def test_a_png_beside_a_jpeg_is_its_mask_and_a_table_goes_before_labels_of_masks
 
 @pytest.mark.parametrize("harm, message", [
     (lambda mask: write(mask, COLOURS[np.zeros((30, 30), int)].transpose(2, 0, 1)),
-     "0.tif: (50, 41) pixels, its mask (30, 30)"),
+     "0.png: (50, 41) pixels, its mask (30, 30)"),
     (lambda mask: write(mask, np.full((3, 50, 41), 9, np.uint8)),
      "0_mask.png: colour #090909 is not in --colours"),
     (lambda mask: mask.unlink(), "0_mask.png: missing"),
@@ -607,7 +610,7 @@ def test_a_bad_mask_is_named_and_its_image_left_out_only_if_asked(tmp_path, caps
     printed = capsys.readouterr().out.splitlines()
     assert all(message in line for line in printed) and len(printed) in (1, 9)
     pack = pack_of(tmp_path, chip=20, skip_bad=True)
-    assert pack.names == ["1.tif"] and pack.masks.shape == (1, 20, 20)
+    assert pack.names == ["1.png"] and pack.masks.shape == (1, 20, 20)
 
 
 def test_two_processes_cut_the_same_chips_as_one(tmp_path):
