@@ -183,7 +183,8 @@ class Sensor:
         require(min(self.channels, default=0) >= 0
                 and len(set(self.channels)) == len(self.channels),
                 f"channels {self.channels}: one twice, or below 0")
-        require(len(self.red_green_blue) in (0, 3) and set(self.red_green_blue) <= {*range(C)},
+        positions = {*range(C)}
+        require(len(self.red_green_blue) in (0, 3) and positions >= {*self.red_green_blue},
                 f"red_green_blue {self.red_green_blue}: not three positions of {C} bands")
         require(self.scale != 0 and np.isfinite([self.scale, self.offset]).all(),
                 f"scale {self.scale}, offset {self.offset}: units would not depend on pixels")
@@ -192,21 +193,24 @@ class Sensor:
 def find_red_green_blue(bands):
     """Positions of the bands that are red, green and blue by their names; empty: there are none."""
     names = [re.sub("^b0", "b", str(band).lower()) for band in bands]
-    for colours in (["b4", "b3", "b2"], ["red", "green", "blue"], ["r", "g", "b"]):
+    for colours in ("b4 b3 b2", "red green blue", "r g b"):
+        colours = colours.split()
         if set(colours) <= set(names):
             return [names.index(colour) for colour in colours]
     return []
 
 
 def numbers(text):
-    """A row of a table as a list: without quotes and commas a table reads like the published one."""
+    """A row of a table as a list: a table without commas reads like the published one."""
     return [float(word) for word in text.split()]
 
 
 # mean and std: of all of SSL4EO-S12 [SSL4EO-S12 convert_rgb.py; torchgeo resnet.py]
 SENSORS = {
     # Sentinel-1 GRD: backscatter in decibels
-    "s1": Sensor("s1", ["VV", "VH"], "radar", "float32", mean=[-12.59, -20.26], std=[5.26, 5.91]),
+    "s1": Sensor(
+        "s1", ["VV", "VH"], "radar", "float32",
+        mean=[-12.59, -20.26], std=[5.26, 5.91]),
     # Sentinel-2 L1C, light as it reaches the satellite through the air: reflectance x 10000
     "s2c": Sensor(
         "s2c",
@@ -277,7 +281,8 @@ def to_units(x, sensor):
         missing = np.isnan(x) if np.isnan(sensor.nodata) else x == sensor.nodata
     require((np.isfinite(x) | missing).all(),
             "NaN or infinite pixels; if nothing was measured there, give the sensor a nodata")
-    units = np.float32(x) * np.float32(sensor.scale) + np.float32(sensor.offset)
+    scale, offset = np.float32([sensor.scale, sensor.offset])
+    units = np.float32(x) * scale + offset
     if sensor.decibels:
         missing |= units <= 0                            # no power has no logarithm
         units = 10 * np.log10(np.where(missing, 1, units))
@@ -565,7 +570,8 @@ def read_ssl4eo(root, sensor, path=None):
     scenes = list_products(root, sensor)
     table = read_labels(path) if path else {}
     named = {}                                 # {scene: {product: ...}} of the modality in the json
-    if any(table.get(scene, {}).keys() - products.keys() for scene, products in scenes.items()):
+    absent = [table.get(scene, {}).keys() - products.keys() for scene, products in scenes.items()]
+    if any(absent):
         named = other_s2(root, sensor, list_products)
     by_order = 0
     for scene, products in scenes.items():
@@ -649,7 +655,9 @@ ZIP_FOLDERS = {"s1": "S1GRD", "s2c": "S2L1C", "s2a": "S2L2A", "rgb": "S2RGB"}
 # What its files hold.  The pixels of Sentinel-2 are reflectance x 10000 + 1000, as in ESA's
 # products since 2022.  Its statistics [SSL4EO-S12-v1.1, README] include that offset, ours do not.
 ZIP_SENSORS = {
-    "s1": replace(SENSORS["s1"], dtype="float16", mean=[-12.577, -20.265], std=[5.179, 5.872]),
+    "s1": replace(
+        SENSORS["s1"], dtype="float16",
+        mean=[-12.577, -20.265], std=[5.179, 5.872]),
     "s2c": replace(
         SENSORS["s2c"], dtype="int16", offset=-1000.0,
         mean=numbers("1607.345 1393.068 1320.225 1373.963 1562.536 2110.071 2392.832 2321.154 "
@@ -873,7 +881,8 @@ def read_folder(root, sensor, labels=None, masks=None, colours=None):
         read = partial(read_file, path, sensor, len(sensor.bands), sensor.channels)
         mask = partial(read_mask, mask_of[name], number_of) if masks else None
         size = partial(size_of, path, mask_of[name])
-        archive.images.append(Image(scene, name, read, found.get(name, ()), size=size, mask=mask))
+        classes = found.get(name, ())
+        archive.images.append(Image(scene, name, read, classes, size=size, mask=mask))
     looks_like = [name for name in folders if name.lower() in ("mask", "masks", "labels", "gt")]
     if looks_like:
         archive.notes.append(f"the files in {', '.join(looks_like)} are packed as images; if they "
@@ -1285,7 +1294,8 @@ def held_out(names, fraction):
 
     So pretraining and probing agree without a list, whatever else lies in the folder.
     """
-    return np.array([zlib.crc32(name.encode()) / 2 ** 32 < fraction for name in names], bool)
+    hashes = [zlib.crc32(name.encode()) / 2 ** 32 for name in names]
+    return np.array(hashes) < fraction
 
 
 # ------------------------------------------------------------------------------------ statistics
@@ -1336,7 +1346,8 @@ def print_statistics(archive, out, workers):
         print(f"{out}: {len(mean)} bands of {sensor.dtype}; check its unit and which bands are "
               f"red, green, blue; then --modality {out}")
     print("band      mean       std       min       max  sensor: mean       std")
-    for name, row in zip(sensor.bands, np.column_stack([table, sensor.mean, sensor.std])):
+    rows = np.column_stack([table, sensor.mean, sensor.std])
+    for name, row in zip(sensor.bands, rows):
         print("{:4}{:10.2f}{:10.2f}{:10.2f}{:10.2f}{:14.2f}{:10.2f}".format(name, *row))
 
 
@@ -1405,7 +1416,8 @@ def draw_colours(n, sensor, generator, p=0.8, jitter=0.4, grey=0.2, blur=0.5):
     [SSL4EO-S12 pretrain_moco_v2_s2c.py; DeCUR for SAR; PerA augmentation.py; the offset is ours]
     """
     u = torch.rand(9, n, generator=generator)
-    swings = jitter * (2 * u[[1, 2, 3, 4, 8]] - 1) * (u[0] < p)      # (5,n) in [-jitter, jitter]
+    jittered = u[0] < p                                              # (n,)
+    swings = jitter * (2 * u[[1, 2, 3, 4, 8]] - 1) * jittered        # (5,n) in [-jitter, jitter]
     brightness, contrast, saturation, hue, second = swings
     drawn = {
         "brightness": torch.ones(n),
@@ -1418,7 +1430,7 @@ def draw_colours(n, sensor, generator, p=0.8, jitter=0.4, grey=0.2, blur=0.5):
         # the first two bands take numbers that are drawn anyway, those beyond get their own
         C = len(sensor.bands)
         others = torch.rand(max(0, C - 2), n, generator=generator)
-        others = jitter * (2 * others - 1) * (u[0] < p)              # (C-2,n)
+        others = jitter * (2 * others - 1) * jittered                # (C-2,n)
         decibels = 5 * torch.stack([brightness, second, *others][:C], dim=1)     # (n,C)
         drawn["offset"] = decibels * (0.25 / torch.tensor(sensor.std))   # [0,1] spans 4 std
     else:
@@ -1456,7 +1468,8 @@ def crop(x, p, size):
             window = window.flip(2)
         if flip_x < 0:
             window = window.flip(3)
-        views[i] = F.interpolate(window.to(views), (size, size), mode="bilinear", antialias=True)[0]
+        window = window.to(views)
+        views[i] = F.interpolate(window, (size, size), mode="bilinear", antialias=True)[0]
     return views.div_(255)
 
 
@@ -1464,7 +1477,8 @@ def colour(x, p):
     """float (n,C,H,W) in [0,1] and what draw_colours drew -> the same images in these colours."""
     # decided while the numbers are on the CPU: asking a GPU would make it wait
     blurred = p["blur"].nonzero()[:, 0]
-    reach = int(np.ceil(3 * float(p["blur"].max()) * x.shape[-1] / 224))     # 3 std, in pixels
+    std = float(p["blur"].max()) * x.shape[-1] / 224
+    reach = int(np.ceil(3 * std))                                    # in pixels
     p = {name: value.to(x.device, x.dtype, non_blocking=True).view(len(x), -1, 1, 1)
          for name, value in p.items()}                               # (n,1,1,1); offset (n,C,1,1)
 
@@ -1492,9 +1506,11 @@ def change_light(x, brightness, contrast, offset):
 
 def turn_hue(x, grey, turn):
     """RGB images turned about the grey axis by `turn`, 1 being full circle; clipped to [0,1]."""
-    side = (x.roll(1, 1) - x.roll(-1, 1)) / 3 ** 0.5                 # at right angles to x - grey
+    side = x.roll(1, 1) - x.roll(-1, 1)                              # at right angles to x - grey
+    side = side / 3 ** 0.5
     angle = 2 * torch.pi * turn
-    return (grey + angle.cos() * (x - grey) + angle.sin() * side).clamp(0, 1)
+    turned = angle.cos() * (x - grey) + angle.sin() * side
+    return (grey + turned).clamp(0, 1)
 
 
 def blur_images(x, std, reach):
@@ -1664,7 +1680,8 @@ def town(rng, size):
     block = rng.integers(5, 8)
     streets = (x % block < 1) | (y % block < 1)
     noise = rng.standard_normal((size, size)).astype(np.float32)
-    houses = np.kron(noise[::block, ::block], np.ones((block, block)))
+    ones = np.ones((block, block))
+    houses = np.kron(noise[::block, ::block], ones)
     return np.where(streets, -1.5, houses[:size, :size])
 
 
@@ -1693,7 +1710,8 @@ def summer_cover(rng, size, cold, wet, populated):
     """(size,size) class of each pixel: three to five classes that fit the climate."""
     chance = 0.15 + np.array(                                        # in the order of CLASSES
         [wet, 1, 1, 0.8 * wet, 1, 1 - wet / 2, populated, 1 - wet, cold - 0.15])
-    present = rng.choice(9, rng.integers(3, 6), replace=False, p=chance / chance.sum())
+    count = rng.integers(3, 6)
+    present = rng.choice(9, count, replace=False, p=chance / chance.sum())
     score = np.stack([smooth(rng, size, size / 10) for _ in present])
     score += rng.normal(0, 0.6, (len(present), 1, 1))                # some cover more than others
     return present[score.argmax(0)]

@@ -771,7 +771,8 @@ def adapt_input(path, weight, fresh, adapt, red_green_blue=()):
     if (c, C) == (13, 12):                                               # B10 has the index 10
         return torch.cat([weight[:, :10], weight[:, 11:]], 1)
     if (c, C) == (12, 13):
-        return torch.cat([weight[:, :10], torch.zeros_like(fresh[:, :1]), weight[:, 10:]], 1)
+        nothing = torch.zeros_like(fresh[:, :1])
+        return torch.cat([weight[:, :10], nothing, weight[:, 10:]], 1)
     if adapt == "random":
         return fresh
     if adapt == "mean":

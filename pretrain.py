@@ -739,7 +739,8 @@ def train_step(net, optimiser, batch, args, step, values, rank=0, world=1, measu
         (result.loss / len(batch)).backward()
 
     # a gradient that is not finite stops all ranks before a weight moves
-    norm = nn.utils.clip_grad_norm_(matrices["params"] + vectors["params"], args.clip or math.inf)
+    parameters = matrices["params"] + vectors["params"]
+    norm = nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
     if not torch.isfinite(norm):
         raise FloatingPointError(
             f"step {step}: loss {means[0]:g}, gradient norm {norm:g}, lr {values['lr']:g}; "
@@ -757,7 +758,7 @@ def train_step(net, optimiser, batch, args, step, values, rank=0, world=1, measu
 
 
 def images_to_watch(pack, holdout):
-    """(n,) text: which labelled images the k-NN of the log learns from, "train", and judges, "test".
+    """(n,) text: which labelled images the k-NN of the log learns from, "train", judges, "test".
 
     Of a pack with splits: some of `train`, and of `val`, or without it `test`.  Of others: scenes
     that are held out, but none of the half on which probe.py tests, so that a run which was chosen

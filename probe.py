@@ -129,7 +129,9 @@ class BandStatistics(torch.nn.Module):
     """Mean and deviation of each band, for which nobody needs a network: (B,C,H,W) -> (B,2C)."""
 
     def forward(self, x):
-        return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1)
+        mean = x.mean((2, 3))                                  # (B,C)
+        std = x.std((2, 3))
+        return torch.cat([mean, std], 1)
 
 
 class WindowStatistics(torch.nn.Module):
@@ -142,7 +144,8 @@ class WindowStatistics(torch.nn.Module):
         around = partial(F.avg_pool2d, kernel_size=16, stride=4, padding=6, count_include_pad=False)
         mean = around(x)
         variance = around(x.square()) - mean.square()
-        return F.avg_pool2d(x, 4), torch.cat([mean, variance.clamp(min=0).sqrt()], 1)
+        std = variance.clamp(min=0).sqrt()
+        return F.avg_pool2d(x, 4), torch.cat([mean, std], 1)
 
 
 def batches(rows):
@@ -236,7 +239,8 @@ def feature_map(net, x, blocks):
         tokens = [patches for _, patches in net.last_blocks(x, blocks)]        # (B,N,D) each
         return torch.cat(tokens, 2).mT.unflatten(2, grid)
     fine, coarse = net.feature_maps(x)[-2:]
-    return torch.cat([fine, F.interpolate(coarse, fine.shape[2:], mode="bilinear")], 1)
+    coarse = F.interpolate(coarse, fine.shape[2:], mode="bilinear")
+    return torch.cat([fine, coarse], 1)
 
 
 @torch.no_grad()
@@ -356,7 +360,8 @@ def logistic(x, y, x_test, one_label, penalties=LOGISTIC_PENALTIES, accuracy=1e-
 
         def loss_and_gradients():
             """At the present W and b; LBFGS calls it several times a step."""
-            loss = terms * log_loss(x @ W + b, y, one_label) + penalty / 2 * W.square().sum()
+            loss = terms * log_loss(x @ W + b, y, one_label)
+            loss = loss + penalty / 2 * W.square().sum()
             optimiser.zero_grad()
             loss.backward()
             return loss
@@ -374,15 +379,17 @@ def validated_logistic(x, y, x_validation, y_validation, x_test, one_label):
     mean is 1 / (C n).  The best C on the validation rows is fitted again with these rows.
     """
     # a rough fit is enough to choose: each starts where the one before ended
-    scores = logistic(x, y, x_validation, one_label, penalties=1 / (COSTS * len(x)), accuracy=1e-5,
-                      iterations=100)
+    penalties = 1 / (COSTS * len(x))
+    scores = logistic(x, y, x_validation, one_label, penalties, accuracy=1e-5, iterations=100)
     metric, *_ = metrics_of(one_label).values()
-    values = [metric(s.cpu().numpy(), y_validation.cpu().numpy()) for s in scores]
+    scores = scores.cpu().numpy()                              # (costs,.,L)
+    targets = y_validation.cpu().numpy()
+    values = [metric(s, targets) for s in scores]
     C = COSTS[np.argmax(values)]
     x = torch.cat([x, x_validation])
     y = torch.cat([y, y_validation])
-    [scores] = logistic(x, y, x_test, one_label, penalties=[1 / (C * len(x))], accuracy=1e-7,
-                        iterations=1000)
+    penalties = [1 / (C * len(x))]
+    [scores] = logistic(x, y, x_test, one_label, penalties, accuracy=1e-7, iterations=1000)
     return scores
 
 
@@ -467,7 +474,8 @@ def fit_pixels(protocol, x, masks, L, seed, device):
     """
     generator = torch.Generator().manual_seed(seed)
     n, D = x.shape[:2]
-    head = torch.nn.Sequential(torch.nn.BatchNorm2d(D), torch.nn.Conv2d(D, L, 1))
+    norm = torch.nn.BatchNorm2d(D)
+    head = torch.nn.Sequential(norm, torch.nn.Conv2d(D, L, 1))
     torch.nn.init.normal_(head[1].weight, std=0.01, generator=generator)
     torch.nn.init.zeros_(head[1].bias)
     head.to(device)
@@ -493,7 +501,8 @@ def confusion(head, x, masks, L, device):
     """(m,L,L): how many pixels of each image are of class i and taken for class j."""
     counts = []
     for maps, y in zip(x.split(16), masks.split(16)):
-        guess = pixel_logits(head, maps.to(device), y.shape[-1]).argmax(1).cpu()
+        logits = pixel_logits(head, maps.to(device), y.shape[-1])
+        guess = logits.argmax(1).cpu()                         # (B,H,W)
         for guessed, mask in zip(guess, y.long()):             # (H,W) each
             pairs = (mask * L + guessed)[mask != data.UNLABELLED]
             counts.append(pairs.bincount(minlength=L * L).view(L, L))
@@ -522,7 +531,8 @@ def ranked_precision(scores, targets):
     """
     order = np.argsort(scores)[::-1]                           # from high to low
     scores = scores[order]
-    ends = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))          # end of each tie
+    differs = scores[1:] != scores[:-1]
+    ends = np.flatnonzero(np.append(differs, True))            # end of each tie
     hits = np.cumsum(targets[order])[ends]                     # positives at or above a threshold
     gained_recall = np.diff(hits, prepend=0) / hits[-1]
     return np.sum(gained_recall * hits / (ends + 1))           # hits / (ends + 1) is the precision
@@ -807,7 +817,9 @@ def check_split(split, reason, pack, scene, own):
                                  f"these {len(test)}")
     data.require(len(train) and len(test), f"{len(train)} images to train on, {len(test)} to test: "
                                            f"{reason}")
-    data.require(pack.labels[train].any(0).sum() > 1 and len(set(scene[train])) > 1,
+    classes = pack.labels[train].any(0).sum()
+    scenes = len(set(scene[train]))
+    data.require(classes > 1 and scenes > 1,
                  f"the {len(train)} training images are of a single class or scene: {reason}")
 
 
@@ -920,6 +932,11 @@ def print_table(table, share, n_train, n_test):
         print(f"{name:{width}}", *cells)
 
 
+def middle(values):
+    """Where the middle 95 % of the values begin and end."""
+    return np.quantile(values, (0.025, 0.975)).round(5).tolist()
+
+
 def print_intervals(samples):
     """Print the interval of each network's value, and of what the first gains over each other.
 
@@ -930,11 +947,11 @@ def print_intervals(samples):
     intervals = {}
     gains = {}
     for name, values in samples.items():
-        low, high = intervals[name] = np.quantile(values, (0.025, 0.975)).round(5).tolist()
+        low, high = intervals[name] = middle(values)
         line = f"{name}: [{low:.3f}, {high:.3f}]"
         if name != first:
             gained = samples[first] - values
-            low, high = gains[name] = np.quantile(gained, (0.025, 0.975)).round(5).tolist()
+            low, high = gains[name] = middle(gained)
             line += f"; {first} gains [{low:+.3f}, {high:+.3f}]"
         print(line)
     return intervals, gains

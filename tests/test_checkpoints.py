@@ -319,7 +319,7 @@ def test_auto_is_rgb_where_file_and_sensor_have_red_green_and_blue_and_mean_else
     ("resnet18", "imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     ("vit_small", "imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     ("vit_small", "half", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
-def test_with_norm_a_network_makes_of_an_image_what_the_file_makes_of_the_normalised_one(
+def test_init_norm_folds_the_normalisation_into_the_input_layer(
         arch, norm, mean, std, small, tmp_path):
     """For a ResNet: in the middle of its map, as the image's rim meets zeros that mean black."""
     state = fill(resnet() if arch == "resnet18" else vit())

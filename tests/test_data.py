@@ -320,7 +320,7 @@ def test_l2a_products_of_other_names_take_the_labels_of_l1c_by_order(world, tmp_
 
 
 @pytest.mark.parametrize("chunk", [1, 2])
-def test_zips_give_images_in_order_of_time_and_labels_by_product_or_order(tmp_path, chunk):
+def test_v11_zips_are_read_in_order_of_time_less_1000_and_join_their_labels(tmp_path, chunk):
     places = [f"{i:07d}" for i in range(4)]
     rng = np.random.default_rng(0)
     x = rng.integers(1000, 5000, (4, 4, 13, 6, 6), np.int16)

@@ -1,4 +1,4 @@
-"""Each script of tests/lab starts in its small mode, and the results page is that of its lines."""
+"""Scripts of tests/lab start in their small mode; the results page is made of the lines beside it."""
 import json
 import sys
 from xml.etree import ElementTree
@@ -54,6 +54,6 @@ def test_the_small_bench_gives_positive_numbers_or_says_what_is_missing(tmp_path
             assert key in ("status", "reason") or value == 0 and "error" in key or value > 0, name
 
 
-def test_the_tables_of_the_results_page_are_those_of_its_lines():
+def test_the_tables_of_the_results_page_are_made_of_the_jsonl_files_beside_it():
     page = (study.RESULTS / "README.md").read_text()
     assert study.write_tables(page, study.read_lines()) == page

@@ -113,7 +113,7 @@ def test_flags_that_cannot_be_are_named_in_one_line_and_leave_nothing(
     assert re.search(words, line) and "\n" not in line and not (tmp_path / "r").exists()
 
 
-def test_what_is_given_wins_over_the_preset_which_the_number_of_images_chooses(packs):
+def test_what_is_given_wins_over_the_preset_which_the_number_of_images_chooses(packs, tmp_path):
     flags = ["--modality", "s1", "--data", packs["s1"], "--device", "cpu"]
     args = pretrain.resolve_flags([*flags, "--epochs", "3", "--img-size", "112"])
     expected = pretrain.PRESETS["softcon", "small"] | {"epochs": 3}
@@ -123,6 +123,10 @@ def test_what_is_given_wins_over_the_preset_which_the_number_of_images_chooses(p
     assert "preset: softcon, small; changed: epochs 3 instead of 8\n" in said
     args = pretrain.resolve_flags([*flags, "--method", "pera", "--preset", "toy"])
     assert args.preset == "toy" and not hasattr(args, "mask_ratio")
+    for n, preset in ((19_999, "small"), (20_000, "full")):
+        rows = [f"{i},{i},train," for i in range(n)]
+        pack = write_pack(tmp_path / preset, np.zeros((n, 2, 1, 1), np.uint8), rows, {"sensor": "s1"})
+        assert pretrain.resolve_flags([*flags, "--data", pack]).preset == preset
 
 
 # ------------------------------------------------------------------------------- order of the data
@@ -377,7 +381,7 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_moves(method):
 # ------------------------------------------------------------------------------------------- runs
 
 
-def test_an_epoch_sees_every_chip_of_the_images_it_may_see_twice_and_few_images_are_said(
+def test_an_epoch_uses_each_training_chip_once_as_both_views(
         packs, tmp_path):
     """A pack of chips is one in which `chip` says so; its scenes are the images."""
     shutil.copytree(packs["s1"], tmp_path / "p")

@@ -166,7 +166,7 @@ def tiny(monkeypatch):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_ranks_equal_one_rank_in_losses_gradients_and_all_that_moves(folder, method):
+def test_two_ranks_equal_one_rank_but_for_batch_norm_and_koleo(folder, method):
     """Gradient norms before clipping, moments of AdamW, student, teacher, centre; in float64."""
     one = train(method, 0, 1)
     for rank in (0, 1):

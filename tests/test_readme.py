@@ -80,7 +80,7 @@ def test_the_install_and_test_commands_are_the_ones_that_ci_runs():
         assert command in README and command in ci
 
 
-def test_the_first_table_has_a_network_above_random_weights_and_band_statistics():
+def test_the_numbers_of_the_first_table_put_the_network_above_both_floors():
     [table] = [block for block in fences("text") if "random " in block]
     value = {}
     for line in table.splitlines()[1:]:
@@ -97,7 +97,7 @@ def test_every_local_link_and_picture_is_there():
         assert (ROOT / link).exists(), link
 
 
-def test_every_equation_of_the_readme_is_computed_where_the_code_says_so():
+def test_every_equation_number_of_the_readme_stands_in_a_comment_of_the_code():
     code = "".join((ROOT / f"{name}.py").read_text() for name in MODULES)
     for number in range(1, 12):
         assert re.search(rf"\({number}\b", README) and f"# eq. ({number})" in code, number

@@ -508,7 +508,7 @@ def draw_gains(lines):
             svg.text(left - 6, y_of(value) + 4, f"{value:+g}", 11, GREY, text_anchor="end")
         svg.line([(left, y_of(0)), (left + 240, y_of(0))], INK)
         for j, shots in enumerate(study.SHOTS):
-            svg.text(left + 30 + 60 * j, 40 + height + 16, str(shots), 11, GREY, text_anchor="middle")
+            svg.text(left + 30 + 60 * j, 56 + height, str(shots), 11, GREY, text_anchor="middle")
         for i, (name, points) in enumerate(series.items()):
             colour = COLOURS[i]
             places = [left + 24 + 60 * j + 6 * i for j in range(len(points))]
