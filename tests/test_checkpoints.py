@@ -381,7 +381,6 @@ def file_with(**changes):
 ONE = torch.zeros(1, 1, 1)
 
 # what: (content of the file, None for no file; expected words)
-# what: (content of the file, None for no file; expected words)
 ODD_FILES = {
     "missing": (None, "No such file"),
     "a web page": (b"<!DOCTYPE html><html>Access denied</html>" * 100, "not a PyTorch checkpoint"),

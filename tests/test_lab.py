@@ -1,4 +1,4 @@
-"""Scripts of tests/lab start in their small mode; the results page is made of the lines beside it."""
+"""Each script of tests/lab starts in its small mode; results/README.md is made of its lines."""
 import json
 import sys
 from xml.etree import ElementTree
@@ -13,6 +13,7 @@ import bench  # noqa: E402
 import dry_run  # noqa: E402
 import show  # noqa: E402
 import study  # noqa: E402
+import why  # noqa: E402
 
 
 @pytest.mark.parametrize("method, view", [("softcon", "views (8,2,24,24)"),
@@ -52,6 +53,12 @@ def test_the_small_bench_gives_positive_numbers_or_says_what_is_missing(tmp_path
         assert row["status"] == "passed" or row["reason"] == "needs CUDA"
         for key, value in row.items():
             assert key in ("status", "reason") or value == 0 and "error" in key or value > 0, name
+
+
+def test_a_study_of_no_runs_and_a_look_at_none_start(tmp_path, capsys):
+    study.main(["run", "nothing", "--work", str(tmp_path)])
+    why.main(str(tmp_path), "transfer")
+    assert capsys.readouterr().out.startswith("0 runs: \nrun")
 
 
 def test_the_tables_of_the_results_page_are_made_of_the_jsonl_files_beside_it():

@@ -125,7 +125,8 @@ def test_what_is_given_wins_over_the_preset_which_the_number_of_images_chooses(p
     assert args.preset == "toy" and not hasattr(args, "mask_ratio")
     for n, preset in ((19_999, "small"), (20_000, "full")):
         rows = [f"{i},{i},train," for i in range(n)]
-        pack = write_pack(tmp_path / preset, np.zeros((n, 2, 1, 1), np.uint8), rows, {"sensor": "s1"})
+        x = np.zeros((n, 2, 1, 1), np.uint8)
+        pack = write_pack(tmp_path / preset, x, rows, {"sensor": "s1"})
         assert pretrain.resolve_flags([*flags, "--data", pack]).preset == preset
 
 
