@@ -195,7 +195,7 @@ def choose_scaling(protocol, pack, rows):
 
 def to_network(x, size, scaling, mirrored=()):
     """Images as a network gets them: x (B,C,H,W) uint8 -> float (B,C,size,size)."""
-    x = x.float()
+    x = x.to(torch.get_default_dtype())
     if scaling.clip:
         x = clip_quantiles(x)
     x = x / 255

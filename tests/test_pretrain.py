@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -382,8 +383,7 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_moves(method):
 # ------------------------------------------------------------------------------------------- runs
 
 
-def test_an_epoch_uses_each_training_chip_once_as_both_views(
-        packs, tmp_path):
+def test_an_epoch_uses_each_training_chip_once_as_both_views(packs, tmp_path):
     """A pack of chips is one in which `chip` says so; its scenes are the images."""
     shutil.copytree(packs["s1"], tmp_path / "p")
     index = json.loads((tmp_path / "p" / "pack.json").read_text())
