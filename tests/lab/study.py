@@ -131,7 +131,7 @@ def transfer_runs(seed):
     probes = probes_of(["ridge", "knn"], test, SHOTS.values(), "--seeds", "3")
     for name, (labelling, flags) in transfer_settings().items():
         train = ["--modality", "rgb", "--data", f"packs/ucm_{labelling}_{seed}", "--epochs", "4",
-                 *NATURAL, *flags]
+                 "--img-size", "64", *NATURAL, *flags]
         runs.append(Run("transfer", name, seed, train, probes))
     return runs
 
