@@ -14,9 +14,11 @@ toy       the toy world, s1 and s2c: InfoNCE, SoftCon's two additions to it, and
 ucm       the same from natural images on UC Merced, with its 17 labels; the test has these labels
 transfer  labels of another kind, batch, weight and mask on UC Merced; the test has the 21 scene
           classes, of 1, 3, 10 and all training images of a class
+halves    RGB chips of EuroSAT: pretraining sees labels of five classes, the test has the others
 chips     EuroSAT's 13 bands from natural images, without labels
 
-The seed also draws the split: 80 % of each class train the network and the head, 20 % test.
+The seed also draws the split: 80 % of each class train the network and the head, 20 % test; of the
+RGB chips 128 and 200 of each class.
 
 DIR holds public data, each in a folder of its own:
 
@@ -80,8 +82,13 @@ HEADS = {
     "logistic": ["--protocol", "logistic", "--feature", "cls+mean"],
     "knn": ["--protocol", "knn"]}
 SHARES = (1.0, 0.3, 0.1, 0.03)                    # of the labels for the head
-SHOTS = {"1": 1 / 64, "3": 3 / 64, "10": 10 / 64, "all": 1.0}   # of 64 training images a class
+SHOTS = (1, 3, 10, "all")                         # labelled images of a class, for the head
 LABELS = {"labels": "17 labels", "coarse": "6 coarse", "wrong": "20 % wrong"}
+
+
+def share_of(shots, images):
+    """--train-frac for so many of a class's training images."""
+    return 1.0 if shots == "all" else shots / images
 
 
 def probes_of(heads, pack, shares, *more):
@@ -129,11 +136,26 @@ def transfer_settings():
 def transfer_runs(seed):
     runs = []
     test = f"packs/ucm_classes_{seed}"
-    probes = probes_of(["ridge", "knn"], test, SHOTS.values(), "--seeds", "3")
+    shares = [share_of(shots, 64) for shots in SHOTS]
+    probes = probes_of(["ridge", "knn"], test, shares, "--seeds", "3")
     for name, (labelling, flags) in transfer_settings().items():
         train = ["--modality", "rgb", "--data", f"packs/ucm_{labelling}_{seed}", "--epochs", "4",
                  "--img-size", "64", *NATURAL, *flags]
         runs.append(Run("transfer", name, seed, train, probes))
+    return runs
+
+
+HALVES = {"frozen": FROZEN, "InfoNCE": INFO_NCE, "+ soft": ["--mask-ratio", "0"]}
+
+
+def halves_runs(seed):
+    runs = []
+    shares = [share_of(shots, 128) for shots in SHOTS]
+    probes = probes_of(["ridge", "knn"], f"packs/rgbchips_otherhalf_{seed}", shares, "--seeds", "3")
+    for name, flags in HALVES.items():
+        train = ["--modality", "rgb", "--data", f"packs/rgbchips_half_{seed}", "--epochs", "4",
+                 "--img-size", "64", "--batch-size", "64", *NATURAL, *flags]
+        runs.append(Run("halves", name, seed, train, probes))
     return runs
 
 
@@ -156,7 +178,7 @@ def chips_runs(seed):
 
 def all_runs(seeds=range(3)):
     runs = []
-    for study in (toy_runs, ucm_runs, transfer_runs, chips_runs):
+    for study in (toy_runs, ucm_runs, transfer_runs, halves_runs, chips_runs):
         for seed in seeds:
             for run in study(seed):
                 run.train += ["--seed", str(seed)]
@@ -182,10 +204,15 @@ def class_of(row):
 
 def new_labels(rows, labelling, rng):
     """Rows of images.csv -> their labels: as they are ("labels"), in six groups ("coarse"), a fifth
-    of the images with those of another ("wrong"), or the names of their folders ("classes")."""
+    of the images with those of another ("wrong"), the names of their folders ("classes"), or these
+    names for half of the folders ("half"; "otherhalf")."""
     labels = [row["labels"] for row in rows]
     if labelling == "classes":
         labels = [class_of(row) for row in rows]
+    if labelling.endswith("half"):
+        folders = rng.permutation(np.unique([class_of(row) for row in rows]))
+        half = np.array_split(folders, 2)[labelling == "half"]
+        labels = [class_of(row) if class_of(row) in half else "" for row in rows]
     if labelling == "coarse":
         sets = [set(names.split(";")) for names in labels]
         labels = [";".join(group for group in COARSE if COARSE[group] & names) for names in sets]
@@ -199,7 +226,8 @@ def new_labels(rows, labelling, rng):
 def relabel(source, out, labelling, seed):
     """A pack of the same images, which are linked, with other labels and a split of its own.
 
-    Of each class folder 80 %, drawn by `seed`, are "train", the others "test".
+    Of each class folder 80 %, drawn by `seed`, are "train", the others "test"; of large ones 128
+    and 200.
     """
     with open(f"{source}/images.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -207,8 +235,11 @@ def relabel(source, out, labelling, seed):
     folders = np.array([class_of(row) for row in rows])
     for name in np.unique(folders):
         members = rng.permutation(np.flatnonzero(folders == name))
-        for place, i in enumerate(members):
-            rows[i]["split"] = "train" if place < round(0.8 * len(members)) else "test"
+        trained = min(128, round(0.8 * len(members)))
+        for i in members[:trained]:
+            rows[i]["split"] = "train"
+        for i in members[trained:trained + 200]:
+            rows[i]["split"] = "test"
     for row, labels in zip(rows, new_labels(rows, labelling, rng)):
         row["labels"] = labels
 
@@ -225,6 +256,7 @@ def relabel(source, out, labelling, seed):
 
 
 SOURCES = {        # flags of data.py pack
+    "rgbchips": ["DIR/eurosat_rgb", "packs/rgbchips", "--modality", "rgb", "--labels", "classes"],
     "ucm": ["DIR/ucm_multilabel/images", "packs/ucm", "--modality", "rgb", "--labels",
             "DIR/ucm_multilabel/LandUse_Multilabeled.txt"],
     "chips": ["DIR/eurosat_ms", "packs/chips", "--modality", "eurosat", "--labels", "classes"]}
@@ -414,8 +446,10 @@ TOY = [Column(f"{modality} {metric}", "ridge", f"{metric}_map", run=f"{modality}
        for modality in ("s1", "s2c") for metric in ("micro", "macro")]
 UCM = [Column(f"{metric}, head {share:.0%}", "ridge", f"{metric}_map", share)
        for metric in ("micro", "macro") for share in SHARES]
-TRANSFER = [Column(f"{head}, {shots}", head, "accuracy", share)
-            for head in ("ridge", "knn") for shots, share in SHOTS.items()]
+TRANSFER = [Column(f"{head}, {shots}", head, "accuracy", share_of(shots, 64))
+            for head in ("ridge", "knn") for shots in SHOTS]
+HALF = [Column(f"{head}, {shots}", head, "accuracy", share_of(shots, 128))
+        for head in ("ridge", "knn") for shots in SHOTS]
 TABLES = {
     "toy": Table("toy", rows_of(METHODS, "InfoNCE"), TOY),
     "toy gains": Table("toy", SOFT_GAINS, TOY, gains=True),
@@ -424,6 +458,10 @@ TABLES = {
     "transfer": Table("transfer", rows_of(transfer_settings(), "frozen"), TRANSFER),
     "transfer gains": Table("transfer", gains_over_info_nce(transfer_settings()), TRANSFER,
                             gains=True),
+    "halves": Table("halves", rows_of(HALVES, "frozen"), HALF),
+    "halves gains": Table("halves", {"+ soft over InfoNCE": ("+ soft", "InfoNCE"),
+                                     "InfoNCE over frozen": ("InfoNCE", "frozen")}, HALF,
+                          gains=True),
     "chips": Table("chips", rows_of(CHIPS, "frozen, rgb"),
                    [Column(head, head, "accuracy") for head in ("ridge", "logistic")])}
 
