@@ -6,6 +6,7 @@ A row for each run.  Of the features of the test images (CLS of the last block, 
 
 between      share of their variance that lies between the means of the 21 scene classes, which
              pretraining saw no label of
+before       the same of the block before the last
 agreement    correlation of the cosine of two images with the similarity of their 17 labels
 rank         their effective rank
 
@@ -33,22 +34,29 @@ import study  # noqa: E402
 CPU = torch.device("cpu")
 
 
+def between_classes(z, kind):
+    """Share of the variance of z (n,D) that lies between the means of its classes, kind (n,)."""
+    means = torch.stack([z[kind == k].mean(0) for k in range(kind.max() + 1)])
+    within = (z - means[kind]).square().sum()
+    return float(1 - within / (z - z.mean(0)).square().sum())
+
+
 @torch.no_grad()
 def structure(backbone, size, classes, labels):
-    """between, agreement, rank of a backbone; classes, labels: packs of the same images."""
+    """between, before, agreement, rank of a ViT; classes, labels: packs of the same images."""
     rows = np.flatnonzero(classes.split == "test")
     net = model.build_from(backbone)
-    x = [probe.to_network(probe.read_images(classes, batch), size, probe.Scaling())
-         for batch in probe.batches(rows)]
-    z = F.normalize(torch.cat([probe.describe(net, batch, "cls") for batch in x]))     # (n,D)
-    kind = torch.from_numpy(classes.labels[rows].argmax(1))                          # (n,)
-    means = torch.stack([z[kind == k].mean(0) for k in range(len(classes.classes))])
-    within = (z - means[kind]).square().sum()
-    between = 1 - within / (z - z.mean(0)).square().sum()
+    tokens = []                                                  # CLS of the last two blocks
+    for batch in probe.batches(rows):
+        x = probe.to_network(probe.read_images(classes, batch), size, probe.Scaling())
+        tokens.append(torch.stack([cls for cls, _ in net.last_blocks(x, 2)]))
+    before, z = F.normalize(torch.cat(tokens, 1), dim=2)         # (n,D) each
+    kind = torch.from_numpy(classes.labels[rows].argmax(1))      # (n,)
     y = torch.from_numpy(labels.labels[rows])
     pairs = torch.triu_indices(len(z), len(z), 1).unbind()
     both = torch.stack([(z @ z.T)[pairs], losses.label_similarity(y, y)[pairs]])
-    return float(between), float(both.corrcoef()[0, 1]), losses.collapse(z)[1]
+    return (between_classes(z, kind), between_classes(before, kind), float(both.corrcoef()[0, 1]),
+            losses.collapse(z)[1])
 
 
 def soft_gradients(flags, out, batches=8):
@@ -81,7 +89,7 @@ def soft_gradients(flags, out, batches=8):
 
 
 def main(work, name):
-    print("run".ljust(36), "between agreement  rank   embeddings features cosine")
+    print("run".ljust(36), "between  before agreement  rank   embeddings features cosine")
     for run in study.all_runs():
         out = f"{work}/runs/{run.key}".replace(" ", "_")
         if run.study != name or not Path(out, "backbone.pt").exists():
@@ -89,7 +97,7 @@ def main(work, name):
         labels, classes = [data.open_pack(f"{work}/packs/ucm_{kind}_{run.seed}")
                            for kind in ("labels", "classes")]
         row = structure(f"{out}/backbone.pt", 64, classes, labels)
-        line = "{:36}{:9.3f}{:10.3f}{:6.1f}".format(run.key.partition("/")[2], *row)
+        line = "{:36}{:9.3f}{:8.3f}{:10.3f}{:6.1f}".format(run.key.partition("/")[2], *row)
         if "labels" in run.name and "mask" not in run.name:
             # the weights come from the run, so --init would be read for nothing
             flags = [flag.replace("packs/", f"{work}/packs/") for flag in run.train]
