@@ -88,7 +88,7 @@ PRESETS = {
         epochs=28, batch_size=32, lr=5e-4, momentum=0.9),
     ("softcon", "small"): SOFTCON | dict(
         arch="vit_tiny", img_size=112, patch_size=16, hidden=1024,
-        adapt="auto", crop_min=0.3,
+        adapt="auto", crop_min=0.3, mask_ratio=0.0,
         epochs=8, batch_size=16, lr=3e-4, momentum=0.98),
     ("softcon", "full"): SOFTCON | dict(
         arch="vit_small", img_size=224, patch_size=14, hidden=4096,

@@ -74,12 +74,15 @@ class Run:
 
 NATURAL = ["--init", "DIR/vit_tiny_in1k/vit_tiny_patch16_224.pth", "--init-norm", "half"]
 FROZEN = ["--max-steps", "1", "--lr", "0"]        # a step of no length: the weights as they are
-INFO_NCE = ["--soft-weight", "0", "--mask-ratio", "0"]
+NO_SOFT = ["--soft-weight", "0"]
+NO_MASK = ["--mask-ratio", "0"]
+MASK = ["--mask-ratio", "0.3"]
+INFO_NCE = [*NO_SOFT, *NO_MASK]
 METHODS = {
     "InfoNCE": INFO_NCE,
-    "+ soft": ["--mask-ratio", "0"],
-    "+ mask": ["--soft-weight", "0"],
-    "+ both": [],
+    "+ soft": NO_MASK,
+    "+ mask": [*NO_SOFT, *MASK],
+    "+ both": MASK,
     "PerA": ["--method", "pera"]}
 HEADS = {
     "ridge": ["--protocol", "ridge", "--feature", "cls+mean"],
@@ -127,13 +130,13 @@ def transfer_settings():
         settings[f"InfoNCE, batch {batch}"] = ("labels", [*flags, *INFO_NCE])
         labellings = LABELS if batch == "64" else {"labels": LABELS["labels"]}
         for labelling, words in labellings.items():
-            settings[f"{words}, batch {batch}"] = (labelling, [*flags, "--mask-ratio", "0"])
+            settings[f"{words}, batch {batch}"] = (labelling, [*flags, *NO_MASK])
     flags = ["--batch-size", "64"]
     for weight in ("0.1", "2"):
-        weighted = [*flags, "--mask-ratio", "0", "--soft-weight", weight]
+        weighted = [*flags, *NO_MASK, "--soft-weight", weight]
         settings[f"17 labels, weight {weight}, batch 64"] = ("labels", weighted)
-    settings["InfoNCE, mask, batch 64"] = ("labels", [*flags, "--soft-weight", "0"])
-    settings["17 labels, mask, batch 64"] = ("labels", flags)
+    settings["InfoNCE, mask, batch 64"] = ("labels", [*flags, *NO_SOFT, *MASK])
+    settings["17 labels, mask, batch 64"] = ("labels", [*flags, *MASK])
     return settings
 
 
@@ -149,7 +152,7 @@ def transfer_runs(seed):
     return runs
 
 
-HALVES = {"frozen": FROZEN, "InfoNCE": INFO_NCE, "+ soft": ["--mask-ratio", "0"]}
+HALVES = {"frozen": FROZEN, "InfoNCE": INFO_NCE, "+ soft": NO_MASK}
 
 
 def halves_runs(seed):
