@@ -376,7 +376,7 @@ def masked_pack(path, scenes=24, unlabelled=0, classes=("dark", "bright"), noise
     return str(path)
 
 
-def test_the_dense_probe_learns_a_mask_that_one_band_decides(
+def test_the_dense_probe_learns_a_mask_that_one_band_decides_and_ignores_unlabelled_images(
         here, tmp_path):
     """Maps of 4 px cells: of a network with such patches, and of the statistics."""
     vit = save_backbone(tmp_path / "fine.pt", "vit_tiny", 2, 32, 4)
