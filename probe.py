@@ -256,7 +256,7 @@ def compute_features(network, pack, splits, protocol, feature, scaling, device):
     features = None
     for v, mirrored in enumerate(protocol.views):
         rows = used_rows(splits, ["train"] if v else PARTS)
-        for batch in tqdm(batches(rows), "features", leave=False):
+        for batch in tqdm(batches(rows), "features", leave=False, disable=None):
             x = read_images(pack, batch).to(device)            # (B,C,H,W)
             found = describe(net, to_network(x, network.size, scaling, mirrored), feature)
             if features is None:
