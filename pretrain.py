@@ -505,6 +505,7 @@ def networks(args, device, quiet=False):
         layerscale = layerscale or weights.layerscale    # but DINOv2's weights need it
 
     def branch(drop_path, predict):
+        """The student, which predicts, or the teacher."""
         backbone = models.build(args.arch, channels, args.img_size, args.patch_size, registers,
                                 drop_path, layerscale)
         if pera:

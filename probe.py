@@ -512,10 +512,10 @@ def confusion(head, x, masks, L, device):
 def fit_dense(protocol, features, pack, split, seed, device):
     """Train a head for pixels on the training images: its confusion (m,L,L) on the test images."""
     L = len(pack.classes)
-    x = features[0]                                            # (n,D,h,w)
-    masks = torch.from_numpy(np.array(pack.masks))
-    head = fit_pixels(protocol, x[split == "train"], masks[split == "train"], L, seed, device)
-    return confusion(head, x[split == "test"], masks[split == "test"], L, device)
+    train, test = [np.flatnonzero(split == part) for part in ("train", "test")]
+    masks = [torch.from_numpy(pack.masks[rows]) for rows in (train, test)]
+    head = fit_pixels(protocol, features[0, train], masks[0], L, seed, device)
+    return confusion(head, features[0, test], masks[1], L, device)
 
 
 # ----------------------------------------------------------------------------------------- metrics

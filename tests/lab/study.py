@@ -161,8 +161,7 @@ def halves_runs(seed):
     probes = probes_of(["ridge", "knn"], f"packs/rgbchips_otherhalf_{seed}", shares, "--seeds", "3")
     for name, flags in HALVES.items():
         train = ["--modality", "rgb", "--data", f"packs/rgbchips_half_{seed}", "--epochs", "4",
-                 "--preset", "small", "--img-size", "64", "--batch-size",
-                 "64", *NATURAL, *flags]
+                 "--preset", "small", "--img-size", "64", "--batch-size", "64", *NATURAL, *flags]
         runs.append(Run("halves", name, seed, train, probes))
     return runs
 

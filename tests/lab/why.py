@@ -66,24 +66,19 @@ def soft_gradients(flags, out, batches=8):
     state = torch.load(f"{out}/last.pt", weights_only=True)
     net.student.load_state_dict(state["student"])
     net.teacher.load_state_dict(state["teacher"])
+    features = []                                                # of the student's backbone
+    net.student.backbone.register_forward_hook(lambda *call: features.append(call[-1]))
     rows = pretrain.draw_batches(args.scenes, args, 0, 1, 0, batches)
     found = []
     for step, (x, y) in enumerate(pretrain.read_ahead(args.pack, rows, CPU)):
-        views, kept = pretrain.softcon_views(
-            x, args, pretrain.StepRandomness(args.seed, step, 0, 0, 1))
-        with torch.no_grad():
-            k1, k2 = net.teacher(views)[0].chunk(2)
-        q, features = net.student(views, kept)
-        q1, q2 = q.chunk(2)
-        y1, y2 = y.unbind(1)
-        flags = [args.tau, args.soft_weight, args.soft_tau]
-        _, hard1, soft1 = losses.softcon_loss(q1, k2, y1, y2, *flags)
-        _, hard2, soft2 = losses.softcon_loss(q2, k1, y2, y1, *flags)
-        hard = (hard1 + hard2) / 2
-        soft = args.soft_weight * (soft1 + soft2) / 2
-        gradients = [torch.autograd.grad(term, features, retain_graph=True)[0].flatten()
+        draws = pretrain.StepRandomness(args.seed, step, 0, 0, 1)
+        result = pretrain.softcon_step(net, x, y, args, draws, {})
+        hard = result.terms["info_nce"]
+        soft = args.soft_weight * result.terms["soft"]
+        gradients = [torch.autograd.grad(term, features[-1], retain_graph=True)[0].flatten()
                      for term in (hard, soft)]
-        found.append([losses.soft_share(q, hard, soft), losses.soft_share(features, hard, soft),
+        found.append([losses.soft_share(result.embeddings, hard, soft),
+                      losses.soft_share(features[-1], hard, soft),
                       float(F.cosine_similarity(*gradients, dim=0))])
     return np.mean(found, 0)
 
