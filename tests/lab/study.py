@@ -12,8 +12,8 @@ goes on where it stopped.  The commands run in the folder --work, where packs an
 
 toy       the toy world, s1 and s2c: InfoNCE, SoftCon's two additions to it, and PerA
 ucm       the same from natural images on UC Merced, with its 17 labels; the test has these labels
-transfer  labels of another kind, batch, weight and mask on UC Merced; the test has the 21 scene
-          classes, of 1, 3, 10 and all training images of a class
+transfer  labels of another kind, batch, weight, mask and size on UC Merced; the test has the 21
+          scene classes, of 1, 3, 10 and all training images of a class
 halves    RGB chips of EuroSAT: pretraining sees labels of five classes, the test has the others
 chips     EuroSAT's 13 bands from natural images, without labels
 dense     chips of 224 px of six tiles of Dubai from natural images: IoU of five classes of pixels,
@@ -137,6 +137,10 @@ def transfer_settings():
         settings[f"17 labels, weight {weight}, batch 64"] = ("labels", weighted)
     settings["InfoNCE, mask, batch 64"] = ("labels", [*flags, *NO_SOFT, *MASK])
     settings["17 labels, mask, batch 64"] = ("labels", [*flags, *MASK])
+    flags = ["--batch-size", "16", "--img-size", "112"]          # as the small preset
+    settings["frozen, 112 px"] = ("labels", [*FROZEN, *flags])
+    settings["InfoNCE, 112 px, batch 16"] = ("labels", [*flags, *INFO_NCE])
+    settings["17 labels, 112 px, batch 16"] = ("labels", [*flags, *NO_MASK])
     return settings
 
 
@@ -457,13 +461,13 @@ def rows_of(names, base):
 
 
 def gains_over_info_nce(names):
-    """Each setting of `transfer` over InfoNCE with the same batch and mask."""
+    """Each setting of `transfer` over InfoNCE with the same size, batch and mask."""
     rows = {}
     for name in names:
-        batch = name.rpartition(", ")[2]
-        mask = "mask, " if "mask" in name else ""
-        if batch.startswith("batch") and not name.startswith("InfoNCE"):
-            rows[name] = (name, f"InfoNCE, {mask}{batch}")
+        labels, *how = name.split(", ")
+        if how and labels not in ("frozen", "InfoNCE"):
+            how = [part for part in how if not part.startswith("weight")]
+            rows[name] = (name, ", ".join(["InfoNCE", *how]))
     return rows
 
 
