@@ -8,7 +8,8 @@
 A run is a training by pretrain.py and some probes by probe.py, called as anybody would; its name is
 STUDY/NAME/SEED.  Its line in results/STUDY.jsonl holds the commands, commit, device, the last line
 of the log, and what the probes said.  A run with a line is not repeated, and one that was killed
-goes on where it stopped.  The commands run in the folder --work, where packs and runs lie.
+goes on where it stopped.  Runs of `dense` with one seed are probed side by side, since their heads
+take longest.  The commands run in the folder --work, where packs and runs lie.
 
 toy       the toy world, s1 and s2c: InfoNCE, SoftCon's two additions to it, and PerA
 ucm       the same from natural images on UC Merced, with its 17 labels; the test has these labels
@@ -59,17 +60,17 @@ RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass
-class Run:
-    """train: flags of pretrain.py; probes: {name: flags of probe.py}."""
+class Runs:
+    """Runs that are probed together.  train: {name of a run: flags of pretrain.py}; probes: {name:
+    flags of probe.py}."""
     study: str
-    name: str
     seed: int
-    train: list
+    train: dict
     probes: dict
 
     @property
-    def key(self):
-        return f"{self.study}/{self.name}/{self.seed}"
+    def keys(self):
+        return {f"{self.study}/{name}/{self.seed}": name for name in self.train}
 
 
 NATURAL = ["--init", "DIR/vit_tiny_in1k/vit_tiny_patch16_224.pth", "--init-norm", "half"]
@@ -108,8 +109,8 @@ def toy_runs(seed):
     runs = []
     for modality in ("s1", "s2c"):
         for method, flags in METHODS.items():
-            train = ["--modality", modality, *flags]
-            runs.append(Run("toy", f"{modality} {method}", seed, train, {"ridge": []}))
+            train = {f"{modality} {method}": ["--modality", modality, *flags]}
+            runs.append(Runs("toy", seed, train, {"ridge": []}))
     return runs
 
 
@@ -118,7 +119,7 @@ def ucm_runs(seed):
     pack = f"packs/ucm_labels_{seed}"
     for method, flags in {"frozen": FROZEN, **METHODS}.items():
         train = ["--modality", "rgb", "--data", pack, "--epochs", "4", *NATURAL, *flags]
-        runs.append(Run("ucm", method, seed, train, probes_of(["ridge"], pack, SHARES)))
+        runs.append(Runs("ucm", seed, {method: train}, probes_of(["ridge"], pack, SHARES)))
     return runs
 
 
@@ -152,7 +153,7 @@ def transfer_runs(seed):
     for name, (labelling, flags) in transfer_settings().items():
         train = ["--modality", "rgb", "--data", f"packs/ucm_{labelling}_{seed}", "--epochs", "4",
                  "--img-size", "64", *NATURAL, *flags]
-        runs.append(Run("transfer", name, seed, train, probes))
+        runs.append(Runs("transfer", seed, {name: train}, probes))
     return runs
 
 
@@ -166,7 +167,7 @@ def halves_runs(seed):
     for name, flags in HALVES.items():
         train = ["--modality", "rgb", "--data", f"packs/rgbchips_half_{seed}", "--epochs", "4",
                  "--preset", "small", "--img-size", "64", "--batch-size", "64", *NATURAL, *flags]
-        runs.append(Run("halves", name, seed, train, probes))
+        runs.append(Runs("halves", seed, {name: train}, probes))
     return runs
 
 
@@ -183,7 +184,8 @@ def chips_runs(seed):
     pack = f"packs/chips_classes_{seed}"
     for name, flags in CHIPS.items():
         train = ["--modality", "eurosat", "--data", pack, "--img-size", "64", *flags]
-        runs.append(Run("chips", name, seed, train, probes_of(["ridge", "logistic"], pack, [1.0])))
+        probes = probes_of(["ridge", "logistic"], pack, [1.0])
+        runs.append(Runs("chips", seed, {name: train}, probes))
     return runs
 
 
@@ -192,13 +194,12 @@ SIDES = ("112", "224")                            # at which the probe shows the
 
 
 def dense_runs(seed):
-    runs = []
     pack = f"packs/dubai_tiles_{seed}"
     probes = {side: ["--data", pack, "--img-size", side] for side in SIDES}
+    train = {}
     for name, flags in DENSE.items():
-        train = ["--modality", "rgb", "--data", pack, "--epochs", "3", *NATURAL, *flags]
-        runs.append(Run("dense", name, seed, train, probes))
-    return runs
+        train[name] = ["--modality", "rgb", "--data", pack, "--epochs", "3", *NATURAL, *flags]
+    return [Runs("dense", seed, train, probes)]
 
 
 STUDIES = {toy_runs: 3, ucm_runs: 3, transfer_runs: 3, halves_runs: 3, chips_runs: 3,
@@ -210,7 +211,8 @@ def all_runs(seeds=None):
     for study, count in STUDIES.items():
         for seed in seeds or range(count):
             for run in study(seed):
-                run.train += ["--seed", str(seed)]
+                for flags in run.train.values():
+                    flags += ["--seed", str(seed)]
                 runs.append(run)
     return runs
 
@@ -300,16 +302,15 @@ def prepare(runs, work, shared):
     """Make the packs that the runs read: packs/SOURCE, and packs/SOURCE_LABELLING_SEED."""
     flags = set()
     for run in runs:
-        flags |= set(run.train)
-        for probe in run.probes.values():
-            flags |= set(probe)
+        for words in (*run.train.values(), *run.probes.values()):
+            flags |= set(words)
     for name in sorted(flag for flag in flags if flag.startswith("packs/")):
         source, labelling, seed = name.removeprefix("packs/").split("_")
         if not Path(work, "packs", source).exists():
             call("data.py", ["pack", *SOURCES[source]], work, shared, sys.stdout)
         if not Path(work, name).exists():
             relabel(f"{work}/packs/{source}", f"{work}/{name}", labelling, int(seed))
-    for modality in sorted({run.train[1] for run in runs if run.study == "toy"}):
+    for modality in sorted(flags & {"s1", "s2c"}):
         if not Path(work, f"toy_{modality}").exists():
             flags = ["pack", "toy", f"toy_{modality}", "--modality", modality]
             call("data.py", ["toy", "toy"], work, shared, sys.stdout)
@@ -339,42 +340,61 @@ def last_json(path):
     return json.loads(Path(path).read_text().splitlines()[-1])
 
 
-def run_one(run, work, shared):
-    """Train and probe -> the run's line."""
+def said_of(report, ckpt):
+    """What a probe of several networks said of one of them and of the floors."""
+    curve = []
+    for row in report["curve"]:
+        table = row["all"]
+        if ckpt in table:                         # else it was alone
+            table = {name: table[name] for name in (ckpt, "random", "stats")}
+            table["checkpoint"] = table.pop(ckpt)
+        curve.append(row | {"all": table})
+    return {key: value for key, value in report.items() if key != "all"} | {"curve": curve}
+
+
+def run_together(run, work, shared):
+    """Train and probe -> the lines of these runs."""
     begin = time.time()
-    out = f"runs/{run.key}".replace(" ", "_")
-    os.makedirs(f"{work}/{out}", exist_ok=True)
-    steps = {"train": ["pretrain.py", *run.train, "--out", out, "--resume"]}
-    for name, flags in run.probes.items():
-        steps[name] = ["probe.py", "--ckpt", f"{out}/backbone.pt", *flags]
-    for name, (script, *flags) in steps.items():
-        with open(f"{work}/{out}/{name}.txt", "w") as output:
+    outs = {name: f"runs/{key}".replace(" ", "_") for key, name in run.keys.items()}
+    commands = {}                                 # {file of what it says: words}
+    for name, out in outs.items():
+        os.makedirs(f"{work}/{out}", exist_ok=True)
+        commands[f"{out}/train"] = ["pretrain.py", *run.train[name], "--out", out, "--resume"]
+    ckpts = [f"{out}/backbone.pt" for out in outs.values()]
+    for probe, flags in run.probes.items():
+        commands[f"{out}/{probe}"] = ["probe.py", "--ckpt", *ckpts, *flags]
+    for path, (script, *flags) in commands.items():
+        with open(f"{work}/{path}.txt", "w") as output:
             call(script, flags, work, shared, output)
-    probes = {name: last_json(f"{work}/{out}/{name}.txt") for name in run.probes}
-    for report in probes.values():
-        report.pop("all")                         # "curve" has it, too
-    config = json.loads(Path(work, out, "config.json").read_text())
-    return {"study": run.study, "name": run.name, "seed": run.seed,
-            "commands": [shlex.join(["python", *words]) for words in steps.values()],
+    reports = {probe: last_json(f"{work}/{out}/{probe}.txt") for probe in run.probes}
+    shown = [shlex.join(["python", *words]) for words in commands.values()]
+    lines = []
+    for (name, out), ckpt in zip(outs.items(), ckpts):
+        config = json.loads(Path(work, out, "config.json").read_text())
+        lines.append({
+            "study": run.study, "name": name, "seed": run.seed, "commands": shown,
             "commit": commit(), "device": config["device"], "threads": 1,
             "torch": importlib.metadata.version("torch"),
             "minutes": round((time.time() - begin) / 60, 1),
-            "log": last_json(f"{work}/{out}/log.jsonl"), "probes": probes}
+            "log": last_json(f"{work}/{out}/log.jsonl"),
+            "probes": {probe: said_of(report, ckpt) for probe, report in reports.items()}})
+    return lines
 
 
 def run_many(runs, workers, work, shared):
-    """All these runs, `workers` at a time; appends their lines."""
+    """All these, `workers` at a time; appends their lines."""
     lock = threading.Lock()
 
     def run_and_write(run):
+        keys = ", ".join(run.keys)
         try:
-            line = run_one(run, work, shared)
+            lines = run_together(run, work, shared)
         except subprocess.CalledProcessError as error:
-            print(f"{run.key}: {error}; what it said lies in {work}/runs/{run.key}", flush=True)
+            print(f"{keys}: {error}; what it said lies in {work}/runs", flush=True)
             return
         with lock, open(RESULTS / f"{run.study}.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(f"{run.key}: {line['minutes']} minutes", flush=True)
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        print(f"{keys}: {lines[0]['minutes']} minutes", flush=True)
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(run_and_write, runs))
@@ -547,10 +567,13 @@ def main(argv=None):
     done = {f"{line['study']}/{line['name']}/{line['seed']}" for line in lines}
     chosen = []
     for run in all_runs():
-        asked = any(name == run.study or fnmatch.fnmatch(run.key, name) for name in args.names)
-        if asked and run.key not in done:
+        asked = run.study in args.names
+        for pattern in args.names:
+            asked = asked or len(fnmatch.filter(run.keys, pattern)) > 0
+        if asked and not done.issuperset(run.keys):
             chosen.append(run)
-    print(f"{len(chosen)} runs: {', '.join(run.key for run in chosen)}")
+    keys = [key for run in chosen for key in run.keys]
+    print(f"{len(keys)} runs: {', '.join(keys)}")
     os.makedirs(f"{args.work}/packs", exist_ok=True)
     prepare(chosen, args.work, args.shared)
     run_many(chosen, args.workers, args.work, args.shared)
