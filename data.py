@@ -883,10 +883,6 @@ def read_folder(root, sensor, labels=None, masks=None, colours=None):
         size = partial(size_of, path, mask_of[name])
         classes = found.get(name, ())
         archive.images.append(Image(scene, name, read, classes, size=size, mask=mask))
-    looks_like = [name for name in folders if name.lower() in ("mask", "masks", "labels", "gt")]
-    if looks_like:
-        archive.notes.append(f"the files in {', '.join(looks_like)} are packed as images; if they "
-                             f"are masks, say --masks {root}/{looks_like[0]}")
     return archive
 
 

@@ -66,13 +66,6 @@ def test_label_similarity_is_shared_classes_over_the_root_of_the_sizes():
         assert torch.allclose(s, torch.tensor(want), atol=1e-6)
 
 
-def test_single_labels_reduce_label_similarity_to_class_equality():
-    a = torch.randint(L, (20,), generator=seeded())
-    b = torch.randint(L, (30,), generator=seeded(1))
-    one_hot = torch.eye(L)
-    assert torch.equal(losses.label_similarity(one_hot[a], one_hot[b]), (a[:, None] == b).float())
-
-
 @pytest.mark.parametrize("tau, offset", [(0.1, 0), (0.2, 3)])
 def test_info_nce_equals_a_double_loop(tau, offset):
     q, k, _, _ = example()
@@ -261,18 +254,6 @@ def test_masks_are_uniform_over_positions_and_follow_the_seed_alone():
     assert not torch.equal(sets[0], losses.disjoint_masks(20000, 36, generator=seeded(1))[0])
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: losses.info_nce(torch.ones(1, D), torch.ones(1, D), 0.2), "at least 2"),
-    (lambda: losses.koleo(torch.ones(1, D)), "at least 2"),
-    (lambda: losses.disjoint_masks(1, 36, 0.5, 0.3, 0.3), "mask ratios 0.5 0.3 0.3 of 36 patches"),
-    (lambda: losses.disjoint_masks(1, 4, 0.1, 0.3, 0.6), "mask ratios 0.1 0.3 0.6 of 4 patches"),
-    (lambda: losses.disjoint_masks(1, 36, 0.2, 0.0, 0.8), "mask ratios 0.2 0.0 0.8 of 36 patches"),
-    (lambda: losses.block_mask(2, (4, 4), 1.0), "mask ratio 1.0 leaves no patch of a 4 x 4 grid")])
-def test_batches_and_shares_that_cannot_be_are_named(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
 @pytest.mark.parametrize("h, w, ratio", [(16, 16, 0.3), (8, 6, 0.4), (7, 5, 0.6), (2, 3, 0)])
 def test_block_mask_covers_with_one_drawn_rectangle_after_another_and_cuts_the_last(h, w, ratio):
     """So that each image keeps exactly the same number of patches, in order."""
@@ -322,11 +303,3 @@ def test_feature_std_and_effective_rank_equal_independent_formulas_and_are_0_and
         assert abs(rank - math.exp(-(p * np.log(p)).sum())) < 1e-3
     std, rank = losses.collapse(torch.ones(64, 32))
     assert std < 1e-6 and rank < 1.01
-
-
-def test_soft_share_is_the_part_of_the_soft_term_in_the_sum_of_gradient_norms():
-    q = torch.zeros(4, 3, requires_grad=True)
-    hard = q[:, 0].sum()                                                   # gradient norm 2
-    soft = 3 * q[0].sum()                                                  # 3 sqrt(3)
-    want = 3 * math.sqrt(3) / (2 + 3 * math.sqrt(3))
-    assert abs(losses.soft_share(q, hard, soft) - want) < 1e-6

@@ -149,19 +149,6 @@ def test_a_vit_computes_dinov2s_definition_and_dropped_tokens_are_as_if_masked(
     assert torch.equal(m(x, keep), tokens[:, 0])
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: models.build("resnet34", 3), "unknown arch 'resnet34'; choose from resnet18, "),
-    (lambda: models.build("vit_tiny", 3, 50, 14), "50 x 50 is not divisible by patch size 14"),
-    (lambda: models.build("vit_tiny", 2, 56)(torch.rand(1, 2, 56, 50)),
-     "56 x 50 is not divisible by patch size 14"),
-    (lambda: models.build("vit_tiny", 2, 56)(torch.rand(1, 3, 56, 56)),
-     "input has 3 channels, the model takes 2"),
-])
-def test_what_cannot_be_computed_is_named(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
 def test_drop_path_skips_a_share_of_the_samples_and_scales_the_rest_to_the_same_mean():
     block = models.ViTBlock(8, heads=2, layerscale=True, drop_path=0.4).train()
     x = torch.rand(10, 3, 8) + 1

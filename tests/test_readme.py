@@ -125,12 +125,6 @@ def test_the_preset_table_is_that_of_pretrain():
             assert cell == " ".join(words), (name, cell)
 
 
-def test_the_nine_classes_are_those_of_the_labels():
-    text = " ".join(README.split())
-    for number, name in enumerate(data.CLASSES):
-        assert f"{number} {name}" in text
-
-
 def test_the_pack_by_hand_and_the_use_of_a_backbone_run_as_shown(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     by_hand, use = fences("python")

@@ -2,18 +2,15 @@
 
     python tests/lab/dry_run.py --modality s1
     python tests/lab/dry_run.py --modality rgb --data PACK --method pera --arch vit_large
-    torchrun --nproc-per-node 8 tests/lab/dry_run.py ...            the share of one of 8 ranks
 
-Takes pretrain.py's flags.  The step runs on the meta device, where tensors have a shape and no
-numbers, in float32.  Printed are: the preset and all flags; the parameters of each part; each line
-of pretrain.py, losses.py and model.py that makes tensors, with their names and shapes; tokens,
-operations and memory; steps and schedules.  Read it beside the ten lines of each method in the
-README.  Without --data it makes the toy world first, as pretrain.py does.
+Takes pretrain.py's flags, and makes the toy world if there is no --data, as pretrain.py does.  The
+step runs on the meta device, where tensors have a shape and no numbers.  Printed are: the preset;
+the parameters of each part; each line of pretrain.py, losses.py and model.py that makes tensors,
+with their names and shapes on its left; the number of operations.  Read it beside the ten lines of
+each method in the README; the comments behind the lines say what the axes are.
 """
 import linecache
-import os
 import sys
-import textwrap
 from pathlib import Path
 
 import torch
@@ -25,7 +22,8 @@ import losses  # noqa: E402
 import model as models  # noqa: E402
 import pretrain  # noqa: E402
 
-# ------------------------------------------------------------------------- tracing the step's lines
+# functions that would say little: one rank has all draws, the others stand within a line
+SILENT = ("of_this_rank", "<listcomp>", "<genexpr>", "<dictcomp>", "<lambda>")
 
 
 def shapes(name, value):
@@ -40,173 +38,99 @@ def shapes(name, value):
 
 
 class Tracer:
-    """While active it collects each line that makes tensors, as text, indented as calls are nested.
+    """Collects the lines of some files that make tensors, as text, indented as calls are nested.
 
-    A line that comes again with the same shapes is left out.
+    A line that comes again with the same shapes is left out: the blocks of a ViT are shown once.
     """
 
     def __init__(self, *modules):
         self.files = [module.__file__ for module in modules]
         self.texts = []
-        self.calls = []       # of each open call: its variables and the line that is under way
+        self.depth = 0
+        self.heads = []         # of the innermost calls that have not made anything new yet
 
-    def __enter__(self):
-        self.debugger = sys.gettrace()
-        sys.settrace(self.trace)
-        return self
+    def begin_call(self, frame, event, _):
+        """Python calls this when a function begins.  Returns what it shall call for each line."""
+        code = frame.f_code
+        if code.co_filename not in self.files or code.co_name in SILENT:
+            return None
+        self.heads.append(self.describe(shapes_of_new({}, frame), f"in {code.co_qualname}:"))
+        self.depth += 1
+        before = dict(frame.f_locals)
+        number = frame.f_lineno
 
-    def __exit__(self, *_):
-        sys.settrace(self.debugger)
+        def end_line(frame, event, _):
+            """Python calls this before each line and at the end: line `number` has just run."""
+            nonlocal before, number
+            source = linecache.getline(code.co_filename, number)
+            self.add(shapes_of_new(before, frame), " ".join(source.split()))
+            before = dict(frame.f_locals)
+            number = frame.f_lineno
+            if event == "return":
+                self.depth -= 1
+                del self.heads[-1:]                            # if it is still there
+            return end_line
+        return end_line
 
-    def trace(self, frame, event, _):
-        """Python calls this when a function begins, before each of its lines, and at its end."""
-        if event == "call":
-            if not self.is_interesting(frame.f_code):
-                return None                                        # this call is not traced
-            self.show({}, frame, f"in {frame.f_code.co_qualname}:", always=True)
-            self.calls.append((dict(frame.f_locals), frame.f_lineno))
-            return self.trace
-        variables, number = self.calls.pop()
-        source = linecache.getline(frame.f_code.co_filename, number)
-        self.show(variables, frame, " ".join(source.split()))
-        if event == "return":
-            self.drop_empty_header(frame)
-        else:
-            self.calls.append((dict(frame.f_locals), frame.f_lineno))
-        return self.trace
+    def describe(self, made, source):
+        return f"{'  ' * self.depth + ', '.join(made):<64} {source}"
 
-    def is_interesting(self, code):
-        """Is it one of the traced files' functions, and longer than one statement?"""
-        if code.co_filename not in self.files or code.co_name.startswith("<"):
-            return False
-        lines = {number for _, _, number in code.co_lines()}
-        return len(lines) > 2 and code.co_name != "of_this_rank"       # which would say little
-
-    def show(self, before, frame, source, always=False):
-        """A text with the tensors among the variables that changed since `before`."""
-        made = []
-        for name, value in frame.f_locals.items():
-            if before.get(name) is not value:
-                made += shapes(name, value)
-        text = f"{'  ' * len(self.calls) + ', '.join(made):<64} {source}"
-        if (made or always) and text not in self.texts:
-            self.texts.append(text)
-
-    def drop_empty_header(self, frame):
-        """Removes the head of a function that made nothing."""
-        if self.texts[-1].endswith(f" in {frame.f_code.co_qualname}:"):
-            self.texts.pop()
+    def add(self, made, source):
+        text = self.describe(made, source)
+        if made and text not in self.texts:
+            self.texts += [*self.heads, text]
+            self.heads.clear()
 
 
-# ------------------------------------------------------------------------------- what a step costs
+def shapes_of_new(before, frame):
+    """The tensors among a call's variables that are others than `before`."""
+    made = []
+    for name, value in frame.f_locals.items():
+        if before.get(name) is not value:
+            made += shapes(name, value)
+    return made
 
 
-def note_tokens(net):
-    """-> list that a step fills with how many tokens of a view the blocks of the ViTs compute."""
-    found = []
-
-    def note(name):
-        def hook(block, inputs):
-            text = f"{name} {inputs[0].shape[1]}"                         # tokens are (B,N,D)
-            if text not in found:
-                found.append(text)
-        return hook
-
-    for name, branch in (("student", net.student), ("teacher", net.teacher)):
-        for block in getattr(branch.backbone, "blocks", []):
-            block.register_forward_pre_hook(note(name))
-    return found
-
-
-def run_step(net, x, y, args):
-    """One micro-batch, forward and backward.  Returns the lines of text, the number of operations,
-    and the bytes that autograd holds from forward to backward, beside the weights."""
-    draws = pretrain.StepRandomness(args.seed, 0, 0, 0, 1)
-    values = pretrain.schedules(args, 0, 100)
-    held = []
-
-    def hold(tensor):
-        held.append(tensor)                         # alive, so that no other gets its storage
-        return tensor
+def trace_step(net, x, y, args):
+    """One micro-batch, forward and backward -> (lines of text, number of operations)."""
+    draws = pretrain.StepRandomness(args.seed, step=0, micro=0, rank=0, world=1)
+    values = pretrain.schedules(args, step=0, total=100)
+    tracer = Tracer(pretrain, losses, models)
+    debugger = sys.gettrace()
     with FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-            with Tracer(pretrain, losses, models) as tracer:
-                result = pretrain.STEPS[args.method](net, x, y, args, draws, values)
+        sys.settrace(tracer.begin_call)
+        try:
+            result = pretrain.STEPS[args.method](net, x, y, args, draws, values)
+        finally:
+            sys.settrace(debugger)
         result.loss.backward()
-
-    weights = set()
-    for branch in (net.student, net.teacher):
-        weights |= {storage(p) for p in branch.parameters()}
-    sizes = {}
-    for tensor in held:
-        if storage(tensor) not in weights:
-            sizes[storage(tensor)] = tensor.untyped_storage().nbytes()
-    return tracer.texts, counter.get_total_flops(), sum(sizes.values())
+    return tracer.texts, counter.get_total_flops()
 
 
-def storage(tensor):
-    """Names a tensor's memory.  (A meta tensor has no address, so the storage object does.)"""
-    return tensor.untyped_storage()._cdata
-
-
-# ------------------------------------------------------------------------------------- the printing
-
-
-def count_parameters(branch):
-    return sum(p.numel() for p in branch.parameters())
-
-
-def print_parameters(net):
-    for name, branch in (("student", net.student), ("teacher", net.teacher)):
-        counts = [f"parameters in millions {count_parameters(branch) / 1e6:.2f}"]
-        for part, module in branch.named_children():
-            counts.append(f"{part} {count_parameters(module) / 1e6:.2f}")
-        print(f"{name}: {', '.join(counts)}")
-
-
-def print_costs(net, tokens, flops, activations, args, micro_batch, world):
-    print(f"tokens of a view, CLS included: {', '.join(tokens) or 'none, a ResNet'}")
-    tera = flops / 1e12
-    print(f"operations: {tera:.4g} TFLOP a micro-batch of {micro_batch} scenes, "
-          f"{tera * args.accum * world:.4g} TFLOP a step of {args.batch_size}")
-    student = 4e-9 * count_parameters(net.student)                         # GB in float32
-    teacher = 4e-9 * count_parameters(net.teacher)
-    print(f"memory of a rank in GB: parameters {student:.2f}, gradients {student:.2f}, "
-          f"AdamW {2 * student:.2f}, teacher {teacher:.2f}, activations {activations / 1e9:.2f} "
-          f"(float32; bf16: about half)")
+def millions(module):
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}"
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if os.environ.get("RANK", "0") != "0":
-        return
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    argv = sys.argv[1:] if argv is None else argv
     # a run that lies in --out does not matter, and the meta device knows no autocast
     args = pretrain.resolve_flags([*argv, "--resume", "--amp", "off"])
-    print(pretrain.describe_run(args, pretrain.versions(args, world)))
-    flags = [f"{name} {value}" for name, value in pretrain.plain_flags(args).items()]
-    print(textwrap.fill(f"flags: {', '.join(flags)}", 100, subsequent_indent="    "))
-
+    print(pretrain.describe_run(args, {}))
     pack = args.pack
-    micro_batch = args.batch_size // world // args.accum
+    scenes = args.batch_size // args.accum
     views = pretrain.VIEWS[args.method]
     with torch.device("meta"):
         net = pretrain.networks(args, torch.device("meta"), quiet=True)
-        x = torch.empty(micro_batch, views, *pack.images.shape[1:], dtype=torch.uint8)
-        y = torch.empty(micro_batch, views, len(pack.classes))
-    print_parameters(net)
+        x = torch.empty(scenes, views, *pack.images.shape[1:], dtype=torch.uint8)
+        y = torch.empty(scenes, views, len(pack.classes))
 
-    tokens = note_tokens(net)
-    texts, flops, activations = run_step(net, x, y, args)
-    print("what each line makes; lines that come with the same shapes again are left out:")
+    for name, branch in (("student", net.student), ("teacher", net.teacher)):
+        parts = [f"{part} {millions(module)}" for part, module in branch.named_children()]
+        print(f"{name}: {millions(branch)} million parameters: {', '.join(parts)}")
+    texts, operations = trace_step(net, x, y, args)
+    print("what each line makes; lines that come again with the same shapes are left out:")
     print("\n".join(texts))
-    print_costs(net, tokens, flops, activations, args, micro_batch, world)
-    steps_per_epoch = len(args.scenes) // args.batch_size
-    total = args.epochs * steps_per_epoch
-    print(f"steps: {total}, {steps_per_epoch} an epoch")
-    for step in (0, total // 2, total - 1):
-        values = pretrain.schedules(args, step, total)
-        print(f"step {step}: {', '.join(f'{name} {value:.4g}' for name, value in values.items())}")
+    print(f"operations: {operations / 1e12:.4g} TFLOP for {scenes} scenes, forward and backward")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
     python tests/lab/show.py scenes toy_s2c --out scenes.svg
     python tests/lab/show.py features backbone.pt --data toy_s1 --out features.svg
-    python tests/lab/show.py maps backbone.pt --data PACK_WITH_MASKS --out maps.svg
+    python tests/lab/show.py maps backbone.pt --data PACK_WITH_MASKS --n 6 --out maps.svg
     python tests/lab/show.py curve runs/softcon_s1/log.jsonl --out curve.svg
     python tests/lab/show.py gains --out gains.svg
 
-scenes     scenes of a pack, one a row: their images, SoftCon's two views, the masks of both
-           methods, the labels and their similarity; views as the full-size presets draw them
-features   images of a pack beside the principal components of a ViT's patch tokens
+scenes     scenes of a pack, one a row: SoftCon's two views, the masks of both methods, all images,
+           and how alike the labels are; views as the full-size presets draw them
+features   images of a pack beside the principal components of a network's features
 maps       test images of a pack with masks, their masks, and what the dense probe guesses
 curve      the loss terms of a run and k-NN on held-out scenes, from its log
 gains      what the soft term adds on classes that it saw no label of, from lines of study.py
@@ -17,17 +17,17 @@ The first run of pretrain.py makes the packs toy_s1 and toy_s2c.
 """
 import argparse
 import base64
+import html
+import itertools
 import json
 import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from xml.etree import ElementTree
 
 import imagecodecs
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data  # noqa: E402
@@ -40,94 +40,116 @@ import study  # noqa: E402
 INK = "#222222"
 GREY = "#777777"
 RULE = "#cccccc"
-PAPER = "#ffffff"
+BLUE = "#1f5fa8"
+ORANGE = "#e6550d"
+GREEN = "#2c9a3f"
+YELLOW = "#f2d205"
+RED = "#d0213a"
+
+WIDTH = 960                           # of a drawing, in pixels
 MARGIN = 16
+SIDE = 96                             # of a picture
+STEP = SIDE + 4                       # from one picture to the next
 
 # ------------------------------------------------------------------------------------------ drawing
 
 
 class Svg:
-    """A drawing.  Shapes and words are added one by one; lengths in pixels from the top left."""
+    """A drawing that grows downwards.  Lengths are pixels, from the top left."""
 
-    def __init__(self, width, height):
-        self.root = ElementTree.Element("svg", {
-            "xmlns": "http://www.w3.org/2000/svg", "width": str(width), "height": str(height),
-            "viewBox": f"0 0 {width} {height}", "font-family": "Helvetica, Arial, sans-serif"})
-        self.rect(0, 0, width, height, PAPER)
+    def __init__(self):
+        self.elements = []
+        self.bottom = 0                                # of what is drawn so far
 
-    def add(self, tag, content=None, **attributes):
-        """Add an element.  Python's stroke_width is SVG's stroke-width."""
-        element = ElementTree.SubElement(self.root, tag)
-        element.text = content
-        for name, value in attributes.items():
-            if isinstance(value, float):
-                value = round(value, 1)
-            element.set(name.replace("_", "-"), str(value))
+    def add(self, element, bottom):
+        self.elements.append(element)
+        self.bottom = max(self.bottom, bottom)
 
-    def rect(self, x, y, width, height, fill, **more):
-        self.add("rect", x=x, y=y, width=width, height=height, fill=fill, **more)
+    def rect(self, x, y, width, height, fill, opacity=1):
+        self.add(f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="{fill}" '
+                 f'fill-opacity="{opacity:.2f}"/>', y + height)
 
-    def text(self, x, y, words, size=12, fill=INK, **more):
-        """Write a line of words; y is its base line."""
-        self.add("text", words, x=x, y=y, font_size=size, fill=fill, **more)
+    def text(self, x, y, words, fill=INK, weight="normal", anchor="start"):
+        """Write a line of words; y is its base line, x its anchor: start, middle or end."""
+        self.add(f'<text x="{x}" y="{y}" fill="{fill}" font-weight="{weight}" '
+                 f'text-anchor="{anchor}">{html.escape(words)}</text>', y + 4)
 
-    def line(self, points, stroke=INK, width=1):
-        """Join points [(x, y), ...] by straight lines."""
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        self.add("polyline", points=path, fill="none", stroke=stroke, stroke_width=width)
+    def line(self, x, y, colour, width=1):
+        """Join points x (n,), y (n,) by straight lines."""
+        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
+        self.add(f'<polyline points="{points}" fill="none" stroke="{colour}" '
+                 f'stroke-width="{width}"/>', max(y))
 
-    def image(self, x, y, side, pixels):
-        """Place float pixels (3,h,w) in [0,1] in a square; they stay sharp when enlarged."""
-        pixels = (255 * pixels).round().byte().permute(1, 2, 0).contiguous().numpy()
-        png = base64.b64encode(imagecodecs.png_encode(pixels, level=9)).decode()
-        self.add("image", x=x, y=y, width=side, height=side, preserveAspectRatio="none",
-                 style="image-rendering: pixelated", href=f"data:image/png;base64,{png}")
+    def picture(self, x, y, pixels):
+        """Place float pixels (3,h,w) in [0,1]; they stay sharp when enlarged."""
+        levels = (255 * pixels).round().byte()
+        png = imagecodecs.png_encode(levels.permute(1, 2, 0).contiguous().numpy(), level=9)
+        href = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        self.add(f'<image x="{x}" y="{y}" width="{SIDE}" height="{SIDE}" href="{href}" '
+                 f'style="image-rendering: pixelated"/>', y + SIDE)
+
+    def legend(self, x, y, colours):
+        """What colours mean, {words: colour}, one below the other."""
+        for words, colour in colours.items():
+            self.rect(x, y, 12, 12, colour)
+            self.text(x + 20, y + 10, words)
+            y += 18
 
     def save(self, path):
-        ElementTree.indent(self.root)
-        text = ElementTree.tostring(self.root, encoding="unicode")
+        height = math.ceil(self.bottom) + MARGIN
+        head = (f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
+                f'viewBox="0 0 {WIDTH} {height}" font-family="Helvetica, Arial, sans-serif" '
+                f'font-size="12">')
+        paper = '<rect width="100%" height="100%" fill="white"/>'
+        text = "\n".join([head, paper, *self.elements, "</svg>"])
         Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def rgb(colour):
+    """A colour "#rrggbb" as a picture of one pixel, (3,1,1) in [0,1]."""
+    levels = bytes.fromhex(colour.removeprefix("#"))
+    return torch.tensor(list(levels)).view(3, 1, 1) / 255
 
 
 def visible_bands(sensor):
     """Places of the bands that are drawn as red, green and blue."""
-    if sensor.red_green_blue:
-        return list(sensor.red_green_blue)
     last = len(sensor.bands) - 1
-    return [0, (last + 1) // 2, last]
+    return sensor.red_green_blue or [0, (last + 1) // 2, last]
 
 
-def some_scenes(pack, n, seed):
-    """Numbers of n scenes of the pack, or of all if there are fewer."""
-    return np.random.default_rng(seed).permutation(len(pack.scenes))[:n].tolist()
+def small_image(pack, row):
+    """An image of a pack: float (3,h,w) in [0,1], at most SIDE pixels high and wide."""
+    image = pack.images[row][visible_bands(pack.sensor)]
+    return torch.from_numpy(data.resize(image, min(SIDE, pack.size))) / 255
+
+
+def draw_groups(caption, titles, groups):
+    """Draw groups of pictures, {name: [pixels, ...]}, with a title above each of the pictures."""
+    svg = Svg()
+    svg.text(MARGIN, 24, caption)
+    columns = 9 // len(titles)                         # groups in a line
+    width = len(titles) * STEP + 14
+    for k, (name, pictures) in enumerate(groups.items()):
+        left = MARGIN + k % columns * width
+        top = 64 + k // columns * (STEP + 18)
+        svg.text(left, top + 14, name, GREY)
+        for j, pixels in enumerate(pictures):
+            svg.picture(left + j * STEP, top + 20, pixels)
+        for j, title in enumerate(titles):
+            if k < columns:
+                svg.text(left + j * STEP, 52, title, weight="bold")
+    return svg
 
 
 # ------------------------------------------------------------------------------------------- scenes
 
-SIDE = 64                             # pixels of a view
-PATCH = 8                             # pixels of a patch
-TILE = 64                             # side of a drawn image
-STEP = TILE + 4                       # from one image to the next
-CELL = 42                             # from one cell of the similarity matrix to the next
-LINE = 14                             # from one line of words to the next
-TOP = 64                              # height of the titles
-
-DARK = (0.15, 0.15, 0.15)             # colours of the masks, red green blue in [0,1]
-BLUE = (0.1, 0.4, 1.0)
-YELLOW = (1.0, 0.9, 0.1)
-RED = (0.9, 0.1, 0.2)
-MEANINGS = {DARK: "dark: SoftCon's student does not see this patch",
-            BLUE: "blue: PerA's student sees it",
-            YELLOW: "yellow: PerA's student must guess its pixels, which nobody sees",
-            RED: "red: PerA's teacher sees it"}
-NOTES = ["Similarity 1: the same classes.", "Similarity 0: no class in common, or no labels.",
-         "The diagonal compares two images of one scene."]
-TITLES = {"images": ("Images", "of the scene"),
-          "views": ("SoftCon's views", "two images: 1, 2"),
-          "softcon": ("SoftCon", "1, masked"),
-          "pera": ("PerA", "three sets"),
-          "labels": ("Labels", "of view 1, of view 2"),
-          "similarity": ("Label similarity", "of view 1 to view 2 of scene")}
+PATCH = 12                            # pixels of a patch; a view has SIDE pixels
+LETTERS = "ABCDEFGHIJKL"              # of the scenes
+MASKS = {"black: SoftCon's student does not see this patch": "#000000",
+         "blue: PerA's student sees it": BLUE,
+         "yellow: PerA's student must guess its pixels, which nobody sees": YELLOW,
+         "red: PerA's teacher sees it": RED}
+ALONE = {(1, 1): "", (1, 0): " (1)", (0, 1): " (2)"}        # after a label that one view alone has
 
 
 def view_flags(method, sensor):
@@ -136,254 +158,181 @@ def view_flags(method, sensor):
     return SimpleNamespace(**pretrain.PRESETS[method, "full"] | small)
 
 
-def area_of(patches):
-    """Patch indices (m,) of a view -> (SIDE,SIDE) bool: their pixels."""
-    side = SIDE // PATCH
-    area = torch.zeros(side * side, dtype=torch.bool)
-    area[patches] = True
-    return area.reshape(side, side).kron(torch.ones(PATCH, PATCH, dtype=torch.bool))
+def only(patches, views):
+    """The views (n,3,SIDE,SIDE), black but for these patches (n,m)."""
+    there = losses.blank_patches(torch.ones_like(views), patches, PATCH) == 1
+    return views * there
 
 
-def fill(colour):
-    """(3,SIDE,SIDE) of one colour."""
-    return torch.tensor(colour).view(3, 1, 1).expand(3, SIDE, SIDE)
+def training_pictures(pack, rows, seed):
+    """What training sees of n scenes, given rows (n,2) of their images.
 
-
-def tint(picture, view, patches, colour):
-    """The picture (3,SIDE,SIDE) with these patches of a view in a colour."""
-    return torch.where(area_of(patches), (view + fill(colour)) / 2, picture)
-
-
-def scene_pictures(pack, scenes, seed):
-    """What training would see of some scenes, by columns of the drawing.
-
-    Returns [{name of the column: [float (3,h,w) in [0,1], ...]}, ...], a dict a scene, and the
-    labels (n,2,L) of the two views.
+    (n,4,3,SIDE,SIDE): SoftCon's view 1, view 2, view 1 masked, and PerA's three sets of patches.
     """
-    rng = np.random.default_rng(seed)
-    # two images of each scene, one twice if alone: (n,2)
-    pairs = np.array([rng.choice(pack.rows[i], 2, replace=len(pack.rows[i]) < 2) for i in scenes])
-    x = torch.from_numpy(pack.images[pairs])                            # (n,2,C,H,W)
-    n = len(scenes)
-
+    x = torch.from_numpy(pack.images[rows])                                     # (n,2,C,H,W)
     draws = pretrain.StepRandomness(seed, step=0, micro=0, rank=0, world=1)
     views, kept = pretrain.softcon_views(x, view_flags("softcon", pack.sensor), draws)
     flags = view_flags("pera", pack.sensor)
     pera = pretrain.aligned_pairs(x[:, 0], flags, draws, 1, SIDE, flags.crop_min, 1.0)
 
     bands = visible_bands(pack.sensor)
-    pictures = []
+    first, second = views[:, bands].chunk(2)                                    # (n,3,.,.) each
+    student = pera.student_view[:, bands]
+    teacher = pera.teacher_view[:, bands]
+    masked = only(kept[:len(rows)], first)
+    # no patch is in two of the sets, so their sum is a picture
+    sets = (only(pera.student_patches, (student + rgb(BLUE)) / 2)
+            + only(pera.guessed_patches, (student + rgb(YELLOW)) / 2)
+            + only(pera.teacher_patches, (teacher + rgb(RED)) / 2))
+    return torch.stack([first, second, masked, sets], 1)
+
+
+def draw_similarity(svg, left, top, values):
+    """Draw a matrix (n,n) of numbers in [0,1]: the more, the bluer the cell."""
+    svg.text(left, top, "Similarity of the labels of view 1 (rows) and view 2 (columns);")
+    svg.text(left, top + 18, "1: the same classes, 0: none in common, or no labels")
+    for i, row in enumerate(values):
+        y = top + 44 + 22 * i
+        svg.text(left, y + 14, LETTERS[i], GREY)
+        svg.text(left + 38 + 38 * i, top + 38, LETTERS[i], GREY, anchor="middle")
+        for j, value in enumerate(row):
+            x = left + 20 + 38 * j
+            svg.rect(x, y, 36, 20, BLUE, opacity=value / 2)
+            svg.text(x + 18, y + 14, f"{value:.2f}", anchor="middle")
+
+
+def draw_scenes(args):
+    """Draw what training sees of scenes of a pack."""
+    pack = data.open_pack(args.path)
+    scenes = args.rng.permutation(len(pack.scenes))[:args.n]
+    rows = [np.resize(args.rng.permutation(pack.rows[i]), 2) for i in scenes]
+    rows = np.stack(rows)                                                       # (n,2)
+    labels = pack.labels[rows]                                                  # (n,2,L)
+    pictures = training_pictures(pack, rows, args.seed)
+    groups = {}
     for k, i in enumerate(scenes):
-        view = views[k, bands]
-        student = pera.student_view[k, bands]
-        sets = tint(fill(DARK), student, pera.student_patches[k], BLUE)
-        sets = tint(sets, student, pera.guessed_patches[k], YELLOW)
-        sets = tint(sets, pera.teacher_view[k, bands], pera.teacher_patches[k], RED)
-        pictures.append({"images": [shrink(pack.images[row][bands]) for row in pack.rows[i]],
-                         "views": [view, views[n + k, bands]],
-                         "softcon": [torch.where(area_of(kept[k]), view, fill(DARK))],
-                         "pera": [sets]})
-    return pictures, torch.from_numpy(pack.labels[pairs])
-
-
-def shrink(pixels, side=96):
-    """uint8 (3,H,W) -> float (3,h,w) in [0,1], at most `side` pixels high and wide."""
-    x = torch.from_numpy(pixels).float()[None] / 255
-    if x.shape[-1] > side:
-        x = F.interpolate(x, (side, side), mode="area")
-    return x[0]
-
-
-def label_lines(y, classes):
-    """Words for the labels y (2,L) of the two views: [(views that have a class, its name), ...]."""
-    lines = []
-    for k, name in enumerate(classes):
-        carriers = [str(view + 1) for view in range(2) if y[view, k]]
-        if carriers:
-            lines.append((" ".join(carriers), name))
-    return lines or [("", "no labels")]
-
-
-def columns_of(images, n):
-    """Left edge of each column of the drawing, and its width; images: the most of a scene."""
-    widths = {"images": images * STEP, "views": 2 * STEP, "softcon": STEP, "pera": STEP,
-              "labels": 142, "similarity": max(n * CELL, 172)}
-    left = {}
-    x = MARGIN
-    for name, width in widths.items():
-        left[name] = x
-        x += width + 16
-    return left, x
-
-
-def draw_scenes(pack, seed=0, n=4):
-    """Draw n scenes of a pack, chosen by `seed`; see the module's docstring."""
-    scenes = some_scenes(pack, n, seed)
-    n = len(scenes)
-    pictures, labels = scene_pictures(pack, scenes, seed)
-    similarity = losses.label_similarity(labels[:, 0], labels[:, 1])    # (n,n)
-    words = [label_lines(y, pack.classes) for y in labels]
-    row_height = max(TILE, LINE * max(map(len, words))) + 28
-    left, width = columns_of(max(len(groups["images"]) for groups in pictures), n)
-
-    svg = Svg(width, TOP + n * row_height + 86)
-    for name, (title, subtitle) in TITLES.items():
-        svg.text(left[name], 24, title, 14, font_weight="bold")
-        svg.text(left[name], 40, subtitle, 12, GREY)
-    for k, i in enumerate(scenes):
-        letter = chr(ord("A") + k)
-        y = TOP + k * row_height + 16
-        svg.text(left["similarity"] + k * CELL + CELL / 2, TOP - 6, letter, 12, GREY,
-                 text_anchor="middle")
-        svg.text(MARGIN, y - 6, f"{letter}: {pack.scenes[i]}", 12, GREY)
-        for name, group in pictures[k].items():
-            for j, pixels in enumerate(group):
-                svg.image(left[name] + j * STEP, y, TILE, pixels)
-        for j, (carriers, name) in enumerate(words[k]):
-            svg.text(left["labels"], y + 10 + j * LINE, carriers, 11, GREY)
-            svg.text(left["labels"] + 22, y + 10 + j * LINE, name)
-        draw_similarity(svg, left["similarity"], y, similarity[k].tolist())
-    draw_legend(svg, left["labels"], TOP + n * row_height + 16)
+        words = [name + ALONE[a, b] for name, a, b in zip(pack.classes, *labels[k]) if a or b]
+        name = f"{LETTERS[k]}: {pack.scenes[i]}; {', '.join(words)}"
+        images = [small_image(pack, row) for row in pack.rows[i][:5]]
+        groups[name] = [*pictures[k], *images]
+    titles = ("View 1", "View 2", "SoftCon", "PerA", "Images of the scene")
+    caption = "Views of SoftCon and PerA. Above each row: scene and labels; (1): of view 1 alone."
+    svg = draw_groups(caption, titles, groups)
+    top = svg.bottom + 28
+    svg.legend(MARGIN, top - 10, MASKS)
+    first, second = torch.from_numpy(labels).unbind(1)                          # (n,L) each
+    draw_similarity(svg, 480, top, losses.label_similarity(first, second))
     return svg
 
 
-def draw_similarity(svg, x, y, values):
-    """One row of the matrix: a grey cell with its number for each value in [0,1]."""
-    for value in values:
-        shade = round(255 * value)
-        ink = INK if value > 0.5 else PAPER
-        svg.rect(x, y, CELL - 2, TILE, f"rgb({shade},{shade},{shade})", stroke=RULE)
-        svg.text(x + CELL / 2 - 1, y + TILE / 2 + 4, f"{value:.2f}", 12, ink,
-                 text_anchor="middle")
-        x += CELL
+# ------------------------------------------------------------------------------- features and maps
+
+CLASS_COLOURS = (ORANGE, "#e8d19a", "#555555", GREEN, BLUE, "#9d4eb5", YELLOW, "#7fd1c7")
 
 
-def draw_legend(svg, right, y):
-    """What the colours of the masks and the numbers mean."""
-    for line, (colour, words) in enumerate(MEANINGS.items()):
-        rgb = ",".join(str(round(255 * value)) for value in colour)
-        svg.rect(MARGIN, y + line * 18 - 10, 12, 12, f"rgb({rgb})")
-        svg.text(MARGIN + 20, y + line * 18, words)
-    for line, words in enumerate(NOTES):
-        svg.text(right, y + line * 18, words)
-
-
-# ----------------------------------------------------------------------------------------- features
+def principal_components(x):
+    """Maps of features (n,D,h,w) -> their main directions over all images: (n,3,h,w) in [0,1]."""
+    x = x.movedim(1, 3)                                                         # (n,h,w,D)
+    _, directions = torch.linalg.eigh(x.flatten(0, 2).T.cov())                  # variance grows
+    components = x @ directions[:, [-1, -2, -3]]                                # (n,h,w,3)
+    std, mean = torch.std_mean(components, (0, 1, 2))                           # (3,) each
+    # without the sigmoid a few extreme features would leave no contrast to the others
+    return ((components - mean) / std).sigmoid().movedim(3, 1)
 
 
 @torch.no_grad()
-def principal_components(net, x):
-    """Patch tokens of x (n,C,H,W) -> (n,3,h,w) in [0,1]: their three main directions over all
-    images, as red, green and blue."""
-    _, tokens = net.last_blocks(x, 1)[0]                                # (n,N,D)
-    n, N, D = tokens.shape
-    tokens = tokens.reshape(n * N, D)
-    _, directions = torch.linalg.eigh(tokens.T.cov())                   # of growing variance
-    components = tokens @ directions[:, [-1, -2, -3]]                   # (nN,3)
-    # a few extreme tokens would leave no contrast to the others
-    low, high = torch.quantile(components, torch.tensor([0.02, 0.98]), dim=0)
-    components = ((components - low) / (high - low)).clamp(0, 1)
-    h, w = models.check_grid(*x.shape[-2:], net.patch_size)
-    return components.reshape(n, h, w, 3).permute(0, 3, 1, 2)
+def draw_features(args):
+    """Draw images of a pack, each beside the principal components of its last map of features."""
+    pack = data.open_pack(args.data)
+    flags = SimpleNamespace(img_size=args.img_size, protocol="dense")
+    network = probe.load_network(args.path, probe.read_run(args.path), pack, flags)
+    rows = args.rng.permutation(len(pack.names))[:args.n]
+    x = probe.to_network(probe.read_images(pack, rows), network.size, probe.Scaling())
+    components = principal_components(probe.feature_map(network.net.eval(), x, 1))
+    groups = {}
+    for row, colours in zip(rows, components):
+        groups[f"image {row}"] = [small_image(pack, row), colours]
+    caption = "Features: their three main directions over all these images, as red, green, blue."
+    return draw_groups(caption, ("Image", "Features"), groups)
 
 
-def draw_features(net, name, pack, seed=0, n=8, size=0, side=100, columns=4):
-    """Draw n images, chosen by `seed`, each beside the principal components of its patch tokens.
-
-    name: of the network, for the caption.  size: pixels of an image as the network sees it, 0 for
-    the size that it was trained with.
-    """
-    size = size or net.img_size
-    data.require(hasattr(net, "last_blocks"), f"{name}: a ResNet has no patch tokens; give a ViT's")
-    data.require(net.in_chans == len(pack.sensor.bands), f"{name}: takes {net.in_chans} bands, "
-                 f"{pack.path} has {len(pack.sensor.bands)}")
-    rows = [pack.rows[i][0] for i in some_scenes(pack, n, seed)]
-    x = torch.from_numpy(pack.images[rows]).float() / 255               # (n,C,H,W)
-    x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-    components = principal_components(net.eval(), x)
-    colours = F.interpolate(x[:, visible_bands(pack.sensor)], (side, side), mode="bilinear",
-                            antialias=True)
-
-    patches = size // net.patch_size
-    pair = 2 * side + 16                               # from one image to the next
-    svg = Svg(MARGIN + columns * pair, 70 + math.ceil(len(rows) / columns) * (side + 10))
-    svg.text(MARGIN, 24, f"Patch tokens of {name}", 14, font_weight="bold")
-    svg.text(MARGIN, 42, f"{net.spec['arch']}, {size} x {size} pixels, {patches} x {patches} "
-             "patches. Beside each image: the three principal components of the patch tokens")
-    svg.text(MARGIN, 58, "over all these images, as red, green and blue.")
-    for j in range(len(rows)):
-        x = MARGIN + j % columns * pair
-        y = 70 + j // columns * (side + 10)
-        svg.image(x, y, side, colours[j])
-        svg.image(x + side + 2, y, side, components[j])
-    return svg
-
-
-# --------------------------------------------------------------------------------------------- maps
-
-CLASS_COLOURS = torch.tensor([
-    [0xe6, 0x55, 0x0d], [0xe8, 0xd1, 0x9a], [0x55, 0x55, 0x55], [0x2c, 0x9a, 0x3f],
-    [0x1f, 0x5f, 0xa8], [0x9d, 0x4e, 0xb5], [0xf2, 0xb7, 0x05], [0x7f, 0xd1, 0xc7]]) / 255
-
-
-def guessed_masks(checkpoint, path, seed, n, size):
+def guessed_masks(args):
     """Probe a network as probe.py does -> its pack, n rows of test images, their guessed masks."""
-    flags = ["--ckpt", checkpoint, "--data", path, "--protocol", "dense"]
-    if size:
-        flags += ["--img-size", str(size)]
-    flags = probe.resolve_flags(flags)
+    words = ["--ckpt", args.path, "--data", args.data, "--protocol", "dense"]
+    flags = probe.resolve_flags(words)
+    flags.img_size = args.img_size
     pack = probe.open_pack(flags)
-    network = probe.load_network(checkpoint, flags.runs[checkpoint], pack, flags)
+    network = probe.load_network(args.path, flags.runs[args.path], pack, flags)
     splits = probe.choose_splits(flags, pack, probe.scene_of_rows(pack), flags.runs)
     protocol = probe.PROTOCOLS["dense"]
     features = probe.compute_features(network, pack, splits, protocol, flags.feature,
-                                      probe.Scaling(), flags.device)[0]
-    train, test = [np.flatnonzero(splits[1.0, 0] == part) for part in ("train", "test")]
-    head = probe.fit_pixels(protocol, features[train], torch.from_numpy(pack.masks[train]),
-                            len(pack.classes), 0, "cpu")
-    rows = np.random.default_rng(seed).permutation(test)[:n]
+                                      probe.Scaling(), flags.device)[0]         # (n,D,h,w)
+    split = splits[1.0, 0]                             # of seed 0, with all training images
+    train = np.flatnonzero(split == "train")
+    masks = torch.from_numpy(pack.masks[train])
+    head = probe.fit_pixels(protocol, features[train], masks, len(pack.classes), 0, "cpu")
+    rows = args.rng.permutation(np.flatnonzero(split == "test"))[:args.n]
     with torch.no_grad():
-        guess = probe.pixel_logits(head, features[rows], pack.size).argmax(1)
-    return pack, rows, guess
+        logits = probe.pixel_logits(head, features[rows], pack.size)            # (n,L,H,W)
+    return pack, rows, logits.argmax(1)
 
 
-def coloured(mask):
-    """(H,W) class numbers -> (3,H,W) colours; unlabelled is white."""
-    colours = CLASS_COLOURS[mask % len(CLASS_COLOURS)]                  # (H,W,3)
-    colours[mask == data.UNLABELLED] = 1
-    return colours.permute(2, 0, 1)
-
-
-def draw_maps(checkpoint, path, seed=0, n=6, size=0, side=112, columns=2):
-    """Draw n test images, chosen by `seed`, each beside its mask and the guess of the probe.
-
-    size: pixels of an image as the network sees it, 0 for the probe's choice.
-    """
-    pack, rows, guess = guessed_masks(checkpoint, path, seed, n, size)
-    bands = visible_bands(pack.sensor)
-    triple = 3 * (side + 2) + 14                       # from one image to the next
-    svg = Svg(MARGIN + columns * triple, 74 + math.ceil(len(rows) / columns) * (side + 6))
-    x = MARGIN
-    for k, name in enumerate(pack.classes):
-        red, green, blue = (255 * CLASS_COLOURS[k % len(CLASS_COLOURS)]).int().tolist()
-        svg.rect(x, 14, 12, 12, f"rgb({red},{green},{blue})")
-        svg.text(x + 17, 24, name)
-        x += 34 + 7 * len(name)
-    svg.text(MARGIN, 44, "Frozen features, a linear head; white is unlabelled.", 12, GREY)
-    for j, row in enumerate(rows):
-        x = MARGIN + j % columns * triple
-        y = 68 + j // columns * (side + 6)
-        pictures = {"image": shrink(pack.images[row][bands], side),
-                    "mask": coloured(torch.tensor(pack.masks[row]).long()),
-                    "guess": coloured(guess[j])}
-        for place, (title, pixels) in enumerate(pictures.items()):
-            if j < columns:
-                svg.text(x + place * (side + 2), 62, title, 12, GREY)
-            svg.image(x + place * (side + 2), y, side, pixels)
+def draw_maps(args):
+    """Draw test images of a pack, each beside its mask and the guess of a linear head."""
+    pack, rows, guesses = guessed_masks(args)
+    colours = dict(zip(pack.classes, itertools.cycle(CLASS_COLOURS)))
+    palette = torch.ones(256, 3)                       # unlabelled is white
+    for k, colour in enumerate(colours.values()):
+        palette[k] = rgb(colour).flatten()
+    groups = {}
+    for row, guess in zip(rows, guesses):
+        mask = torch.tensor(pack.masks[row]).long()
+        numbers = torch.stack([mask, guess])                                    # (2,H,W)
+        groups[f"image {row}"] = [small_image(pack, row), *palette[numbers].movedim(3, 1)]
+    caption = "Frozen features, a linear head; white is unlabelled."
+    svg = draw_groups(caption, ("Image", "Mask", "Guess"), groups)
+    svg.legend(MARGIN, svg.bottom + 12, colours)
     return svg
 
 
-# -------------------------------------------------------------------------------------------- curve
+# --------------------------------------------------------------------------------- curve and gains
+
+
+def round_numbers(low, high):
+    """Two to five numbers from low to high: multiples of a number of one digit, and zeros."""
+    step = float(f"{(high - low) / 3:.0e}")
+    return step * np.arange(math.ceil(low / step), math.floor(high / step) + 1)
+
+
+def draw_axes(svg, place, title, x_range, x_words, y_values):
+    """Draw axes at place 0, 1, 2, ..., three in a line.  Returns line(x, y, colour, width).
+
+    x_range: [low, high]; x_words: {x: words below it}; y_values: all that they must hold.
+    """
+    left = 46 + place % 3 * 310
+    top = 40 + place // 3 * 210
+    room = 0.05 * np.ptp(y_values) or 1                # a constant gets room, too
+    low = min(y_values) - room
+    high = max(y_values) + room
+
+    def across(x):
+        return np.interp(x, x_range, [left, left + 250]).round(1)
+
+    def down(y):
+        return np.interp(y, [low, high], [top + 140, top]).round(1)
+
+    def line(x, y, colour, width=1):
+        svg.line(across(x), down(y), colour, width)
+
+    svg.text(left, top - 14, title, weight="bold")
+    for y in round_numbers(low, high):
+        line(x_range, [y, y], RULE)
+        svg.text(left - 6, down(y) + 4, f"{y:g}", GREY, anchor="end")
+    line(x_range, [low, low], GREY)
+    for x, words in x_words.items():
+        svg.text(across(x), top + 156, words, GREY, anchor="middle")
+    return line
+
 
 TERMS = {"info_nce": "InfoNCE, eq. (2)",
          "dino": "DINO loss, eq. (7)",
@@ -393,174 +342,110 @@ TERMS = {"info_nce": "InfoNCE, eq. (2)",
          "knn": "k-NN on held-out scenes"}
 
 
-def read_log(path):
-    """[{name: number}, ...] of a run's log.jsonl, a line each."""
-    with data.reading(path, "not the log of a run"):
-        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        data.require(len(rows) > 1 and "step" in rows[0], "not two or more lines of a run")
-    return rows
-
-
-def ticks(low, high, about=4):
-    """Round numbers that lie in [low, high], about as many as `about`."""
-    unit = 10 ** math.floor(math.log10((high - low) / about))
-    for factor in (1, 2, 5, 10):
-        if factor * unit >= (high - low) / about:
-            break
-    step = factor * unit
-    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
 def running_mean(values):
     """The mean of each value and its neighbours, over about a tenth of the run."""
     reach = len(values) // 20
     return [np.mean(values[max(0, i - reach):i + reach + 1]) for i in range(len(values))]
 
 
-def draw_panel(svg, left, top, width, height, title, steps, values):
-    """One curve with its axes; (left, top) is the corner of the area between them."""
-    margin = 0.05 * (max(values) - min(values)) or 1          # a constant gets room, too
-    low = min(values) - margin
-    high = max(values) + margin
-    right = left + width
-    bottom = top + height
-
-    def x_of(step):
-        return left + width * step / steps[-1]
-
-    def y_of(value):
-        return bottom - height * (value - low) / (high - low)
-
-    svg.text(left, top - 12, title, 13, font_weight="bold")
-    for value in ticks(low, high):
-        svg.line([(left, y_of(value)), (right, y_of(value))], RULE)
-        svg.text(left - 6, y_of(value) + 4, f"{value:g}", 11, GREY, text_anchor="end")
-    for step in ticks(0, steps[-1]):
-        svg.text(x_of(step), bottom + 16, f"{step:g}", 11, GREY, text_anchor="middle")
-    svg.line([(left, top), (left, bottom), (right, bottom)], GREY)
-    svg.line([(x_of(s), y_of(v)) for s, v in zip(steps, values)], "#9dbfe3")
-    svg.line([(x_of(s), y_of(v)) for s, v in zip(steps, running_mean(values))], "#1f5fa8", 2)
-    svg.text(left + width / 2, bottom + 34, "step", 12, text_anchor="middle")
-
-
-def draw_curve(log):
-    """Draw the loss terms and k-NN of a run's log over its steps."""
+def draw_curve(args):
+    """Draw the loss terms and k-NN of a run over its steps."""
+    with data.reading(args.path, "not the log of a run"):
+        log = [json.loads(line) for line in Path(args.path).read_text().splitlines()]
+        last = log[-1]["step"]
+    svg = Svg()
+    words = {step: f"{step:g}" for step in round_numbers(0, last)}
     names = [name for name in TERMS if name in log[-1]]
-    columns = 2 if len(names) == 4 else 3
-    width = 900 // columns
-    height = 230
-    lines = math.ceil(len(names) / columns)
-    svg = Svg(900, lines * height + 30)
-    svg.text(46, lines * height + 14, "Light: each line of the log. Dark: the mean over a tenth of "
-             "the run.", 12, GREY)
-    for k, name in enumerate(names):
-        rows = [row for row in log if name in row]                # k-NN: where checkpoints are
+    for place, name in enumerate(names):
+        rows = [row for row in log if name in row]     # k-NN: where checkpoints are
         steps = [row["step"] for row in rows]
-        left = k % columns * width + 46
-        top = k // columns * height + 36
         values = [row[name] for row in rows]
-        draw_panel(svg, left, top, width - 64, height - 84, TERMS[name], steps, values)
+        line = draw_axes(svg, place, TERMS[name], [0, last], words, values)
+        line(steps, values, "#9dbfe3")
+        line(steps, running_mean(values), BLUE, 2)
+    svg.text(46, svg.bottom + 24, "Over the steps of the run. Light: each line of the log. Dark: "
+             "the mean over a tenth of the run.", GREY)
     return svg
 
 
-# -------------------------------------------------------------------------------------------- gains
-
-COLOURS = ("#1f5fa8", "#d98634", "#3a8f4d", "#b03060", "#7a5ca8")
-PANELS = {"17 labels, by batch": [f"17 labels, batch {size}" for size in (16, 64, 256)],
-          "other labels, batch 64": ["6 coarse, batch 64", "20 % wrong, batch 64"],
-          "weight and mask, batch 64": ["17 labels, weight 0.1, batch 64",
+PANELS = {"17 labels, by batch and size": ["17 labels, batch 16", "17 labels, 112 px, batch 16",
+                                           "17 labels, batch 64", "17 labels, batch 256"],
+          "Other labels, batch 64": ["6 coarse, batch 64", "20 % wrong, batch 64"],
+          "Weight and mask, batch 64": ["17 labels, weight 0.1, batch 64",
                                         "17 labels, weight 2, batch 64",
                                         "17 labels, mask, batch 64"]}
 
 
-def gains_of(lines, name):
-    """Mean and standard error, in points, of the paired gains of a setting of study.py's transfer
-    over InfoNCE: [(mean, error), ...] for 1, 3, 10 and all images of a class."""
-    setting, base = study.gains_over_info_nce([name])[name]
-    points = []
-    for column in study.TRANSFER[:len(study.SHOTS)]:              # of the ridge head
-        own, other = [study.by_seed(lines, study.TABLES["transfer"], run, "checkpoint", column)
-                      for run in (setting, base)]
-        gains = [100 * (own[seed] - other[seed]) for seed in own if seed in other]
-        if len(gains) > 1:
-            points.append((np.mean(gains), np.std(gains, ddof=1) / len(gains) ** 0.5))
-    return points
+def paired_gains(lines, name):
+    """What a setting of study.py's transfer gains over InfoNCE with the same batch and mask.
+
+    Returns points of accuracy (4,n): for 1, 3, 10 and all images of a class, on n splits.
+    """
+    table = study.TABLES["transfer gains"]
+    gains = []
+    for column in table.columns[:len(study.SHOTS)]:    # of the ridge head
+        own, base = [study.by_seed(lines, table, run, "checkpoint", column)
+                     for run in table.rows[name]]
+        gains.append([100 * (own[seed] - base[seed]) for seed in own if seed in base])
+    return np.array(gains)
 
 
-def draw_gains(lines):
+def draw_gains(args):
     """Draw the gains of all settings, a panel for each question; bars are standard errors."""
-    svg = Svg(900, 262)
-    panels = {title: {name: gains_of(lines, name) for name in names}
-              for title, names in PANELS.items()}
-    ends = [mean + sign * error for series in panels.values() for points in series.values()
-            for mean, error in points for sign in (-1, 1)]
-    low, high = min([0, *ends]), max(ends)
-    height = 130
+    lines = study.read_lines("transfer")
+    bars = {}                                          # {name: (3,4), mean and the bar's ends}
+    for name in itertools.chain(*PANELS.values()):
+        gains = paired_gains(lines, name)              # (4,n)
+        n = gains.shape[1]
+        if n > 1:                                      # a single split tells no error
+            mean = gains.mean(1)
+            error = gains.std(1, ddof=1) / n ** 0.5
+            bars[name] = np.stack([mean, mean - error, mean + error])
+    heights = np.append(0, [*bars.values()])           # of all panels, which have one scale
 
-    def y_of(gain):
-        return 40 + height * (high - gain) / (high - low)
-
-    for k, (title, series) in enumerate(panels.items()):
-        left = 46 + 292 * k
-        svg.text(left, 22, title, 13, font_weight="bold")
-        for value in ticks(low, high):
-            svg.line([(left, y_of(value)), (left + 240, y_of(value))], RULE)
-            svg.text(left - 6, y_of(value) + 4, f"{value:+g}", 11, GREY, text_anchor="end")
-        svg.line([(left, y_of(0)), (left + 240, y_of(0))], INK)
-        for j, shots in enumerate(study.SHOTS):
-            svg.text(left + 30 + 60 * j, 56 + height, str(shots), 11, GREY, text_anchor="middle")
-        for i, (name, points) in enumerate(series.items()):
-            colour = COLOURS[i]
-            places = [left + 24 + 60 * j + 6 * i for j in range(len(points))]
-            svg.line([(x, y_of(mean)) for x, (mean, _) in zip(places, points)], colour, 2)
-            for x, (mean, error) in zip(places, points):
-                svg.line([(x, y_of(mean - error)), (x, y_of(mean + error))], colour, 2)
-            y = 40 + height + 34 + 15 * i
-            svg.line([(left, y - 4), (left + 16, y - 4)], colour, 2)
-            svg.text(left + 22, y, name, 11)
-    svg.text(46, 256, "Points of accuracy over InfoNCE with the same batch and mask, ridge head; "
-             "labelled images of each of 21 scene classes; paired over splits.", 11, GREY)
+    svg = Svg()
+    x_range = [-0.5, len(study.SHOTS) - 0.5]
+    words = {x: str(shots) for x, shots in enumerate(study.SHOTS)}
+    for place, (title, names) in enumerate(PANELS.items()):
+        line = draw_axes(svg, place, title, x_range, words, heights)
+        line(x_range, [0, 0], INK)
+        names = [name for name in names if name in bars]
+        colours = dict(zip(names, (BLUE, ORANGE, GREEN, RED)))
+        for i, name in enumerate(names):
+            mean, low, high = bars[name]
+            x = np.arange(len(mean)) + 0.1 * i
+            line(x, mean, colours[name], 2)
+            for j in range(len(mean)):
+                line([x[j], x[j]], [low[j], high[j]], colours[name], 2)
+        svg.legend(46 + 310 * place, 212, colours)
+    svg.text(46, svg.bottom + 20, "Points of accuracy over InfoNCE with the same batch and mask, "
+             "ridge head; labelled images of each of 21 scene classes; paired over splits.", GREY)
     return svg
 
 
 # ------------------------------------------------------------------------------------- command line
 
-
-def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["scenes", "features", "maps", "curve", "gains"])
-    parser.add_argument("path", nargs="?", help="scenes: a pack; features, maps: a checkpoint; "
-                                                "curve: a run's log.jsonl")
-    parser.add_argument("--data", metavar="PACK", help="features, maps: a pack")
-    parser.add_argument("--img-size", type=int, default=0, help="pixels that the network sees")
-    parser.add_argument("--n", type=int, help="scenes to draw (scenes 4, features 8, maps 6)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
-    parser.add_argument("--out", required=True, help="the SVG file to write")
-    args = parser.parse_args(argv)
-    if args.command in ("features", "maps") and not args.data:
-        parser.error(f"{args.command}: give a pack by --data")
-    if args.command != "gains" and not args.path:
-        parser.error(f"{args.command}: give a path")
-    return args
+COMMANDS = {"scenes": draw_scenes, "features": draw_features, "maps": draw_maps,
+            "curve": draw_curve, "gains": draw_gains}
 
 
 def main(argv=None):
-    args = parse(argv)
-    data.require(args.n is None or 1 <= args.n <= 26, f"--n {args.n}: must lie in 1 to 26")
-    if args.command == "curve":
-        svg = draw_curve(read_log(args.path))
-    elif args.command == "gains":
-        svg = draw_gains(study.read_lines("transfer"))
-    elif args.command == "scenes":
-        svg = draw_scenes(data.open_pack(args.path), args.seed, args.n or 4)
-    elif args.command == "maps":
-        svg = draw_maps(args.path, args.data, args.seed, args.n or 6, args.img_size)
-    else:
-        net = models.build_from(args.path)
-        svg = draw_features(net, Path(args.path).name, data.open_pack(args.data), args.seed,
-                            args.n or 8, args.img_size)
-    svg.save(args.out)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("command", choices=COMMANDS)
+    flag("path", nargs="?", help="a pack, a checkpoint or a log.jsonl; gains: nothing")
+    flag("--data", metavar="PACK", help="of features and maps")
+    flag("--img-size", type=int, metavar="N", help="pixels that the network sees, as in probe.py")
+    flag("--n", type=data.number(int, 1, len(LETTERS)), default=4, help="scenes or images (4)")
+    flag("--seed", type=int, default=0, help="another seed, other scenes or images")
+    flag("--out", required=True, help="the SVG file to write")
+    args = parser.parse_args(argv)
+    needs_pack = args.command in ("features", "maps")
+    data.require(args.data or not needs_pack, f"{args.command}: give a pack by --data")
+    data.require(args.path or args.command == "gains", f"{args.command}: give a path")
+    args.rng = np.random.default_rng(args.seed)
+    COMMANDS[args.command](args).save(args.out)
 
 
 if __name__ == "__main__":

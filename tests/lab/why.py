@@ -85,17 +85,20 @@ def soft_gradients(flags, out, batches=8):
 
 def main(work, name):
     print("run".ljust(36), "between  before agreement  rank   embeddings features cosine")
-    for run in study.all_runs():
-        out = f"{work}/runs/{run.key}".replace(" ", "_")
-        if run.study != name or not Path(out, "backbone.pt").exists():
+    trained = {key: (run.train[run_name], run.seed) for run in study.all_runs()
+               for key, run_name in run.keys.items() if run.study == name}
+    for key, (train, seed) in trained.items():
+        out = f"{work}/runs/{key}".replace(" ", "_")
+        if not Path(out, "backbone.pt").exists():
             continue
-        labels, classes = [data.open_pack(f"{work}/packs/ucm_{kind}_{run.seed}")
+        labels, classes = [data.open_pack(f"{work}/packs/ucm_{kind}_{seed}")
                            for kind in ("labels", "classes")]
-        row = structure(f"{out}/backbone.pt", 64, classes, labels)
-        line = "{:36}{:9.3f}{:8.3f}{:10.3f}{:6.1f}".format(run.key.partition("/")[2], *row)
-        if "labels" in run.name and "mask" not in run.name:
+        size = 112 if "112 px" in key else 64
+        row = structure(f"{out}/backbone.pt", size, classes, labels)
+        line = "{:36}{:9.3f}{:8.3f}{:10.3f}{:6.1f}".format(key.partition("/")[2], *row)
+        if "labels" in key and "mask" not in key:
             # the weights come from the run, so --init would be read for nothing
-            flags = [flag.replace("packs/", f"{work}/packs/") for flag in run.train]
+            flags = [flag.replace("packs/", f"{work}/packs/") for flag in train]
             place = flags.index("--init")
             del flags[place:place + len(study.NATURAL)]
             line += "{:13.3f}{:9.3f}{:7.3f}".format(*soft_gradients(flags, out))
