@@ -377,7 +377,7 @@ PANELS = {"17 labels, by batch and size": ["17 labels, batch 16", "17 labels, 11
 
 
 def paired_gains(lines, name):
-    """What a setting of study.py's transfer gains over InfoNCE with the same batch and mask.
+    """What a setting of study.py's transfer gains over InfoNCE with the same size, batch and mask.
 
     Returns points of accuracy (4,n): for 1, 3, 10 and all images of a class, on n splits.
     """
@@ -418,8 +418,8 @@ def draw_gains(args):
             for j in range(len(mean)):
                 line([x[j], x[j]], [low[j], high[j]], colours[name], 2)
         svg.legend(46 + 310 * place, 212, colours)
-    svg.text(46, svg.bottom + 20, "Points of accuracy over InfoNCE with the same batch and mask, "
-             "ridge head; labelled images of each of 21 scene classes; paired over splits.", GREY)
+    svg.text(46, svg.bottom + 20, "Points of accuracy over InfoNCE with the same size, batch and "
+             "mask, ridge; labelled images of each of 21 scene classes; paired over splits.", GREY)
     return svg
 
 
