@@ -72,6 +72,10 @@ class InputError(ValueError):
     """What a user gave cannot be used.  The message is one line that names file, flag or value."""
 
 
+class MissingPackage(Exception):
+    """A package that only some files need is not installed: no fault of these files."""
+
+
 def require(condition, problem):
     """Raise InputError(problem) unless the condition holds."""
     if not condition:
@@ -83,7 +87,8 @@ def reading(path, problem="unreadable"):
     """Turn what a library raises about a file into an InputError of one line that names the file.
 
     An InputError gets the name as well, and so does an error of the disk, which is no fault of the
-    file and stays an OSError.  MemoryError and NameError go on as they are.
+    file and stays an OSError.  A package that is not installed is a MissingPackage.  MemoryError
+    and NameError go on as they are.
     """
     try:
         yield
@@ -92,7 +97,7 @@ def reading(path, problem="unreadable"):
     except FileNotFoundError as error:
         raise InputError(f"{path}: missing") from error
     except ImportError as error:
-        raise InputError(f"{path}: needs a package: pip install {error.name}") from error
+        raise MissingPackage(f"{path}: needs a package: pip install {error.name}") from error
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
@@ -339,6 +344,11 @@ PICTURES = (".png", ".jpg", ".jpeg")
 UNLABELLED = 255                                                     # in a mask
 
 
+def whole_pages(tiff):
+    """The pages of a TIFF but for smaller copies and masks."""
+    return [page for page in tiff.pages if not (page.is_reduced or page.is_mask)]
+
+
 def read_tiff(path, bands=1, window=None):
     """A TIFF -> (C,H,W) as stored.  InputError: missing, cut off, no TIFF, or colours in disguise.
 
@@ -346,7 +356,7 @@ def read_tiff(path, bands=1, window=None):
     of bands + 1 channels one of opacity is left out.  window: see read_page.
     """
     with reading(path), open(path, "rb") as file, tifffile.TiffFile(file) as tiff:
-        pages = [page for page in tiff.pages if not (page.is_reduced or page.is_mask)]
+        pages = whole_pages(tiff)
         page = pages[0]
         for kind in ("PALETTE", "MINISWHITE"):
             require(page.photometric != tifffile.PHOTOMETRIC[kind],
@@ -409,7 +419,8 @@ def size_of(path, mask=None):
     """Height and width of a TIFF, PNG or JPEG.  InputError: its mask has others."""
     if path.lower().endswith(TIFF):
         with reading(path), tifffile.TiffFile(path) as tiff:
-            size = (tiff.pages.first.imagelength, tiff.pages.first.imagewidth)
+            page = whole_pages(tiff)[0]
+            size = (page.imagelength, page.imagewidth)
     else:
         size = read_picture(path).shape[1:]
     require(not mask or size_of(mask) == size, f"{mask}: not as large as its image")
@@ -446,8 +457,12 @@ def read_colours(path):
     number_of = {}
     with reading(path, 'not {class: "#RRGGBB"}'):
         for name, colours in table.items():
-            number = classes.index(name) if name in classes else UNLABELLED
-            number_of |= {int(colour.removeprefix("#"), 16): number for colour in colours.split()}
+            index = classes.index(name) if name in classes else UNLABELLED
+            for colour in colours.split():
+                require(re.fullmatch("#[0-9a-fA-F]{6}", colour), f"{colour} is not #RRGGBB")
+                code = int(colour[1:], 16)
+                require(code not in number_of, f"{colour} is twice in it")
+                number_of[code] = index
     return classes, number_of
 
 
@@ -459,6 +474,8 @@ def read_mask(path, number_of=None, window=None):
     """
     channels = 3 if number_of else 1
     x = read_pixels(path, channels, window)
+    if len(x) == 1:                                                  # grey is a colour, too
+        x = np.repeat(x, channels, axis=0)
     with reading(path):
         require(len(x) == channels and x.dtype.kind in "iu" and 0 <= x.min() and x.max() < 256,
                 f"{x.dtype} {x.shape}, no mask of 1 channel of numbers below 256, or with "
@@ -911,6 +928,8 @@ def find_masks(root, names, masks):
         images = [name for name in names if not name.startswith(inside)]
         folder, endings = masks, (".png", *TIFF)
     else:
+        require(masks.lower().endswith((".png", *TIFF)),
+                f"--masks {masks}: no folder, and no ending such as .png or _mask.tif")
         images = [name for name in names if not name.endswith(masks)]
         folder, endings = root, (masks,)
     require(images, f"--masks {masks}: leaves no image in {root}")
@@ -993,11 +1012,15 @@ def pack(archive, out, size=0, skip_bad=False, workers=os.cpu_count(), chip=0, s
         archive = replace(archive, images=chips, notes=[*archive.notes, note])
     size = size or chip or usual_size(archive.images)
     with whole_folder(out) as folder:
-        images, left_out, notes = write_images(folder, archive, size, workers, chip > 0)
+        images, left_out, notes, mask_classes = write_images(folder, archive, size, workers,
+                                                             chip > 0)
+        classes = mask_classes if archive.labels_from == FROM_MASKS else archive.classes
         notes = archive.notes + notes
         bad = f"{len(left_out)} of {len(archive.images)} images cannot be read"
         require(skip_bad or not left_out, f"{bad}, see above; --skip-bad leaves them out")
         require(images, "; ".join([f"nothing to pack: {bad}", *notes]))
+        require(len(mask_classes) > 1 or not images[0].mask,
+                "the masks have not two classes; 255 is unlabelled: --colours makes it a class")
         if left_out:
             notes.append(f"{bad} and are left out: {', '.join([*left_out][:5])}")
         with open(f"{folder}/images.csv", "w", newline="", encoding="utf-8") as file:
@@ -1005,9 +1028,9 @@ def pack(archive, out, size=0, skip_bad=False, workers=os.cpu_count(), chip=0, s
             table.writerow(HEADER)
             for image in images:
                 table.writerow([image.scene, image.name, image.split, ";".join(image.labels)])
-        index = {"sensor": dataclasses.asdict(archive.sensor), "classes": archive.classes,
+        index = {"sensor": dataclasses.asdict(archive.sensor), "classes": classes,
                  "labels_from": archive.labels_from, "notes": notes, "left_out": left_out,
-                 "chip": chip, "mask_classes": archive.mask_classes}
+                 "chip": chip, "mask_classes": mask_classes}
         Path(folder, "pack.json").write_text(json.dumps(index, indent=1))
     scenes = {image.scene for image in images}
     labelled = sum(len(image.labels) > 0 for image in images)
@@ -1032,14 +1055,14 @@ def chips_of(image, chip, stride):
     """An Image -> those of its chips, squares of `chip` pixels as stored, `stride` pixels apart.
 
     The last of a row or column ends where the image does and overlaps the one before it: so no
-    pixel is lost.  A chip is named by its first row and column.  An image that is no larger than a
-    chip stays whole, and so does one with a fault, which is named when it is packed.
+    pixel is lost.  A chip is named by its first row and column.  An image with a side below `chip`
+    stays whole, and so does one with a fault, which is named when it is packed.
     """
     try:
         H, W = image.size()
     except InputError:
         return [image]
-    if min(H, W) < chip or max(H, W) == chip:
+    if min(H, W) < chip or (H, W) == (chip, chip):
         return [image]
     chips = []
     for top in [*range(0, H - chip, stride), H - chip]:
@@ -1052,13 +1075,15 @@ def chips_of(image, chip, stride):
 
 
 def write_images(folder, archive, size, workers, are_chips=False):
-    """Write images.npy and masks.npy -> (their Images, {name: what is wrong} of the others, notes).
+    """Write images.npy and masks.npy.
+
+    Returns their Images, {name: what is wrong} of the others, notes, and the classes in the masks.
     """
     images = []
     left_out = {}
     remarks = Counter()
     pixels = np.zeros(256, int)                          # of each class, over all masks
-    classes = archive.mask_classes or [str(k) for k in range(UNLABELLED)]
+    classes = archive.mask_classes or [str(k) for k in range(UNLABELLED)]    # numbers are names
     masked = archive.images[0].mask is not None
     n = len(archive.images)
     bands = len(archive.sensor.bands)
@@ -1070,29 +1095,31 @@ def write_images(folder, archive, size, workers, are_chips=False):
             write_header(mask_file, (n, size, size))
         results = in_parallel(job, archive.images, workers, "packing")
         for image, (x, mask, said, problem) in zip(archive.images, results):
-            remarks.update(said)
             if problem:
                 left_out[image.name] = problem
                 tqdm.write(problem)
-            if problem or are_chips and "empty" in said:
                 continue
+            if are_chips and "empty" in said:
+                remarks["empty"] += 1
+                continue
+            remarks.update(said)
             file.write(np.ascontiguousarray(x))
+            images.append(image)
             if masked:
                 mask_file.write(mask)
-                count = np.bincount(mask.ravel(), minlength=256)
-                pixels += count
-            if archive.labels_from == FROM_MASKS:
-                image.labels = [name for name, area in zip(classes, count)
-                                if area >= LABEL_SHARE * mask.size]
-            images.append(image)
+                areas = np.bincount(mask.ravel(), minlength=256)     # of each class
+                pixels += areas
+                if archive.labels_from == FROM_MASKS:
+                    image.labels = [name for name, area in zip(classes, areas)
+                                    if area >= LABEL_SHARE * mask.size]
         write_header(file, (len(images), bands, size, size))
         if masked:
             write_header(mask_file, (len(images), size, size))
-    if masked and not archive.mask_classes:
-        archive.mask_classes = classes[:pixels[:UNLABELLED].nonzero()[0].max(initial=-1) + 1]
-    if archive.labels_from == FROM_MASKS:
-        archive.classes = archive.mask_classes
-    return images, left_out, pack_notes(f"{folder}/images.npy", archive, size, remarks, are_chips)
+    if not archive.mask_classes:
+        last = max(np.flatnonzero(pixels[:UNLABELLED]), default=-1)
+        classes = classes[:last + 1]
+    notes = pack_notes(f"{folder}/images.npy", archive, size, remarks, are_chips)
+    return images, left_out, notes, classes
 
 
 def pack_notes(path, archive, size, remarks, are_chips):
@@ -1124,9 +1151,11 @@ def pack_image(image, sensor, size):
     """An Image -> (uint8 (C,size,size), its mask or None, what is remarkable, what is wrong)."""
     try:
         x = image.read()
-        mask = image.mask and image.mask()
-        require(not image.mask or mask.shape == x.shape[1:],
-                f"{image.name}: {x.shape[1:]} pixels, its mask {np.shape(mask)}")
+        mask = None
+        if image.mask:
+            mask = image.mask()
+            require(mask.shape == x.shape[1:],
+                    f"{image.name}: {x.shape[1:]} pixels, its mask {mask.shape}")
     except InputError as error:
         return None, None, (), str(error)
     H, W = x.shape[1:]
@@ -1609,7 +1638,7 @@ NEW_SENSOR = ("bands", "kind", "channels", "scale", "offset", "decibels", "nodat
 
 
 def main(argv=None):
-    """Run a command.  InputError, OSError: what was given cannot be used."""
+    """Run a command.  InputError, MissingPackage, OSError: what was given cannot be used."""
     args = parse(argv)
     if args.command == "toy":
         make_toy(args.root, args.scenes, args.size, args.seed)
@@ -1874,5 +1903,5 @@ def toy_pack(modality):
 if __name__ == "__main__":
     try:
         main()
-    except (InputError, OSError) as error:
+    except (InputError, MissingPackage, OSError) as error:
         sys.exit(f"data.py: error: {error}")

@@ -135,9 +135,9 @@ class BandStatistics(torch.nn.Module):
 
 
 class WindowStatistics(torch.nn.Module):
-    """Its like for each cell of 4 x 4 pixels: values, and mean and deviation of 16 x 16 around it.
+    """For each cell of 4 x 4 pixels its mean, and mean and deviation of the 16 x 16 around it.
 
-    As maps of a ResNet: x (B,C,H,W) -> (B,C,H/4,W/4), (B,2C,H/4,W/4).
+    Two maps, as a ResNet gives: x (B,C,H,W) -> (B,C,H/4,W/4), (B,2C,H/4,W/4).
     """
 
     def feature_maps(self, x):
@@ -262,9 +262,10 @@ def compute_features(network, pack, splits, protocol, feature, scaling, device):
             if features is None:
                 shape = len(protocol.views), len(pack.names), *found.shape[1:]
                 features = np.zeros(shape, np.float16)
-            features[v, batch] = found.half().cpu()            # (B,D), (B,D,h,w)
-    data.require(np.isfinite(features).all(), "features are not finite: NaN in the weights, or "
-                                               "beyond float16")
+            found = found.half().cpu()                         # (B,D), (B,D,h,w)
+            data.require(found.isfinite().all(), "features are not finite: NaN in the weights, or "
+                                                 "beyond float16")
+            features[v, batch] = found
     return torch.from_numpy(features)
 
 
@@ -482,10 +483,10 @@ def fit_pixels(protocol, x, masks, L, seed, device):
     optimiser = torch.optim.AdamW(head.parameters(), protocol.lr_one_label,
                                   weight_decay=protocol.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, protocol.steps)
-    order = []                                                 # batches that are left of an epoch
+    left = []                                                  # batches of the epoch
     for _ in tqdm(range(protocol.steps), "head", leave=False):
-        order = order or [*torch.randperm(n, generator=generator).split(protocol.batch_size)]
-        rows = order.pop()
+        left = left or [*torch.randperm(n, generator=generator).split(protocol.batch_size)]
+        rows = left.pop()
         y = masks[rows].to(device)                             # (B,H,W)
         logits = pixel_logits(head, x[rows].to(device), y.shape[-1])
         loss = F.cross_entropy(logits, y.long(), ignore_index=data.UNLABELLED)
@@ -576,7 +577,10 @@ def class_iou(counts):
 
 
 def pixel_metrics(classes):
-    """The metrics of masks, of counts (m,L,L), {name: function}.  mIoU leaves out what is NaN."""
+    """The metrics of masks, of counts (m,L,L), {name: function}.
+
+    A class that is neither in the masks nor guessed has 0, and no say in mIoU.
+    """
     metrics = {"miou": lambda counts, targets: float(np.nanmean(class_iou(counts))),
                "pixel_accuracy": lambda counts, targets: np.trace(counts.sum(0)) / counts.sum()}
     for k, name in enumerate(classes):

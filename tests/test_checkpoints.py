@@ -259,7 +259,6 @@ def test_without_layerscale_in_the_file_its_factors_are_one_and_a_decoders_mask_
 @pytest.mark.parametrize("adapt", ["random", "rgb"])
 @pytest.mark.parametrize("arch, shapes", [("resnet18", resnet(13)), ("vit_small", vit(chans=13))])
 def test_12_and_13_bands_cross_by_name_whatever_adapt_says(adapt, arch, shapes, small, tmp_path):
-    """13 to 12 gives the file's output at B10 = 0, 12 to 13 its output whatever B10 is."""
     key = models.input_layer(shapes)
     weight = fill(shapes)[key]
     kept = [band for band in range(13) if band != 10]
@@ -411,6 +410,3 @@ def test_a_file_cut_off_anywhere_is_refused_by_its_name(old_format, tmp_path):
 def test_a_file_that_does_not_lead_to_the_model_says_why(shapes, flags, message, small, tmp_path):
     with pytest.raises(models.CheckpointError, match=f"x: .*{message}"):
         load(fill(shapes), tmp_path / "x", "vit_small", 13, **flags)
-
-
-# ------------------------------------------------------------------------------------------ inspect

@@ -22,6 +22,7 @@ S1, S2C, S2A, RGB = [SENSORS[name] for name in ("s1", "s2c", "s2a", "rgb")]
 PLANET = {"bands": ["blue", "green", "red", "nir"], "kind": "optical", "dtype": "uint16",
           "mean": [500, 700, 800, 2500], "std": [200, 250, 350, 800]}
 POWER = replace(S1, name="power", decibels=True)
+ZARR = importlib.util.find_spec("zarr")
 NOISE = np.random.default_rng(0).integers(0, 255, (3, 24, 24), np.uint8)
 
 
@@ -169,7 +170,7 @@ def test_every_kind_of_tiff_is_read_as_it_was_written_whole_or_by_a_window(tmp_p
             write(tmp_path / "x.tif", x, **kind)
             got = data.read_tiff(tmp_path / "x.tif", len(x))
             assert got.dtype == dtype and np.array_equal(got, x)
-            if importlib.util.find_spec("zarr") and shape[1] > 1:
+            if ZARR and shape[1] > 1:
                 window = data.read_tiff(tmp_path / "x.tif", len(x), (3, 13, 17))
                 assert np.array_equal(window, x[:, 3:20, 13:30])
 
@@ -181,8 +182,12 @@ def test_bands_are_read_from_channels_planes_and_pages_alike_and_smaller_copies_
     with tifffile.TiffWriter(tmp_path / "c.tif") as file:
         file.write(x, photometric="minisblack", metadata=None)
         file.write(x[0, ::2, ::2], photometric="minisblack", subfiletype=1, metadata=None)
-    for name in ("a.tif", "b.tif", "c.tif"):
+    with tifffile.TiffWriter(tmp_path / "d.tif") as file:
+        file.write(x[0, ::2, ::2], photometric="minisblack", subfiletype=1, metadata=None)
+        file.write(x, photometric="minisblack", metadata=None)
+    for name in ("a.tif", "b.tif", "c.tif", "d.tif"):
         assert np.array_equal(data.read_tiff(tmp_path / name, bands=4), x)
+        assert data.size_of(f"{tmp_path}/{name}") == (8, 4)
 
 
 def test_grey_becomes_three_bands_and_opacity_is_left_out(tmp_path):
@@ -259,13 +264,15 @@ def test_a_bad_image_is_named_and_left_out_only_if_asked(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("error", [
-    NameError("undefined"), MemoryError(), OSError(5, "Input/output error")], ids=repr)
+    NameError("undefined"), MemoryError(), OSError(5, "Input/output error"),
+    ImportError("No module", name="zarr")], ids=repr)
 def test_what_is_no_fault_of_the_file_is_never_skipped(tmp_path, error):
     def read():
         with data.reading("a.tif"):
             raise error
     archive = data.Archive([data.Image("a", "a.tif", read)], S1)
-    with pytest.raises(type(error)) as caught:
+    kind = data.MissingPackage if isinstance(error, ImportError) else type(error)
+    with pytest.raises(kind) as caught:
         data.pack(archive, str(tmp_path / "p"), size=8, skip_bad=True, workers=1)
     assert not isinstance(error, OSError) or caught.value.filename == "a.tif"
     assert not os.listdir(tmp_path)
@@ -434,6 +441,7 @@ def test_the_scenes_held_out_depend_on_their_names_alone():
     out = data.held_out(names, 0.2)
     assert np.flatnonzero(out)[:8].tolist() == [3, 7, 23, 27, 33, 37, 46, 52]
     assert 0.18 < out.mean() < 0.22
+    assert np.array_equal(data.held_out(names[::-1], 0.2), out[::-1])
     assert (data.held_out(names, 0.3) | ~out).all() and not data.held_out(names, 0).any()
 
 
@@ -486,7 +494,7 @@ def test_chips_and_their_masks_are_slices_of_the_image_and_cover_it_bit_for_bit(
         assert np.array_equal(mask, want_mask[top:top + 20, left:left + 20])
         seen[top:top + 20, left:left + 20] = True
     assert seen.all() and len(pack.rows[0]) == (9 if stride == 0 else 16)
-    assert pack.names[-2:] == ["1.png", "2.png"]           # no larger than a chip: whole
+    assert pack.names[-2:] == ["1.png", "2.png"]           # a side is not longer than a chip: whole
     assert np.array_equal(pack.images[-2], images["1.png"][0])
     assert "1 of " in pack.notes[1] and "their central square is resized" in pack.notes[1]
 
@@ -522,14 +530,26 @@ def test_a_mask_is_cut_and_resized_as_its_image_and_labels_it_by_classes_of_5_pe
     assert pack.mask_classes == ["0", "1", "2"] and classes_of(pack, 0) == ["0", "2"]
 
 
+def test_masks_of_0_and_255_are_one_class_unless_colours_make_255_another(tmp_path):
+    mask = np.uint8([[0, 255], [255, 255]]).repeat(12, 0).repeat(12, 1)
+    write(tmp_path / "a" / "0.png", NOISE)
+    write(tmp_path / "a" / "0_m.png", mask[None])
+    with pytest.raises(data.InputError, match="have not two classes; 255 is unlabelled: --colours"):
+        data.pack(data.open_archive(str(tmp_path / "a"), RGB, masks="_m.png"), str(tmp_path / "p"))
+    colours = colours_file(tmp_path, '{"no": "#000000", "yes": "#FFFFFF"}')
+    archive = data.open_archive(str(tmp_path / "a"), RGB, masks="_m.png", colours=colours)
+    data.pack(archive, str(tmp_path / "p"), workers=1)
+    assert np.array_equal(data.open_pack(str(tmp_path / "p")).masks[0], mask // 255)
+
+
 @pytest.mark.parametrize("harm, message", [
     (lambda mask: write(mask, COLOURS[np.zeros((30, 30), int)].transpose(2, 0, 1)),
      "0.png: (50, 41) pixels, its mask (30, 30)"),
     (lambda mask: write(mask, np.full((3, 50, 41), 9, np.uint8)),
      "0_mask.png: colour #090909 is not in --colours"),
     (lambda mask: mask.unlink(), "0_mask.png: missing"),
-    (lambda mask: write(mask, np.zeros((1, 50, 41), np.uint8)),
-     "0_mask.png: uint8 (1, 20, 20), no mask of 1 channel")])
+    (lambda mask: write(mask, np.full((1, 50, 41), 300, np.uint16)),
+     "0_mask.png: uint16 (3, 20, 20), no mask of 1 channel")])
 def test_a_bad_mask_is_named_and_its_image_left_out_only_if_asked(tmp_path, capsys, harm, message):
     masked_images(tmp_path, [(50, 41), (20, 20)])
     harm(tmp_path / "a" / "0_mask.png")
@@ -571,7 +591,7 @@ RADAR = {f"s1/0000000/{product_names(0, 's1')[0]}/{band}.tif": NOISE[:1] for ban
 FOUR = dict.fromkeys(("a/0.png", "a/1.png", "b/1.png", "b/2.png"), PNG)
 X = np.zeros((5, 3, 8, 8), np.uint8)
 BAD_ZIP = "a.zarr.zip: no zip of SSL4EO-S12 v1.1"
-if not importlib.util.find_spec("zarr"):
+if not ZARR:
     BAD_ZIP = "a.zarr.zip: needs a package: pip install zarr"
 
 
@@ -599,6 +619,10 @@ def masks(y):
 
 def colours(root, text):
     data.read_colours(colours_file(root, text))
+
+
+def find_masks(root, masks):
+    data.find_masks(str(root), ["x.png"], masks)
 
 
 def archive(files, sensor, labels=None, **options):
@@ -680,16 +704,18 @@ def bands(sensor, **harm):
      "images.csv: class 'lake' is not in pack.json"),
     (pack(index={"sensor": "s9"}), "pack.json: --modality s9: unknown"),
     (masks(np.zeros((5, 8, 8), "i2")), "masks.npy: int16 (5, 8, 8), expected uint8 (5, 8, 8)"),
-    (lambda root: colours(root, '{"a": "red"}'), "colours.json: not {class: "),
+    (lambda root: colours(root, '{"a": "#fff"}'), "colours.json: #fff is not #RRGGBB"),
+    (lambda root: colours(root, '{"a": "#ABCDEF", "b": "#abcdef"}'), "#abcdef is twice in it"),
+    (lambda root: find_masks(root, "maks"), "--masks maks: no folder, and no ending such as .png"),
     (lambda root: commanded(tree, S1, root, "--masks", ".png"), "--masks: goes with folders of"),
     (lambda root: data.open_pack(str(root)), "NEW_FOLDER --modality"),
 ])
 def test_an_odd_input_is_refused_in_one_line_that_names_it(tmp_path, attempt, message):
-    with pytest.raises(data.InputError) as error:
+    with pytest.raises((data.InputError, data.MissingPackage)) as error:
         attempt(tmp_path)
     line = str(error.value)
     assert message in line and "\n" not in line
-    assert any(name in line for name in (str(tmp_path), "sensor my", "product name", "--masks"))
+    assert any(name in line for name in (str(tmp_path), "sensor my", "--masks"))
 
 
 # ------------------------------------------------------------------------------------ augmentation

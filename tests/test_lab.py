@@ -56,8 +56,8 @@ def test_the_small_bench_gives_positive_numbers_or_says_what_is_missing(tmp_path
 
 
 def test_a_study_of_no_runs_and_a_look_at_none_start(tmp_path, capsys):
-    study.main(["run", "nothing", "--work", str(tmp_path)])
-    why.main(str(tmp_path), "transfer")
+    study.main(["run", "--work", str(tmp_path)])
+    why.main(str(tmp_path))
     assert capsys.readouterr().out.startswith("0 runs: \nrun")
 
 

@@ -97,15 +97,9 @@ def test_unlabelled_rows_and_columns_add_nothing_to_the_soft_term_and_stay_in_in
         assert torch.equal(losses.soft_contrastive(q, k, yq, yk),
                            losses.soft_contrastive(new_q, new_k, yq, yk))
         assert losses.info_nce(q, k, 0.2) != losses.info_nce(new_q, new_k, 0.2)
-
-
-def test_without_any_label_the_soft_term_and_its_gradient_are_zero():
-    q, k, yq, yk = example()
     q.requires_grad_()
-    for a, b in ((0 * yq, yk), (yq, 0 * yk)):
-        value = losses.soft_contrastive(q, k, a, b)
-        gradient, = torch.autograd.grad(value, q)
-        assert not value.any() and not gradient.any()
+    nothing = losses.soft_contrastive(q, k, 0 * yq, yk)
+    assert not nothing.any() and not torch.autograd.grad(nothing, q)[0].any()
 
 
 def test_softcons_loss_is_info_nce_plus_weight_times_the_soft_term_at_its_own_temperature():
@@ -116,13 +110,6 @@ def test_softcons_loss_is_info_nce_plus_weight_times_the_soft_term_at_its_own_te
     assert abs(float(hard + 0.7 * soft - loss)) < 1e-12
     by_default = losses.softcon_loss(q, k, yq, yk)
     assert torch.equal(by_default[0], losses.softcon_loss(q, k, yq, yk, 0.2, 0.5, 0.2)[0])
-
-
-def test_on_one_rank_gather_gives_the_rows_themselves_without_a_gradient():
-    x = random(3, D).requires_grad_()
-    gathered = losses.gather(x)
-    assert torch.equal(gathered, x)
-    assert not gathered.requires_grad
 
 
 # --------------------------------------------------------------------------------------- PerA
@@ -210,7 +197,7 @@ def test_peras_losses_add_up_crop_by_crop_with_the_gradients_of_the_whole(n_crop
     assert teacher.grad is None or not teacher.grad.any()
 
 
-def test_inside_autocast_every_loss_and_gradient_is_that_of_float32():
+def test_inside_autocast_softcons_and_peras_losses_and_gradients_are_those_of_float32():
     near = random(1, 8)                                     # rows that bfloat16 cannot tell apart
     q = (near + 0.02 * random(12, 8, seed=4)).float().requires_grad_()
     k = (near + 0.02 * random(12, 8, seed=5)).float()

@@ -41,7 +41,6 @@ def world(tmp_path_factory):
     make_pack(folder / "single", one_label=True)
     make_pack(folder / "unlabelled", scenes=3, unlabelled=6)
     make_pack(folder / "optical", scenes=3, sensor="s2c")
-    masked_pack(folder / "wrong", classes=["dark"])
     save_backbone(folder / "resnet.pt", "resnet18", 2, seed=5)
     for seed in (0, 1):
         save_backbone(folder / f"vit{seed}.pt", "vit_tiny", 2, 24, 6, seed=seed)
@@ -336,26 +335,25 @@ def test_flips_are_of_training_images_alone_and_the_network_stays_as_it_was(worl
 # --------------------------------------------------------------------------------- dense: of pixels
 
 
-def masked_pack(path, scenes=24, unlabelled=0, classes=("dark", "bright"), noise=10):
+def masked_pack(path, unlabelled=0):
     """A pack by hand of 32 px: where band VH is bright, which are quarters, the mask is 1.
 
     unlabelled: so many more images, of noise, whose masks say nothing.
     """
     rng = np.random.default_rng(0)
+    scenes = 24
     bright = rng.random((scenes, 2, 2)) < 0.5
     masks = bright.repeat(16, 1).repeat(16, 2).astype(np.uint8)
     x = rng.integers(0, 256, (scenes, 2, 32, 32))
-    x[:, 1] = 80 + 80 * masks + rng.integers(-noise, noise + 1, masks.shape)
+    x[:, 1] = 80 + 80 * masks + rng.integers(-10, 11, masks.shape)
     masks[:, :3, :5] = 255
     x = np.concatenate([x, rng.integers(0, 256, (unlabelled, 2, 32, 32))])
     masks = np.concatenate([masks, np.full((unlabelled, 32, 32), 255, np.uint8)])
-    parts = ["train"] * (scenes * 2 // 3) + ["test"] * (scenes - scenes * 2 // 3)
-    rows = [f"{i},{i}.tif,{parts[i % scenes]}," for i in range(scenes + unlabelled)]
-    path.mkdir()
-    np.save(path / "images.npy", x.astype(np.uint8))
+    parts = ["train"] * 16 + ["test"] * 8
+    rows = [f"{i},{i}.tif,{parts[i % scenes]}," for i in range(len(x))]
+    index = {"sensor": "s1", "mask_classes": ["dark", "bright"]}
+    write_pack(path, x.astype(np.uint8), rows, index)
     np.save(path / "masks.npy", masks)
-    (path / "images.csv").write_text("\n".join(["scene,image,split,labels", *rows]) + "\n")
-    (path / "pack.json").write_text(json.dumps({"sensor": "s1", "mask_classes": classes}))
     return str(path)
 
 

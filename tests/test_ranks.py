@@ -99,7 +99,7 @@ def gather_rows(rank):
 
 
 def script(rank, flags, folder):
-    """A run of the script that a signal to rank 1 alone stops, and the rest of it."""
+    """A run of the script that stops since rank 1 alone got a signal, and the rest of it."""
     ports = os.environ["PORTS"].split()          # a port is free again some time after its run
     os.environ["MASTER_PORT"] = ports[0]
     if rank == 1:
@@ -177,7 +177,7 @@ def test_two_ranks_equal_one_rank_but_for_batch_norm_and_koleo(folder, method):
                 assert torch.allclose(a, b, rtol=1e-6, atol=1e-7), name
 
 
-def test_a_signal_to_one_rank_stops_both_and_resumed_they_end_as_one_rank_does(folder, flags):
+def test_a_stop_asked_of_one_rank_stops_both_and_resumed_they_end_as_one_rank_does(folder, flags):
     """In what they log and in what they save; the optimiser's moments are of both steps."""
     said = (folder / "0.txt").read_text()
     assert "stopped at step 1, saved; the same command with --resume goes on" in said

@@ -5,15 +5,17 @@
     python tests/lab/bench.py --gpu --json OUT           at most 8 minutes on one GPU
     python tests/lab/bench.py --small                    everything tiny, on the CPU: does it run?
 
-agree_*   loss and gradient of a step on the device, beside those on the CPU, in float32, of a
-          ResNet-50 in float64
+agree_*   loss and gradient of a step on a GPU, beside those on the CPU, in float32, of a ResNet-50
+          in float64; without --gpu both are those of the CPU
 resume    losses of a training that stopped and went on, beside those of one that did not stop
-step_*    images/s of pretrain.train_step, the full preset's, on random pixels, and the loss of the
-          first one.  Rows to compare with step_vit, which is in bf16 on a GPU: without SoftCon's
-          mask, whose patches a ViT does not compute; in float32; with --compile
+step_*    images/s of pretrain.train_step on random pixels, and the loss of the first one; without
+          --small the full preset's.  Three rows to compare with step_vit, in bf16 on a GPU:
+          vit_unmasked   without SoftCon's mask, whose patches a ViT does not compute
+          vit_float32    in float32
+          vit_compiled   with --compile
 read      images/s that pretrain.py's threads get from the disk, page cache cold and warm: if a
           step takes more, it waits
-probe     images/s of probe.py with --protocol knn: features of a frozen ViT-Small, and the head
+probe     images/s of k-NN as pretrain.py logs it: features of a frozen ViT-Small, and the head
 pack      images/s of `data.py pack`, of SSL4EO-S12 v1.0: 13 TIFFs an image
 
 Errors are relative; a row fails if one is above LARGEST_ERROR.  Each row also says its seconds and
@@ -106,7 +108,8 @@ def prepare_step(size, folder, flags, device):
     return SimpleNamespace(args=args, net=net, x=x.to(device), y=y.to(device), values=values)
 
 
-# --------------------------------------------------------- the rows: size, an empty folder, numbers
+# ---------------------------------------------------------------------------------------- the rows
+# Each takes a size and an empty folder, and returns {name: number}.
 
 
 def agree(size, folder, name, dtype=torch.float32):
@@ -236,8 +239,9 @@ def run_apart(options, name, limit):
     except subprocess.TimeoutExpired:
         return {"status": "failed", "reason": f"longer than {limit:.0f} s"}
     if done.returncode:
-        return {"status": "failed", "reason": done.stderr.strip().split("\n")[-1]}
-    return json.loads(done.stdout)
+        last = done.stderr.strip().split("\n")[-1]
+        return {"status": "failed", "reason": f"ended with {done.returncode}: {last}"}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def print_row(name, row):

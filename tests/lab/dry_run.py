@@ -1,13 +1,13 @@
-"""Print one training step, tensor by tensor, and what it costs.  Nothing is computed or trained.
+"""Print one training step, tensor by tensor, and what it costs.  The step is not computed.
 
     python tests/lab/dry_run.py --modality s1
     python tests/lab/dry_run.py --modality rgb --data PACK --method pera --arch vit_large
 
 Takes pretrain.py's flags, and makes the toy world if there is no --data, as pretrain.py does.  The
 step runs on the meta device, where tensors have a shape and no numbers.  Printed are: the preset;
-the parameters of each part; each line of pretrain.py, losses.py and model.py that makes tensors,
-with their names and shapes on its left; the number of operations.  Read it beside the ten lines of
-each method in the README; the comments behind the lines say what the axes are.
+the parameters of each part; each line of pretrain.py, losses.py and model.py that gives names to
+tensors, with their shapes on its left; the operations of products and convolutions.  Read it beside
+the ten lines of each method in the README; comments behind the lines say what the axes are.
 """
 import linecache
 import sys
@@ -47,7 +47,7 @@ class Tracer:
         self.files = [module.__file__ for module in modules]
         self.texts = []
         self.depth = 0
-        self.heads = []         # of the innermost calls that have not made anything new yet
+        self.heads = []         # "in f:" of open calls, not among the texts yet
 
     def begin_call(self, frame, event, _):
         """Python calls this when a function begins.  Returns what it shall call for each line."""

@@ -6,8 +6,8 @@
     python tests/lab/show.py curve runs/softcon_s1/log.jsonl --out curve.svg
     python tests/lab/show.py gains --out gains.svg
 
-scenes     scenes of a pack, one a row: SoftCon's two views, the masks of both methods, all images,
-           and how alike the labels are; views as the full-size presets draw them
+scenes     scenes of a pack, one a row: SoftCon's two views, the masks of both methods, up to five
+           images, and how alike the labels are; views as the full-size presets draw them
 features   images of a pack beside the principal components of a network's features
 maps       test images of a pack with masks, their masks, and what the dense probe guesses
 curve      the loss terms of a run and k-NN on held-out scenes, from its log

@@ -8,8 +8,8 @@
 A run is a training by pretrain.py and some probes by probe.py, called as anybody would; its name is
 STUDY/NAME/SEED.  Its line in results/STUDY.jsonl holds the commands, commit, device, the last line
 of the log, and what the probes said.  A run with a line is not repeated, and one that was killed
-goes on where it stopped.  Runs of `dense` with one seed are probed side by side, since their heads
-take longest.  The commands run in the folder --work, where packs and runs lie.
+goes on where it stopped.  Runs of `dense` with one seed are made and probed together, since heads
+of pixels take longest.  The commands run in the folder --work, where packs and runs lie.
 
 toy       the toy world, s1 and s2c: InfoNCE, SoftCon's two additions to it, and PerA
 ucm       the same from natural images on UC Merced, with its 17 labels; the test has these labels
@@ -54,6 +54,9 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+
 RESULTS = Path(__file__).parent / "results"
 
 # ------------------------------------------------------------------------------------------- runs
@@ -202,14 +205,13 @@ def dense_runs(seed):
     return [Runs("dense", seed, train, probes)]
 
 
-STUDIES = {toy_runs: 3, ucm_runs: 3, transfer_runs: 3, halves_runs: 3, chips_runs: 3,
-           dense_runs: 6}                         # seeds
+STUDIES = [toy_runs, ucm_runs, transfer_runs, halves_runs, chips_runs, dense_runs]
 
 
-def all_runs(seeds=None):
+def all_runs():
     runs = []
-    for study, count in STUDIES.items():
-        for seed in seeds or range(count):
+    for study in STUDIES:
+        for seed in range(6 if study is dense_runs else 3):
             for run in study(seed):
                 for flags in run.train.values():
                     flags += ["--seed", str(seed)]
@@ -276,17 +278,17 @@ def relabel(source, out, labelling, seed):
     for row, labels in zip(rows, new_labels(rows, labelling, rng)):
         row["labels"] = labels
 
-    os.makedirs(out)
-    with open(f"{out}/images.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ["scene", "image", "split", "labels"])
-        writer.writeheader()
-        writer.writerows(rows)
     about = json.loads(Path(source, "pack.json").read_text())
     about.pop("classes", None)                    # they are the names in images.csv
     about["labels_from"] = f"study.py: {labelling}"
-    Path(out, "pack.json").write_text(json.dumps(about, indent=1))
-    for path in Path(source).absolute().glob("*.npy"):             # images, and masks if any
-        os.symlink(path, f"{out}/{path.name}")
+    with data.whole_folder(out) as folder:
+        with open(f"{folder}/images.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, data.HEADER)
+            writer.writeheader()
+            writer.writerows(rows)
+        Path(folder, "pack.json").write_text(json.dumps(about, indent=1))
+        for path in Path(source).absolute().glob("*.npy"):         # images, and masks if any
+            os.symlink(path, f"{folder}/{path.name}")
 
 
 SOURCES = {        # flags of data.py pack
@@ -300,17 +302,17 @@ SOURCES = {        # flags of data.py pack
 
 def prepare(runs, work, shared):
     """Make the packs that the runs read: packs/SOURCE, and packs/SOURCE_LABELLING_SEED."""
-    flags = set()
+    words = set()
     for run in runs:
-        for words in (*run.train.values(), *run.probes.values()):
-            flags |= set(words)
-    for name in sorted(flag for flag in flags if flag.startswith("packs/")):
+        for flags in (*run.train.values(), *run.probes.values()):
+            words |= set(flags)
+    for name in sorted(word for word in words if word.startswith("packs/")):
         source, labelling, seed = name.removeprefix("packs/").split("_")
         if not Path(work, "packs", source).exists():
             call("data.py", ["pack", *SOURCES[source]], work, shared, sys.stdout)
         if not Path(work, name).exists():
             relabel(f"{work}/packs/{source}", f"{work}/{name}", labelling, int(seed))
-    for modality in sorted(flags & {"s1", "s2c"}):
+    for modality in sorted(words & {"s1", "s2c"}):
         if not Path(work, f"toy_{modality}").exists():
             flags = ["pack", "toy", f"toy_{modality}", "--modality", modality]
             call("data.py", ["toy", "toy"], work, shared, sys.stdout)
@@ -328,7 +330,7 @@ def call(script, flags, work, shared, output):
                    stderr=subprocess.STDOUT)
 
 
-def commit():
+def commit_of_code():
     """Short git hash of the code, with + if a file but the results differs from it."""
     git = ["git", "-C", str(ROOT)]
     name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
@@ -341,39 +343,41 @@ def last_json(path):
 
 
 def said_of(report, ckpt):
-    """What a probe of several networks said of one of them and of the floors."""
-    curve = []
+    """What a probe, of several networks or this one, said of it and of the floors."""
+    said = {name: report[name] for name in ("protocol", "feature", "img_size", "seeds", "n_test")}
+    said["curve"] = []
     for row in report["curve"]:
-        table = row["all"]
-        if ckpt in table:                         # else it was alone
-            table = {name: table[name] for name in (ckpt, "random", "stats")}
-            table["checkpoint"] = table.pop(ckpt)
-        curve.append(row | {"all": table})
-    return {key: value for key, value in report.items() if key != "all"} | {"curve": curve}
+        values = row["all"]
+        own = {"checkpoint": values.get(ckpt) or values["checkpoint"]}
+        own |= {name: values[name] for name in ("random", "stats")}
+        said["curve"].append(row | {"all": own})
+    return said
 
 
 def run_together(run, work, shared):
     """Train and probe -> the lines of these runs."""
     begin = time.time()
+    commit = commit_of_code()
     outs = {name: f"runs/{key}".replace(" ", "_") for key, name in run.keys.items()}
     commands = {}                                 # {file of what it says: words}
     for name, out in outs.items():
         os.makedirs(f"{work}/{out}", exist_ok=True)
         commands[f"{out}/train"] = ["pretrain.py", *run.train[name], "--out", out, "--resume"]
     ckpts = [f"{out}/backbone.pt" for out in outs.values()]
+    last = [*outs.values()][-1]                   # its folder holds what the probes say
     for probe, flags in run.probes.items():
-        commands[f"{out}/{probe}"] = ["probe.py", "--ckpt", *ckpts, *flags]
+        commands[f"{last}/{probe}"] = ["probe.py", "--ckpt", *ckpts, *flags]
     for path, (script, *flags) in commands.items():
         with open(f"{work}/{path}.txt", "w") as output:
             call(script, flags, work, shared, output)
-    reports = {probe: last_json(f"{work}/{out}/{probe}.txt") for probe in run.probes}
+    reports = {probe: last_json(f"{work}/{last}/{probe}.txt") for probe in run.probes}
     shown = [shlex.join(["python", *words]) for words in commands.values()]
     lines = []
     for (name, out), ckpt in zip(outs.items(), ckpts):
         config = json.loads(Path(work, out, "config.json").read_text())
         lines.append({
             "study": run.study, "name": name, "seed": run.seed, "commands": shown,
-            "commit": commit(), "device": config["device"], "threads": 1,
+            "commit": commit, "device": config["device"], "threads": 1,
             "torch": importlib.metadata.version("torch"),
             "minutes": round((time.time() - begin) / 60, 1),
             "log": last_json(f"{work}/{out}/log.jsonl"),
@@ -382,7 +386,7 @@ def run_together(run, work, shared):
 
 
 def run_many(runs, workers, work, shared):
-    """All these, `workers` at a time; appends their lines."""
+    """All these, `workers` at a time; appends their lines.  Returns how many failed."""
     lock = threading.Lock()
 
     def run_and_write(run):
@@ -391,13 +395,14 @@ def run_many(runs, workers, work, shared):
             lines = run_together(run, work, shared)
         except subprocess.CalledProcessError as error:
             print(f"{keys}: {error}; what it said lies in {work}/runs", flush=True)
-            return
+            return 1
         with lock, open(RESULTS / f"{run.study}.jsonl", "a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
         print(f"{keys}: {lines[0]['minutes']} minutes", flush=True)
+        return 0
 
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(run_and_write, runs))
+        return sum(pool.map(run_and_write, runs))
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -566,21 +571,19 @@ def main(argv=None):
         return
     done = {f"{line['study']}/{line['name']}/{line['seed']}" for line in lines}
     chosen = []
-    for run in all_runs():
-        asked = run.study in args.names
-        for pattern in args.names:
-            asked = asked or len(fnmatch.filter(run.keys, pattern)) > 0
-        if asked and not done.issuperset(run.keys):
-            chosen.append(run)
+    for name in args.names:
+        fits = [run for run in all_runs() if name == run.study or fnmatch.filter(run.keys, name)]
+        data.require(fits, f"{name}: no study, and no run that fits")
+        chosen += [run for run in fits if not done.issuperset(run.keys)]
     keys = [key for run in chosen for key in run.keys]
     print(f"{len(keys)} runs: {', '.join(keys)}")
     os.makedirs(f"{args.work}/packs", exist_ok=True)
     prepare(chosen, args.work, args.shared)
-    run_many(chosen, args.workers, args.work, args.shared)
+    return run_many(chosen, args.workers, args.work, args.shared)
 
 
 if __name__ == "__main__":
     try:
-        main()
-    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(main())
+    except (data.InputError, OSError, subprocess.CalledProcessError) as error:
         sys.exit(f"study.py: error: {error}")

@@ -1,8 +1,9 @@
 """A look at why the soft term helps or not: its gradient, and how classes lie in the features.
 
-    python tests/lab/why.py runs/study transfer       after study.py run transfer, in that --work
+    python tests/lab/why.py runs/study           after study.py run transfer, in that --work
 
-A row for each run.  Of the features of the test images (CLS of the last block, of unit length):
+A row for each of its runs.  Of the features of the test images, CLS of the last block, of unit
+length:
 
 between      share of their variance that lies between the means of the 21 scene classes, which
              pretraining saw no label of
@@ -10,7 +11,8 @@ before       the same of the block before the last
 agreement    correlation of the cosine of two images with the similarity of their 17 labels
 rank         their effective rank
 
-and of SoftCon's runs, a mean over eight batches with the weights at the end of the run:
+and of those with the soft term, right labels and no mask, a mean over eight batches with the
+weights at the end of the run:
 
 embeddings   the soft term's share of the two terms' gradient norms, at the student's embeddings
 features     the same at the backbone's features, which is what reaches the backbone
@@ -83,10 +85,10 @@ def soft_gradients(flags, out, batches=8):
     return np.mean(found, 0)
 
 
-def main(work, name):
+def main(work):
     print("run".ljust(36), "between  before agreement  rank   embeddings features cosine")
-    trained = {key: (run.train[run_name], run.seed) for run in study.all_runs()
-               for key, run_name in run.keys.items() if run.study == name}
+    trained = {key: (run.train[name], run.seed) for run in study.all_runs()
+               for key, name in run.keys.items() if run.study == "transfer"}
     for key, (train, seed) in trained.items():
         out = f"{work}/runs/{key}".replace(" ", "_")
         if not Path(out, "backbone.pt").exists():
@@ -96,7 +98,7 @@ def main(work, name):
         size = 112 if "112 px" in key else 64
         row = structure(f"{out}/backbone.pt", size, classes, labels)
         line = "{:36}{:9.3f}{:8.3f}{:10.3f}{:6.1f}".format(key.partition("/")[2], *row)
-        if "labels" in key and "mask" not in key:
+        if "17 labels" in key and "mask" not in key:
             # the weights come from the run, so --init would be read for nothing
             flags = [flag.replace("packs/", f"{work}/packs/") for flag in train]
             place = flags.index("--init")
