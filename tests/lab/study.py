@@ -452,7 +452,7 @@ def cell(numbers, gain=False):
 
 
 def make_table(lines, table):
-    """A table as markdown, then what is missing in it and where its numbers come from."""
+    """A table as markdown, then, but for gains, what is missing and where the numbers come from."""
     lines = [line for line in lines if line["study"] == table.study]
     if not lines:
         return "Not run yet."
@@ -473,9 +473,11 @@ def make_table(lines, table):
             facts.append(f"not run: {title}")
         else:
             rows.append([title, *cells])
+    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    if table.gains:
+        return text
     for name in ("commit", "device", "torch"):
         facts.append(f"{name} " + ", ".join(sorted({line[name] for line in lines})))
-    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"{text}\n\n`study.py run {table.study}`: {'; '.join(facts)}."
 
 
