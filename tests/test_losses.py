@@ -112,6 +112,12 @@ def test_softcons_loss_is_info_nce_plus_weight_times_the_soft_term_at_its_own_te
     assert torch.equal(by_default[0], losses.softcon_loss(q, k, yq, yk, 0.2, 0.5, 0.2)[0])
 
 
+def test_on_one_rank_gather_gives_the_rows_themselves_without_a_gradient():
+    x = random(3, D).requires_grad_()
+    gathered = losses.gather(x)
+    assert torch.equal(gathered, x) and not gathered.requires_grad
+
+
 # --------------------------------------------------------------------------------------- PerA
 
 
