@@ -524,7 +524,6 @@ TABLES = {
     "transfer": Table("transfer", rows_of(transfer_settings(), "frozen"), TRANSFER),
     "transfer gains": Table("transfer", gains_over_info_nce(transfer_settings()), TRANSFER,
                             gains=True),
-    "halves": Table("halves", rows_of(HALVES, "frozen"), HALF),
     "halves gains": Table("halves", {"+ soft over InfoNCE": ("+ soft", "InfoNCE"),
                                      "InfoNCE over frozen": ("InfoNCE", "frozen")}, HALF,
                           gains=True),
