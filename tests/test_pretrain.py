@@ -66,13 +66,12 @@ def equal(a, b):
     return a == b
 
 
-def change_pack(path, out, first=0, labelled=True):
-    """A copy of a pack without the images before `first`, or without labels -> its path."""
-    rows = Path(path, "images.csv").read_text().splitlines()[1 + first:]
-    if not labelled:
-        rows = [row.rpartition(",")[0] + "," for row in rows]
+def unlabelled_pack(path, out):
+    """A copy of a pack without labels -> its path."""
+    rows = Path(path, "images.csv").read_text().splitlines()[1:]
+    rows = [row.rpartition(",")[0] + "," for row in rows]
     index = json.loads(Path(path, "pack.json").read_text())
-    return write_pack(out, np.load(f"{path}/images.npy")[first:], rows, index)
+    return write_pack(out, np.load(f"{path}/images.npy"), rows, index)
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -434,7 +433,7 @@ def test_knn_in_the_log_is_what_the_probe_says_of_held_out_images_that_it_does_n
     report = probe.main(["--ckpt", f"{out}/backbone.pt", "--data", packs["s1"], "--protocol",
                          "knn", "--lists", f"{tmp_path}/learn", f"{tmp_path}/judge"])
     assert abs(report["value"] - log[2]["knn"]) < 1e-4
-    blind = change_pack(packs["s1"], tmp_path / "blind", labelled=False)
+    blind = unlabelled_pack(packs["s1"], tmp_path / "blind")
     flags = ["--holdout", 0.5, "--max-steps", 3, "--soft-weight", 0]
     watched, unwatched = [run(where, tmp_path / name, *flags) for where, name in
                           ((packs["s1"], "a"), (blind, "b"))]
@@ -517,7 +516,7 @@ def test_a_run_starts_from_the_file_named_with_its_layerscale_and_registers(
 
 
 def test_a_pack_without_labels_trains_on_info_nce_alone(packs, tmp_path, capsys):
-    pack = change_pack(packs["s1"], tmp_path / "pack", labelled=False)
+    pack = unlabelled_pack(packs["s1"], tmp_path / "pack")
     state = run(pack, tmp_path / "r", "--max-steps", 1)
     assert "labels_used: False" in capsys.readouterr().out.splitlines()
     row, = read_log(tmp_path / "r")

@@ -376,26 +376,18 @@ PANELS = {"17 labels, by batch and size": ["17 labels, batch 16", "17 labels, 11
                                         "17 labels, mask, batch 64"]}
 
 
-def paired_gains(lines, name):
-    """What a setting of study.py's transfer gains over InfoNCE with the same size, batch and mask.
-
-    Returns points of accuracy (4,n): for 1, 3, 10 and all images of a class, on n splits.
-    """
-    table = study.TABLES["transfer gains"]
-    gains = []
-    for column in table.columns[:len(study.SHOTS)]:    # of the ridge head
-        own, base = [study.by_seed(lines, table, run, "checkpoint", column)
-                     for run in table.rows[name]]
-        gains.append([100 * (own[seed] - base[seed]) for seed in own if seed in base])
-    return np.array(gains)
-
-
 def draw_gains(args):
-    """Draw the gains of all settings, a panel for each question; bars are standard errors."""
+    """Draw what settings of study.py's transfer gain over InfoNCE with the same size, batch and mask.
+
+    A panel for each question; bars are standard errors.
+    """
     lines = study.read_lines("transfer")
+    table = study.TABLES["transfer gains"]
+    ridge = table.columns[:len(study.SHOTS)]           # 1, 3, 10 and all images of a class
     bars = {}                                          # {name: (3,4), mean and the bar's ends}
     for name in itertools.chain(*PANELS.values()):
-        gains = paired_gains(lines, name)              # (4,n)
+        gains = [study.paired_gains(lines, table, *table.rows[name], column) for column in ridge]
+        gains = 100 * np.array(gains)                  # (4,n), points of accuracy on n splits
         n = gains.shape[1]
         if n > 1:                                      # a single split tells no error
             mean = gains.mean(1)

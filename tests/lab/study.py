@@ -438,6 +438,13 @@ def by_seed(lines, table, name, network, column):
     return found
 
 
+def paired_gains(lines, table, run, base, column):
+    """What a run gains over another: a number for each seed that both have."""
+    own = by_seed(lines, table, run, "checkpoint", column)
+    other = by_seed(lines, table, base, "checkpoint", column)
+    return [own[seed] - other[seed] for seed in own if seed in other]
+
+
 def cell(numbers, gain=False):
     """Mean ± deviation (number of seeds); of gains the mean ± its standard error."""
     if not numbers:
@@ -463,10 +470,7 @@ def make_table(lines, table):
         cells = []
         for column in table.columns:
             if table.gains:
-                numbers = by_seed(lines, table, run, "checkpoint", column)
-                base = by_seed(lines, table, other, "checkpoint", column)
-                gains = [numbers[seed] - base[seed] for seed in numbers if seed in base]
-                cells.append(cell(gains, gain=True))
+                cells.append(cell(paired_gains(lines, table, run, other, column), gain=True))
             else:
                 cells.append(cell([*by_seed(lines, table, run, other, column).values()]))
         if set(cells) == {"not run"}:
@@ -571,11 +575,14 @@ def main(argv=None):
         print(f"{page}: {len(lines)} runs")
         return
     done = {f"{line['study']}/{line['name']}/{line['seed']}" for line in lines}
-    chosen = []
+    runs = all_runs()
+    asked = set()                                 # of their places in runs: once, if names overlap
     for name in args.names:
-        fits = [run for run in all_runs() if name == run.study or fnmatch.filter(run.keys, name)]
+        fits = {i for i, run in enumerate(runs)
+                if name == run.study or fnmatch.filter(run.keys, name)}
         data.require(fits, f"{name}: no study, and no run that fits")
-        chosen += [run for run in fits if not done.issuperset(run.keys)]
+        asked |= fits
+    chosen = [runs[i] for i in sorted(asked) if not done.issuperset(runs[i].keys)]
     keys = [key for run in chosen for key in run.keys]
     print(f"{len(keys)} runs: {', '.join(keys)}")
     os.makedirs(f"{args.work}/packs", exist_ok=True)
