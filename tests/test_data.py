@@ -187,7 +187,25 @@ def test_bands_are_read_from_channels_planes_and_pages_alike_and_smaller_copies_
         file.write(x, photometric="minisblack", metadata=None)
     for name in ("a.tif", "b.tif", "c.tif", "d.tif"):
         assert np.array_equal(data.read_tiff(tmp_path / name, bands=4), x)
+        if ZARR:
+            assert np.array_equal(data.read_tiff(tmp_path / name, 4, (2, 1, 3)), x[:, 2:5, 1:4])
         assert data.size_of(f"{tmp_path}/{name}") == (8, 4)
+
+
+def test_of_a_tiled_tiff_only_the_tiles_under_the_window_are_read(tmp_path):
+    pytest.importorskip("zarr")
+    x = np.random.default_rng(0).integers(0, 255, (1, 64, 64), np.uint8)
+    write(tmp_path / "x.tif", x, tile=(16, 16), compression="zlib")
+    with tifffile.TiffFile(tmp_path / "x.tif") as file:
+        places = zip(file.pages[0].dataoffsets, file.pages[0].databytecounts)
+    raw = bytearray((tmp_path / "x.tif").read_bytes())
+    for i, (place, length) in enumerate(places):
+        if i not in (5, 6):                                # damage all tiles but two
+            raw[place:place + length] = bytes(length)
+    (tmp_path / "x.tif").write_bytes(raw)
+    assert np.array_equal(data.read_tiff(tmp_path / "x.tif", 1, (17, 20, 14)), x[:, 17:31, 20:34])
+    with pytest.raises(data.InputError, match="x.tif: unreadable"):
+        data.read_tiff(tmp_path / "x.tif", 1, (17, 20, 20))
 
 
 def test_grey_becomes_three_bands_and_opacity_is_left_out(tmp_path):
@@ -460,7 +478,7 @@ COLOURS = np.uint8([[0, 0, 255], [0, 255, 0], [255, 0, 0], [0, 0, 0]])
 NUMBERS = np.uint8([0, 1, 1, 255])                         # of these colours, by colours_file
 
 
-def masked_images(root, sizes, ending="png"):
+def masked_images(root, sizes):
     """Images of these sizes (H,W) in root/a, coloured masks beside them -> {name: (x, mask)}."""
     rng = np.random.default_rng(0)
     found = {}
@@ -468,7 +486,7 @@ def masked_images(root, sizes, ending="png"):
         x = rng.integers(0, 255, (3, H, W), np.uint8)
         place = rng.integers(0, 4, (H, W))
         write(root / "a" / f"{i}.png", x)
-        write(root / "a" / f"{i}_mask.{ending}", COLOURS[place].transpose(2, 0, 1))
+        write(root / "a" / f"{i}_mask.png", COLOURS[place].transpose(2, 0, 1))
         found[f"{i}.png"] = (x, NUMBERS[place])
     return found
 

@@ -66,6 +66,13 @@ def test_label_similarity_is_shared_classes_over_the_root_of_the_sizes():
         assert torch.allclose(s, torch.tensor(want), atol=1e-6)
 
 
+def test_single_labels_reduce_label_similarity_to_class_equality():
+    a = torch.randint(L, (20,), generator=seeded())
+    b = torch.randint(L, (30,), generator=seeded(1))
+    one_hot = torch.eye(L)
+    assert torch.equal(losses.label_similarity(one_hot[a], one_hot[b]), (a[:, None] == b).float())
+
+
 @pytest.mark.parametrize("tau, offset", [(0.1, 0), (0.2, 3)])
 def test_info_nce_equals_a_double_loop(tau, offset):
     q, k, _, _ = example()
@@ -98,8 +105,9 @@ def test_unlabelled_rows_and_columns_add_nothing_to_the_soft_term_and_stay_in_in
                            losses.soft_contrastive(new_q, new_k, yq, yk))
         assert losses.info_nce(q, k, 0.2) != losses.info_nce(new_q, new_k, 0.2)
     q.requires_grad_()
-    nothing = losses.soft_contrastive(q, k, 0 * yq, yk)
-    assert not nothing.any() and not torch.autograd.grad(nothing, q)[0].any()
+    for a, b in ((0 * yq, yk), (yq, 0 * yk)):
+        nothing = losses.soft_contrastive(q, k, a, b)
+        assert not nothing.any() and not torch.autograd.grad(nothing, q)[0].any()
 
 
 def test_softcons_loss_is_info_nce_plus_weight_times_the_soft_term_at_its_own_temperature():
